@@ -1,0 +1,415 @@
+"""Every key of a run, once: its meaning, unit and range -> a checked, plain configuration.
+
+Invariant: nothing else holds defaults; a key that is not here is refused; this module never imports jax.
+Files in configs/ return `default()` with changes; main calls `resolve()`.
+"""
+
+import ast
+import difflib
+import math
+import numbers
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+from cpt_jax import durations
+
+
+class ConfigError(ValueError):
+  """One or more mistakes that a person can mend; the message is a line for each, with key, value and fix."""
+
+
+class Problems:
+  """Collects what is wrong, so that a user mends everything in one go."""
+
+  def __init__(self):
+    self.lines: list[str] = []
+
+  def add(self, text: str) -> None:
+    if text not in self.lines:
+      self.lines.append(text)
+
+  def raise_if_any(self) -> None:
+    """Raises ConfigError with every collected line."""
+    if self.lines:
+      count = "1 problem" if len(self.lines) == 1 else f"{len(self.lines)} problems"
+      raise ConfigError("\n".join([f"{count} in the configuration:"] + [f"  {line}" for line in self.lines]))
+
+
+class Share(tuple):
+  """A source's share of the tokens: knots ((when, share), ...), linear between; `when` as a duration.
+
+  A type of its own so that the command line takes both forms: `--config.data.sources.zh.share=0.3` and
+  `--config.data.sources.zh.share='[(0, 0.05), ("20%", 0.3)]'`.
+  """
+
+  def __new__(cls, value):
+    if isinstance(value, str):
+      try:
+        value = ast.literal_eval(value)
+      except (ValueError, SyntaxError):
+        raise ValueError(f"{value!r} is no share; write 0.3 or [(0, 0.05), ('20%', 0.3)]") from None
+    if isinstance(value, numbers.Real):
+      return super().__new__(cls, ((0, float(value)),))
+    try:
+      return super().__new__(cls, ((when, float(share)) for when, share in value))
+    except (TypeError, ValueError):
+      raise ValueError(f"{value!r} is no share; write 0.3 or [(0, 0.05), ('20%', 0.3)]") from None
+
+
+config_flags.register_flag_parser_for_type(Share, Share)
+
+
+def source(
+  *, store: str = "", text: str = "", role: str = "domain", share: float | tuple = 1.0, max_epochs: float = 0.0, text_field: str = "text"
+) -> ConfigDict:
+  """One entry of `data.sources`."""
+  return ConfigDict(
+    dict(
+      # Directory of a token store (tools/prepare_data.py or datatrove). Required.
+      store=store,
+      # Raw text to prepare into `store` when that does not exist yet: path or glob of .txt .jsonl .parquet files
+      # (.gz .zst too). Empty: the store must exist.
+      text=text,
+      # The field of .jsonl and .parquet records that holds the text.
+      text_field=text_field,
+      # "replay" (text like the base's own: its loss shows forgetting) or "domain" (what is to be learnt).
+      role=role,
+      # Share of the training tokens: a number, or knots [(0, 0.05), ("20%", 0.3)], linear between them. Shares are
+      # normalised over the sources at every step. 0 = evaluated but never trained on.
+      share=Share(share),
+      # The run is refused if it would read this source more often than this. 0 = no limit. About 4 repeats are nearly
+      # as good as new text (Muennighoff et al. 2305.16264).
+      max_epochs=float(max_epochs),
+    ),
+    type_safe=False,
+  )
+
+
+def default() -> ConfigDict:
+  """Every key with its default."""
+  c = ConfigDict()
+  # Seed of initialisation and shuffles. The same seed gives the same run.
+  c.seed = 0
+
+  # What the run starts from. The first that applies: the run's own checkpoint in workdir, `resume`, `hf`, `weights`, scratch.
+  c.start = ConfigDict()
+  c.start.resume = ""  # another run's directory: parameters, step and (by `optimizer`) moments
+  c.start.hf = ""  # a Hugging Face directory: config.json, *.safetensors, tokenizer files
+  c.start.weights = ""  # another run's directory: parameters only
+  c.start.optimizer = "keep"  # with `resume`: "keep" or "reset" the moments (a reset also restarts the step count)
+
+  c.model = ConfigDict()
+  # Start from scratch: a Hugging Face config.json (path of the file) that says the architecture.
+  c.model.scratch = ""
+  c.model.compute_dtype = "auto"  # auto (bfloat16 on GPU and TPU, float32 on CPU), float32, bfloat16
+  c.model.remat = "none"  # what the backward pass recomputes: none, dots (all but matrix products), full (all of a layer)
+  c.model.attention = "auto"  # auto, plain, blockwise (memory linear in row length)
+  c.model.loss_chunk = 256  # positions whose logits exist at once; 0 = all
+
+  c.data = ConfigDict()
+  # Tokenizer directory or file; empty = that of start.hf.
+  c.data.tokenizer = ""
+  c.data.row_len = 2048  # positions in a row, T
+  c.data.packing = "best_fit"  # concat (documents joined and cut), best_fit (cut only what does not fit), pad (one document a row)
+  c.data.cross_documents = False  # may a document attend to the one before it in its row
+  c.data.heldout_frac = 0.01  # share of documents, by hash of their text, kept for evaluation and never trained on
+  c.data.prefetch = 16  # rows read ahead, and the number of reader threads
+  c.data.sources = ConfigDict(type_safe=False)  # name = config.source(...)
+
+  c.train = ConfigDict()
+  c.train.length = "1000 steps"  # duration: steps or tokens
+  c.train.batch_rows = 8  # rows in a step, B, over all devices
+  c.train.microbatches = 1  # gradient accumulation: the step's rows in this many parts
+  c.train.z_loss = 0.0  # weight of the squared log-partition (PaLM 2204.02311 sec. 5 uses 1e-4)
+
+  c.schedule = ConfigDict()
+  # constant, linear, cosine, wsd, rewarm (linear up, cosine down), infinite (up, cool down, constant, anneal)
+  c.schedule.name = "rewarm"
+  c.schedule.lr_peak = 3e-4  # the largest rate
+  c.schedule.lr_start = 0.0  # rate before step 0 of the warm-up; the base's last rate re-warms without a dip
+  c.schedule.lr_const = 1e-4  # infinite only: the rate of the constant phase
+  c.schedule.lr_final = 3e-5  # the last rate
+  c.schedule.warmup = "1%"  # duration of the rise
+  c.schedule.cooldown = "20%"  # infinite only: duration of the fall to lr_const
+  c.schedule.anneal = "20%"  # wsd, infinite: duration of the last fall
+  c.schedule.shape = "1-sqrt"  # wsd's fall: linear or 1-sqrt (Haegele et al. 2405.18392)
+
+  c.optimizer = ConfigDict()  # AdamW
+  c.optimizer.b1 = 0.9
+  c.optimizer.b2 = 0.95
+  c.optimizer.eps = 1e-8
+  c.optimizer.weight_decay = 0.1
+  c.optimizer.clip_norm = 1.0  # global norm of the gradient; 0 = no clipping
+  # Path rules (pattern, multiplier), first full match of the leaf's path wins, every leaf must match one.
+  c.optimizer.decay_rules = ((r".*norm|layers\.b[qkv]", 0.0), (r".*", 1.0))
+  c.optimizer.rate_rules = ((r"embedding|head", 1.0), (r".*", 1.0))
+  # Rate multiplier of each layer, lowest first; two numbers = first and last layer, linear between; () = all 1.
+  c.optimizer.layer_rates = ()
+  c.optimizer.frozen = ()  # path patterns that are not trained (no moments are kept for them)
+
+  c.eval = ConfigDict()
+  c.eval.every = "10%"  # duration between evaluations; there is always one before the first step and one at the end
+  c.eval.tokens = 100_000  # held-out tokens per source, at most (whole documents)
+  c.eval.batch_rows = 0  # rows of an evaluation batch; 0 = train.batch_rows / train.microbatches
+
+  c.checkpoint = ConfigDict()
+  c.checkpoint.every = "10%"  # duration between checkpoints; there is always one at the end
+  c.checkpoint.keep_last = 2  # newest checkpoints kept
+  c.checkpoint.keep_every = ""  # duration: checkpoints at its multiples are kept for good; empty = none
+  c.checkpoint.best_metric = ""  # keep the checkpoint with the lowest e.g. "eval/domain/loss"; empty = none
+  c.checkpoint.export_hf = True  # write a Hugging Face directory at the end
+
+  c.mesh = ConfigDict()  # devices along each axis; -1 (one axis at most) = the rest
+  c.mesh.data = -1  # replicas
+  c.mesh.fsdp = 1  # parameters, gradients and moments sharded
+  c.mesh.context = 1  # positions of a row sharded
+  c.mesh.tensor = 1  # heads, mlp width and vocabulary sharded
+
+  c.log = ConfigDict()
+  c.log.every = 10  # steps between lines of metrics.jsonl
+  c.log.tensorboard = False  # also write TensorBoard events (extra [tensorboard])
+
+  c.debug = ConfigDict()
+  c.debug.stop_after = 0  # end after this step without touching the schedules; 0 = off
+  c.debug.no_jit = False  # run the step op by op
+  return c
+
+
+_CHOICES = {
+  "start.optimizer": ("keep", "reset"),
+  "model.compute_dtype": ("auto", "float32", "bfloat16"),
+  "model.remat": ("none", "dots", "full"),
+  "model.attention": ("auto", "plain", "blockwise"),
+  "data.packing": ("concat", "best_fit", "pad"),
+  "schedule.name": ("constant", "linear", "cosine", "wsd", "rewarm", "infinite"),
+  "schedule.shape": ("linear", "1-sqrt"),
+}
+_AT_LEAST = {
+  "model.loss_chunk": 0,
+  "data.row_len": 2,
+  "data.prefetch": 1,
+  "train.batch_rows": 1,
+  "train.microbatches": 1,
+  "train.z_loss": 0.0,
+  "schedule.lr_start": 0.0,
+  "schedule.lr_final": 0.0,
+  "schedule.lr_const": 0.0,
+  "optimizer.weight_decay": 0.0,
+  "optimizer.clip_norm": 0.0,
+  "eval.tokens": 1,
+  "eval.batch_rows": 0,
+  "checkpoint.keep_last": 1,
+  "log.every": 1,
+  "debug.stop_after": 0,
+}
+_DURATIONS = {  # key -> may it be a share of the run
+  "train.length": False,
+  "schedule.warmup": True,
+  "schedule.cooldown": True,
+  "schedule.anneal": True,
+  "eval.every": True,
+  "checkpoint.every": True,
+}
+
+
+def get(config: ConfigDict, key: str) -> Any:
+  """The value of a dotted key."""
+  for part in key.split("."):
+    config = config[part]
+  return config
+
+
+def leaf_keys(config: ConfigDict) -> list[str]:
+  """Dotted names of all leaves."""
+  keys = []
+  for name in config:
+    value = config[name]
+    keys += [f"{name}.{k}" for k in leaf_keys(value)] if isinstance(value, ConfigDict) else [name]
+  return keys
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+  """Checks every key that needs no file and no device; returns a locked copy.
+
+  Raises:
+    ConfigError: with a line for each problem.
+  """
+  problems = Problems()
+  config = ConfigDict(config).copy_and_resolve_references().unlock()
+  _check_keys(config, problems)
+  problems.raise_if_any()  # the checks below read keys
+  _check_values(config, problems)
+  _check_sources(config, problems)
+  problems.raise_if_any()
+  return config.lock()
+
+
+def tokens_per_step(config: ConfigDict) -> int:
+  """Positions that a step trains on, padding counted."""
+  return config.train.batch_rows * config.data.row_len
+
+
+def num_steps(config: ConfigDict) -> int:
+  """Length of the run in steps."""
+  return durations.whole_steps(config.train.length, tokens_per_step=tokens_per_step(config))
+
+
+def steps_of(config: ConfigDict, key: str) -> int:
+  """Steps of the duration at a dotted key."""
+  return durations.whole_steps(get(config, key), tokens_per_step=tokens_per_step(config), run_steps=num_steps(config))
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+  """' Did you mean x?' or ''."""
+  close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  return f" Did you mean {close[0]}?" if close else ""
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+  """The line for a key that does not exist."""
+  return f"{key}: there is no such key.{did_you_mean(key, known)} cpt_jax/config.py lists them all."
+
+
+def _check_keys(config: ConfigDict, problems: Problems) -> None:
+  expected = default()
+  known = leaf_keys(expected)
+  found = [k for k in leaf_keys(config) if not k.startswith("data.sources.")]
+  for key in found:
+    if key not in known and key != "data.sources":
+      problems.add(unknown_key(key, known))
+  for key in known:
+    if key not in found:
+      problems.add(f"{key}: missing; start the config file from cpt_jax.config.default()")
+    elif not _same_type(get(config, key), get(expected, key)):
+      wanted, value = get(expected, key), get(config, key)
+      problems.add(f"{key}={value!r}: expected {type(wanted).__name__}, e.g. {wanted!r}; found {type(value).__name__}")
+  if not isinstance(config.get("data", {}).get("sources"), ConfigDict):
+    problems.add("data.sources: expected entries name = config.source(store=..., role=..., share=...)")
+    return
+  fields = list(source())
+  for name, entry in config.data.sources.items():
+    if not isinstance(entry, ConfigDict):
+      problems.add(f"data.sources.{name}={entry!r}: expected config.source(store=..., role=..., share=...)")
+      continue
+    for field in entry:
+      if field not in fields:
+        problems.add(unknown_key(f"data.sources.{name}.{field}", [f"data.sources.{name}.{f}" for f in fields]))
+    for field, value in source().items():
+      if field not in entry:
+        problems.add(f"data.sources.{name}.{field}: missing; make the entry with config.source(...)")
+      elif field != "share" and not _same_type(entry[field], value):
+        problems.add(
+          f"data.sources.{name}.{field}={entry[field]!r}: expected {type(value).__name__}, found {type(entry[field]).__name__}"
+        )
+
+
+def _same_type(value: Any, wanted: Any) -> bool:
+  if isinstance(wanted, bool) or isinstance(value, bool):
+    return isinstance(value, bool) and isinstance(wanted, bool)
+  if isinstance(wanted, float):
+    return isinstance(value, numbers.Real)
+  return isinstance(value, (list, tuple)) if isinstance(wanted, tuple) else isinstance(value, type(wanted))
+
+
+def _check_values(config: ConfigDict, problems: Problems) -> None:
+  for key, choices in _CHOICES.items():
+    value = get(config, key)
+    if value not in choices:
+      problems.add(f"{key}={value!r}: choose one of {', '.join(choices)}.{did_you_mean(str(value), list(choices))}")
+  for key, low in _AT_LEAST.items():
+    value = get(config, key)
+    if not (math.isfinite(value) and value >= low):
+      problems.add(f"{key}={value}: must be at least {low}")
+  if not (math.isfinite(config.schedule.lr_peak) and config.schedule.lr_peak > 0):
+    problems.add(f"schedule.lr_peak={config.schedule.lr_peak}: must be above 0, e.g. 3e-4")
+  for key in ("schedule.lr_start", "schedule.lr_const", "schedule.lr_final"):
+    used = key != "schedule.lr_const" or config.schedule.name == "infinite"
+    if used and get(config, key) > config.schedule.lr_peak:
+      problems.add(f"{key}={get(config, key):g}: above schedule.lr_peak={config.schedule.lr_peak:g}; lower it or raise the peak")
+  for key in ("optimizer.b1", "optimizer.b2"):
+    if not 0 <= get(config, key) < 1:
+      problems.add(f"{key}={get(config, key)}: must be at least 0 and below 1")
+  if config.optimizer.eps <= 0:
+    problems.add(f"optimizer.eps={config.optimizer.eps}: must be above 0, e.g. 1e-8")
+  if not 0 < config.data.heldout_frac < 1:
+    problems.add(f"data.heldout_frac={config.data.heldout_frac}: must lie between 0 and 1, e.g. 0.01; forgetting is measured on it")
+  _check_durations(config, problems)
+  if config.train.batch_rows % max(config.train.microbatches, 1):
+    problems.add(
+      f"train.microbatches={config.train.microbatches} does not divide train.batch_rows={config.train.batch_rows}; "
+      f"use {_divisors(config.train.batch_rows)}"
+    )
+  starts = [k for k in ("start.resume", "start.hf", "start.weights") if get(config, k)]
+  if not starts and not config.model.scratch:
+    problems.add("start.hf is empty: name a Hugging Face directory to continue, or model.scratch=config.json to train from scratch")
+  if len(starts) > 1:
+    problems.add(f"{' and '.join(starts)} are all set: a run starts from one of them; empty the others")
+  axes = [config.mesh[a] for a in ("data", "fsdp", "context", "tensor")]
+  if axes.count(-1) > 1 or any(a == 0 or a < -1 for a in axes):
+    problems.add(f"mesh={tuple(axes)}: each axis is a number of devices from 1 up, one of them may be -1 (the rest)")
+
+
+def _check_durations(config: ConfigDict, problems: Problems) -> None:
+  bad = False
+  for key, may_be_share in (_DURATIONS | ({"checkpoint.keep_every": True} if config.checkpoint.keep_every else {})).items():
+    try:
+      duration = durations.parse(get(config, key))
+      if duration.unit == "%" and not may_be_share:
+        problems.add(f"{key}={get(config, key)!r}: the run's own length is in steps or tokens, e.g. '1000 steps' or '2B tokens'")
+        bad = True
+      if duration.amount <= 0 and key in ("train.length", "eval.every", "checkpoint.every", "checkpoint.keep_every"):
+        problems.add(f"{key}={get(config, key)!r}: must be above 0")
+        bad = True
+    except ValueError as error:
+      problems.add(f"{key}: {error}")
+      bad = True
+  if bad or config.schedule.name == "constant":
+    return
+  parts = {"infinite": ("warmup", "cooldown", "anneal"), "wsd": ("warmup", "anneal")}.get(config.schedule.name, ("warmup",))
+  total = sum(steps_of(config, f"schedule.{part}") for part in parts)
+  if total > num_steps(config):
+    problems.add(f"schedule.{' + schedule.'.join(parts)} take {total} steps, the run has {num_steps(config)}; shorten them")
+
+
+def _check_sources(config: ConfigDict, problems: Problems) -> None:
+  if not config.data.sources:
+    problems.add("data.sources is empty: name at least one source, data.sources.domain = config.source(store=...)")
+    return
+  largest = 0.0
+  for name, entry in config.data.sources.items():
+    key = f"data.sources.{name}"
+    if not name.isidentifier():
+      problems.add(f"{key}: a source's name is letters, digits and underscores, as in a Python name")
+    if entry.role not in ("replay", "domain"):
+      problems.add(f"{key}.role={entry.role!r}: choose replay or domain.{did_you_mean(entry.role, ['replay', 'domain'])}")
+    if not entry.store:
+      problems.add(f"{key}.store is empty: make one with tools/prepare_data.py --input ... --tokenizer ... --output STORE")
+    if not (math.isfinite(entry.max_epochs) and entry.max_epochs >= 0):
+      problems.add(f"{key}.max_epochs={entry.max_epochs}: must be 0 (no limit) or above")
+    try:
+      entry.share = Share(entry.share)
+    except ValueError as error:
+      problems.add(f"{key}.share: {error}")
+      continue
+    whens = []
+    for when, share in entry.share:
+      if not (math.isfinite(share) and share >= 0):
+        problems.add(f"{key}.share={share}: shares are finite and not negative (they are normalised over the sources)")
+      else:
+        largest = max(largest, share)
+      try:
+        whens.append(
+          durations.parse(when).steps(tokens_per_step=max(tokens_per_step(config), 1), run_steps=num_steps(config))
+        )
+      except ValueError as error:
+        problems.add(f"{key}.share: {error}")
+    if whens != sorted(set(whens)):
+      problems.add(f"{key}.share={tuple(entry.share)}: the knots' times must rise")
+  if largest == 0 and not problems.lines:
+    problems.add("every source's share is 0: nothing would be trained on; give at least one a share above 0")
+
+
+def _divisors(n: int) -> str:
+  return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

@@ -1,0 +1,29 @@
+"""The batch: what a training or evaluation step is given.
+
+Invariant: shifted once, in packing; segment 0 / weight 0 is padding; one row holds one source.
+Made by data.packing, stacked by data.pipeline, read by train.step and evals.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Batch(NamedTuple):
+  """B rows of T positions. Position t of a row predicts `targets_BT` from `tokens_BT[:, :t+1]` of its segment."""
+
+  tokens_BT: np.ndarray  # int32, ids below the vocabulary size; 0 where padded
+  targets_BT: np.ndarray  # int32, the next token of the same document; 0 where padded
+  weights_BT: np.ndarray  # float32, 1 where the target counts in the loss, else 0
+  segments_BT: np.ndarray  # int32, document number within the row from 1; 0 = padding
+  positions_BT: np.ndarray  # int32, from 0 in each segment
+  source_B: np.ndarray  # int32, index of the row's source in the order of config.data.sources
+
+
+def pad_rows(batch: Batch, num_rows: int) -> Batch:
+  """Adds rows of weight 0 up to `num_rows`, so that a last short batch has the compiled shape."""
+  missing = num_rows - batch.tokens_BT.shape[0]
+  assert missing >= 0, f"{batch.tokens_BT.shape[0]} rows do not fit in {num_rows}"
+  if missing == 0:
+    return batch
+  return Batch(*(np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)]) for x in batch))
