@@ -1,0 +1,205 @@
+"""Train state and data position <-> checkpoints in a run's directory (orbax v1; no other module calls orbax).
+
+Invariant: a checkpoint is whole or absent; a restore is strict (missing, extra and reshaped leaves are an error that names
+them); the data position is one integer with a fingerprint, so any number of hosts goes on from it. Called by train.loop, tools.
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from cpt_jax import config as config_lib
+from cpt_jax import trees
+from cpt_jax.config import ConfigError
+from cpt_jax.evals.perplexity import SourceLoss
+from cpt_jax.model import transformer
+from cpt_jax.model.spec import ModelSpec, from_hf
+from cpt_jax.train.state import TrainState
+
+FORMAT = 1
+_STATE, _META = "state", "meta"
+
+
+class Checkpoints:
+  """The checkpoints of one run."""
+
+  def __init__(self, run_dir: str | pathlib.Path, *, keep_last: int = 1, keep_every_steps: int = 0, best_metric: str = ""):
+    policies = ocp.training.preservation_policies
+    keep: list[Any] = [policies.LatestN(keep_last)]
+    if keep_every_steps:
+      keep.append(policies.EveryNSteps(keep_every_steps))
+    if best_metric:
+      keep.append(policies.BestN(get_metric_fn=lambda metrics: metrics[best_metric], reverse=True, n=1))
+    self.directory = pathlib.Path(run_dir).absolute() / "ckpt"
+    self._best_metric = best_metric
+    self._checkpointer = ocp.training.Checkpointer(
+      self.directory, preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
+    )
+
+  def steps(self) -> list[int]:
+    """Steps with a whole checkpoint, rising."""
+    return sorted(c.step for c in self._checkpointer.checkpoints)
+
+  def save(self, state: TrainState, step: int, *, meta: dict, losses: dict[str, SourceLoss]) -> None:
+    """Starts writing in the background; what the devices hold may be changed as soon as this returns.
+
+    Raises:
+      OSError: what went wrong in the background since the last call.
+    """
+    metrics = None
+    if self._best_metric:
+      metrics = {f"eval/{name}/loss": loss.loss for name, loss in losses.items()}
+    self._checkpointer.save_checkpointables_async(
+      step, {_STATE: trees.paths(state), _META: {"format": FORMAT, **meta}}, force=True, metrics=metrics
+    )
+
+  def meta(self, step: int) -> dict:
+    """What was saved beside the arrays."""
+    meta = self._checkpointer.load_checkpointables(step, {_META: None})[_META]
+    if meta["format"] > FORMAT:
+      raise ConfigError(f"{self.directory}/{step} has format {meta['format']}, this version reads up to {FORMAT}; update cpt_jax")
+    return meta
+
+  def restore(self, step: int, abstract_state: TrainState) -> TrainState:
+    """The state of a step, sharded as `abstract_state` says.
+
+    Raises:
+      ConfigError: the checkpoint is of another model or optimizer; lists missing, extra and reshaped leaves.
+    """
+    wanted = trees.paths(abstract_state)
+    self._check(step, wanted)
+    flat = self._checkpointer.load_checkpointables(step, {_STATE: wanted})[_STATE]
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), [flat[path] for path in wanted])
+
+  def restore_params(self, step: int, abstract_params: Any) -> Any:
+    """The parameters alone, sharded as `abstract_params` says; strict as `restore`."""
+    wanted = {f"params.{path}": leaf for path, leaf in trees.paths(abstract_params).items()}
+    self._check(step, wanted, only="params.")
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+      flat = ocp.load(self.directory / str(step), wanted, checkpointable_name=_STATE)
+    return jax.tree.unflatten(jax.tree.structure(abstract_params), [flat[path] for path in wanted])
+
+  def wait(self) -> None:
+    """Until everything is on disk."""
+    self._checkpointer.wait()
+
+  def close(self) -> None:
+    """Waits and frees the background threads."""
+    self._checkpointer.close()
+
+  def _check(self, step: int, wanted: dict[str, Any], *, only: str = "") -> None:
+    saved = self._checkpointer.checkpointables_metadata(step).metadata[_STATE]
+    found = {path: leaf for path, leaf in trees.paths(saved).items() if path.startswith(only)}
+    difference = trees.diff(found, wanted)
+    if difference:
+      raise ConfigError("\n".join([f"the checkpoint {self.directory / str(step)} is of another model or optimizer:"] + difference.lines()))
+
+
+def load_params(run_dir: str | pathlib.Path, *, step: int | None = None) -> tuple[Any, ModelSpec, int]:
+  """Parameters of a run on this process's devices, with the model's shape: `(params, spec, step)`. The newest step by default.
+
+  Needs a mesh to be set.
+
+  Raises:
+    ConfigError: no such run, no checkpoint, no such step.
+  """
+  run_dir = pathlib.Path(run_dir)
+  if not (run_dir / "config.json").exists():
+    raise ConfigError(f"{run_dir}: not a run (no config.json); name the --workdir of a run")
+  checkpoints = Checkpoints(run_dir)
+  steps = checkpoints.steps()
+  if not steps:
+    raise ConfigError(f"{run_dir} has no checkpoint yet; let the run reach checkpoint.every, or its end")
+  if step is not None and step not in steps:
+    raise ConfigError(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+  step = steps[-1] if step is None else step
+  spec = from_hf(checkpoints.meta(step)["hf_config"])
+  params = checkpoints.restore_params(step, transformer.abstract_params(spec))
+  checkpoints.close()
+  return params, spec, step
+
+
+def from_config(config: Any, run_dir: pathlib.Path) -> Checkpoints:
+  """The checkpoints of a run."""
+  keep_every = config_lib.steps_of(config, "checkpoint.keep_every") if config.checkpoint.keep_every else 0
+  return Checkpoints(
+    run_dir,
+    keep_last=config.checkpoint.keep_last,
+    keep_every_steps=keep_every,
+    best_metric=config.checkpoint.best_metric,
+  )
+
+
+@contextmanager
+def claim(run_dir: pathlib.Path, config: Any) -> Iterator[None]:
+  """Makes the run directory this process's own, with config.json and versions.json in it.
+
+  Raises:
+    ConfigError: another process trains there, or it holds a run with another config.
+  """
+  run_dir.mkdir(parents=True, exist_ok=True)
+  with open(run_dir / ".lock", "a", encoding="utf-8") as lock:
+    try:
+      # The kernel drops the lock with the process, so a killed run leaves none behind.
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise ConfigError(f"--workdir={run_dir}: another process is training there; wait for it or give another --workdir") from None
+    record = json.loads(config.to_json())
+    if (run_dir / "config.json").exists():
+      check_same_run(json.loads((run_dir / "config.json").read_text(encoding="utf-8")), record)
+    _write_json(run_dir / "config.json", record)
+    _write_json(run_dir / "versions.json", versions())
+    yield
+
+
+def versions() -> dict[str, str]:
+  """What a result depends on beside the config."""
+  packages = ("cpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
+  found = {name: importlib.metadata.version(name) for name in packages[1:]}
+  return {"python": platform.python_version(), "machine": platform.machine(), **found}
+
+
+# Keys that may change between two starts of a run: they alter no row, no update and nothing that a checkpoint holds.
+_FREE = ("log.", "checkpoint.", "debug.", "eval.", "mesh.", "data.prefetch", "model.remat", "model.attention", "model.loss_chunk")
+
+
+def check_same_run(saved: dict, config: dict) -> None:
+  """Refuses to continue a run under a config that would have changed its past.
+
+  Raises:
+    ConfigError: a line for each key that differs and matters.
+  """
+  before, now = (_flat_json(c) for c in (saved, config))
+  changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and not key.startswith(_FREE)]
+  if changed:
+    lines = [f"  {key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}" for key in changed]
+    raise ConfigError(
+      "\n".join(
+        ["this --workdir holds a run with another config:", *lines]
+        + ["give another --workdir, or take these changes back; start.resume=RUN goes on from a run under a new config"]
+      )
+    )
+
+
+def _flat_json(tree: dict, prefix: str = "") -> dict[str, str]:
+  flat = {}
+  for key, value in tree.items():
+    flat |= _flat_json(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: json.dumps(value)}
+  return flat
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+  partial = path.with_name(path.name + ".tmp")
+  partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
+  os.replace(partial, path)

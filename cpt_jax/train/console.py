@@ -1,0 +1,150 @@
+"""What a run shows a person: a progress bar on a terminal, plain lines elsewhere, and its tables.
+
+Invariant: nothing here changes the run, and a closed pipe does not end it. Called by train.loop, train.dry_run, tools.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import rich.console
+import rich.progress
+import rich.table
+import rich.text
+
+console = rich.console.Console(highlight=False, soft_wrap=False)
+
+
+def say(text: str) -> None:
+  """A line of plain text."""
+  console.print(text, markup=False, soft_wrap=True)
+
+
+def table(title: str, columns: list[str], rows: list[list[Any]], *, left: int = 1) -> None:
+  """A table; the first `left` columns are names, the rest figures."""
+  made = rich.table.Table(title=title, title_justify="left", title_style="bold", box=rich.table.box.SIMPLE_HEAD, pad_edge=False)
+  for i, column in enumerate(columns):
+    made.add_column(column, justify="left" if i < left else "right", overflow="fold")
+  for row in rows:
+    made.add_row(*(rich.text.Text(str(cell)) for cell in row))
+  # Off a terminal rich assumes 80 columns and would fold the figures.
+  width = None if console.is_terminal else max(console.width, console.measure(made).maximum, 100)
+  console.print(made, width=width)
+
+
+def count(n: float) -> str:
+  """1,234,567 -> 1.23M; below 100,000 all digits."""
+  for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+    if abs(n) >= scale:
+      return f"{n / scale:.2f}{letter}"
+  return f"{n:,.0f}"
+
+
+def size(num_bytes: float) -> str:
+  """Bytes for people, in powers of 1024."""
+  for scale, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+    if num_bytes >= scale:
+      return f"{num_bytes / scale:.2f} {unit}"
+  return f"{num_bytes:.0f} B"
+
+
+class TrainProgress:
+  """The bar of a run (a terminal) or a line at each `show` (a file or a pipe)."""
+
+  def __init__(self, *, start_step: int, num_steps: int):
+    self._num_steps = num_steps
+    self._started = time.monotonic()
+    self._start_step = start_step
+    self._bar = None
+    if console.is_terminal:
+      self._bar = rich.progress.Progress(
+        rich.progress.TextColumn("[bold]{task.fields[phase]}"),
+        rich.progress.BarColumn(bar_width=24),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("{task.fields[figures]}"),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left"),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+      )
+      self._task = self._bar.add_task("", total=num_steps, completed=start_step, phase="train", figures="")
+      self._bar.start()
+
+  def advance(self, step: int) -> None:
+    """`step` updates are finished."""
+    if self._bar is not None:
+      self._bar.update(self._task, completed=step)
+
+  def show(self, reading: Any) -> None:
+    """A train.metrics.Reading: loss of each source, rate and speed."""
+    values = reading.values
+    losses = "  ".join(f"{name} {loss:.3f}" for name, loss in values["source_loss"].items())
+    figures = f"{losses}  lr {values['rate']:.2e}  {count(reading.tokens_per_sec)} tok/s"
+    if reading.mfu is not None:
+      figures += f"  MFU {reading.mfu['causal']:.1%}"
+    if self._bar is not None:
+      self._bar.update(self._task, figures=figures)
+      return
+    elapsed = time.monotonic() - self._started
+    left = elapsed / max(reading.step - self._start_step, 1) * (self._num_steps - reading.step)
+    say(f"step {reading.step}/{self._num_steps}  loss {values['loss']:.3f}  {figures}  grad {values['grad_norm']:.2f}  left {clock(left)}")
+
+  def evaluated(self, step: int, losses: dict[str, Any], base_losses: dict[str, Any]) -> None:
+    """A line for an evaluation: each source's held-out loss and its change against the base."""
+    parts = [f"{name} {now.loss:.4f} ({now.loss - base_losses[name].loss:+.4f})" for name, now in losses.items()]
+    say(f"eval {step}/{self._num_steps}  held-out nats/token (change)  " + "  ".join(parts))
+
+  @contextmanager
+  def phase(self, name: str) -> Iterator[None]:
+    """Names what is going on instead of training."""
+    if self._bar is not None:
+      self._bar.update(self._task, phase=name)
+    yield
+    if self._bar is not None:
+      self._bar.update(self._task, phase="train")
+
+  def close(self) -> None:
+    """Ends the bar."""
+    if self._bar is not None:
+      self._bar.stop()
+
+
+def clock(seconds: float) -> str:
+  """75 -> 1:15, 3675 -> 1:01:15."""
+  minutes, secs = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
+
+
+def header(config: Any, workdir: Any, spec: Any, mesh: Any, start: str, *, num_parameters: int) -> None:
+  """What is about to run."""
+  shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+  say(f"run      {workdir}")
+  say(f"model    {spec.family}, {count(num_parameters)} parameters, {spec.num_layers} layers of width {spec.width}")
+  say(f"start    {start}")
+  say(f"devices  {mesh.devices.size} x {mesh.devices.flat[0].device_kind}: {shape}")
+  say(f"length   {config.train.length}, {config.train.batch_rows} rows of {config.data.row_len} a step")
+
+
+def summary(result: dict[str, Any]) -> None:
+  """The table at the end: per source the base, the result and the difference, and what was consumed."""
+  rows = []
+  for source in result["sources"]:
+    base, now = source["base"], source["result"]
+    change = now["loss"] - base["loss"]
+    meaning = "learning" if change < 0 else "forgetting" if source["role"] == "replay" else "loss rose"
+    rows.append(
+      [source["source"], source["role"], f"{base['loss']:.4f}", f"{now['loss']:.4f}", f"{change:+.4f}", meaning]
+      + [f"{base['bits_per_byte']:.4f}", f"{now['bits_per_byte']:.4f}", f"{now['bits_per_byte'] - base['bits_per_byte']:+.4f}"]
+      + [count(source["tokens"]), f"{source['epochs']:.2f}"]
+    )
+  table(
+    f"held-out loss at step {result['step']}: nats per token, bits per byte, and what was trained on",
+    ["source", "role", "base", "result", "change", "", "base b/B", "result b/B", "change b/B", "tokens", "epochs"],
+    rows,
+    left=2,
+  )
+  say(f"checkpoint    {result['checkpoint']}")
+  if result["exported"]:
+    say(f"Hugging Face  {result['exported']}")

@@ -1,0 +1,207 @@
+"""The run, told in order: resolve, data, mesh, model and optimizer, start, compile, loop, close.
+
+Invariant: evaluate if due, save if due, THEN fetch rows, dispatch the step, and write the metrics of the step before.
+Called by main.
+"""
+
+import json
+import pathlib
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+
+from cpt_jax import config as config_lib
+from cpt_jax import mesh as mesh_lib
+from cpt_jax.config import ConfigError, Problems
+from cpt_jax.data import pipeline, prepare, sources, tokenizer
+from cpt_jax.data.batch import Batch
+from cpt_jax.evals import drift, perplexity
+from cpt_jax.model import pretrained
+from cpt_jax.model import spec as spec_lib
+from cpt_jax.train import checkpoint, console, metrics, optimizer, schedule, start, state, step
+
+EXIT_DONE, EXIT_PREEMPTED = 0, 75
+
+
+class Inputs(NamedTuple):
+  """What a config names, opened and checked."""
+
+  config: Any
+  base: start.Start
+  spec: spec_lib.ModelSpec
+  hf_config: dict
+  loader: pipeline.Loader
+
+
+def open_inputs(config: Any) -> Inputs:
+  """Opens model config, tokenizer and stores; prepares stores that name their text. Needs no device.
+
+  Raises:
+    ConfigError: everything that is wrong with them, a line each.
+  """
+  config = config_lib.resolve(config)
+  problems = Problems()
+  with config.unlocked():
+    config.data.tokenizer = start.tokenizer_path(config, problems)
+  problems.raise_if_any()
+  base = start.choose_base(config)
+  spec, hf_config = start.load_spec(base)
+  spec_lib.check_row_len(spec, config.data.row_len, problems)
+  _prepare_missing_stores(config)
+  opened = sources.from_config(config, problems)
+  sources.check_vocabulary(opened, spec.vocab_size, problems)
+  problems.raise_if_any()
+  return Inputs(config, base, spec, hf_config, pipeline.from_config(config, opened))
+
+
+def run(config: Any, workdir: pathlib.Path) -> int:
+  """Trains as `config` says, keeping everything in `workdir`; returns the process's exit code.
+
+  Started again with the same arguments it goes on from its newest checkpoint, and ends with the same parameters as if it had
+  never stopped.
+  """
+  # ---- 1. resolve ----
+  config, base, spec, hf_config, loader = open_inputs(config)
+  num_steps = config_lib.num_steps(config)
+
+  with checkpoint.claim(workdir, config), stop_signals() as stop:
+    finished = metrics.read_summary(workdir, num_steps)
+    if finished is not None:
+      console.say(f"{workdir} is complete at step {num_steps}; nothing to do")
+      console.summary(finished)
+      return EXIT_DONE
+
+    # ---- 2. mesh ----
+    mesh = mesh_lib.from_config(config)
+    mesh_lib.check(mesh, spec, config)
+    jax.set_mesh(mesh)
+
+    # ---- 3. data ----
+    heldout = {name: loader.heldout_rows(name, max_tokens=config.eval.tokens) for name in loader.names}
+
+    # ---- 4. model and optimizer ----
+    rates = schedule.from_config(config)
+    tx = optimizer.from_config(config, rates, state.abstract_params(spec))
+
+    # ---- 5. start ----
+    begin = start.choose_start(config, workdir)
+    described = begin.describe(optimizer=config.start.optimizer)
+    console.header(config, workdir, spec, mesh, described, num_parameters=spec_lib.num_parameters(spec))
+    checkpoints = checkpoint.from_config(config, workdir)
+    params = start.base_params(base, spec, seed=config.seed)
+    base_copy = drift.keep_base(params)
+    train_state = start.initial_state(begin, params, spec, tx, checkpoints, keep_optimizer=config.start.optimizer == "keep")
+    del params  # the step donates the state; the base lives on in base_copy
+    first_step = int(train_state.step)
+    meta = checkpoints.meta(begin.step) if begin.kind == "run" else {}
+    if meta:
+      loader.check_state(meta["loader"])
+
+    # ---- 6. compile: at first use, from the cache when this program was compiled before ----
+    settings = step.settings_from_config(config)
+    jit = jax.jit if not config.debug.no_jit else lambda f, **_: f
+    train_step = jit(step.from_config(config, spec, tx, rates, num_sources=len(loader.names)), donate_argnums=0)
+    eval_step = jit(step.make_eval_step(spec, settings=settings, num_sources=len(loader.names)))
+
+    # ---- 7. loop ----
+    last_step = min(num_steps, config.debug.stop_after or num_steps)
+    eval_every, save_every = config_lib.steps_of(config, "eval.every"), config_lib.steps_of(config, "checkpoint.every")
+    batches = loader.batches(first_step)
+    writer = metrics.Writer(workdir, start_step=first_step, tensorboard=config.log.tensorboard)
+    meter = metrics.from_config(config, loader.names, spec, mesh)
+    bar = console.TrainProgress(start_step=first_step, num_steps=num_steps)
+    base_losses = {name: perplexity.SourceLoss(*values) for name, values in meta.get("base_losses", {}).items()}
+    losses = dict(base_losses)
+
+    def to_device(batch: Batch) -> Batch:
+      return mesh_lib.to_global(mesh, batch)
+
+    def report() -> None:
+      reading = meter.read()
+      if reading is not None:
+        bar.advance(reading.step)
+        if reading.values is not None:
+          writer.train(reading)
+          bar.show(reading)
+
+    for now in range(first_step, last_step + 1):
+      # ORDER: evaluate, save, and only then fetch rows; a resume begins at exactly this line.
+      stopping = stop.asked and now < last_step
+      save_due = stopping or now == last_step or (now % save_every == 0 and now > first_step)
+      if not stopping and (now % eval_every == 0 or now == last_step or (save_due and config.checkpoint.best_metric)):
+        report()
+        meter.pause()
+        with bar.phase("evaluate"):
+          losses = perplexity.evaluate(train_state.params, heldout, eval_step=eval_step, to_device=to_device)
+        base_losses = base_losses or losses
+        writer.eval(now, losses, base_losses, drift.by_layer(train_state.params, base_copy))
+        writer.ledger(now, loader.ledger(now))
+        bar.evaluated(now, losses, base_losses)
+      if save_due and now not in checkpoints.steps():
+        report()
+        meter.pause()
+        saved_meta = {"loader": loader.state(now), "hf_config": hf_config, "base_losses": base_losses}
+        checkpoints.save(train_state, now, meta=saved_meta, losses=losses)
+      if stopping or now == last_step:
+        break
+      batch = next(batches)
+      train_state, measured = train_step(train_state, to_device(batch))
+      report()  # of the step before, while this one runs
+      meter.dispatched(now + 1, measured, num_positions=batch.tokens_BT.size)
+
+    # ---- 8. close ----
+    bar.close()
+    writer.close()
+    checkpoints.close()
+    if stopping:
+      console.say(f"stopped by a signal at step {now}, which is saved; the same command goes on from here")
+      return EXIT_PREEMPTED
+    exported = ""
+    if config.checkpoint.export_hf and now == num_steps:
+      exported = str(workdir / "hf")
+      pretrained.save_params(train_state.params, spec, exported, source_dir=start.files_dir(config, base))
+    result = metrics.summary(now, base_losses, losses, loader.ledger(now), str(checkpoints.directory / str(now)), exported)
+    metrics.write_summary(workdir, result)
+    console.summary(result)
+    return EXIT_DONE
+
+
+class StopRequest:
+  """Set by the first SIGTERM or SIGINT; the loop saves and ends at the next border between steps."""
+
+  asked = False
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+  """Turns the first SIGTERM or SIGINT into a request; the second ends the process as usual."""
+  request = StopRequest()
+  before = {}
+
+  def ask(number, frame):
+    request.asked = True
+    for each, handler in before.items():
+      signal.signal(each, handler)
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    before[number] = signal.signal(number, ask)
+  try:
+    yield request
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def _prepare_missing_stores(config: Any) -> None:
+  """Tokenises the text of each source whose store does not exist yet."""
+  loaded = None
+  for name, entry in config.data.sources.items():
+    if not entry.text or (pathlib.Path(entry.store) / "store.json").exists():
+      continue
+    if loaded is None:
+      loaded = tokenizer.load(config.data.tokenizer)
+    console.say(f"data.sources.{name}: preparing {entry.text} into {entry.store}")
+    prepare.prepare([entry.text], tokenizer=loaded, output=entry.store, text_field=entry.text_field)

@@ -1,0 +1,248 @@
+"""What a run measured -> lines of metrics.jsonl and ledger.jsonl, and TensorBoard when asked.
+
+Invariant: a record's `step` is the number of updates finished when it was true; after a resume the files hold no line from
+a future that was thrown away. Called by train.loop.
+"""
+
+import json
+import math
+import os
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cpt_jax.config import ConfigError
+from cpt_jax.evals.perplexity import SourceLoss
+from cpt_jax.model.loss import Sums
+from cpt_jax.model.spec import ModelSpec, flops_per_token
+from cpt_jax.train.step import StepMetrics
+
+# Dense bfloat16 peak of a chip in FLOP/s, from the vendors' data sheets; by the names that jax gives to devices.
+_PEAK_FLOPS = {
+  "NVIDIA H200": 989e12,
+  "NVIDIA H100": 989e12,
+  "NVIDIA A100": 312e12,
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5p": 459e12,
+  "TPU v5": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """Peak of one chip in FLOP/s, or None where it is not known (a CPU)."""
+  matches = [name for name in _PEAK_FLOPS if device_kind.startswith(name)]
+  return _PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+class Writer:
+  """The metric files of one run."""
+
+  def __init__(self, run_dir: pathlib.Path, *, start_step: int, tensorboard: bool):
+    self._files = {}
+    for name in ("metrics.jsonl", "ledger.jsonl"):
+      drop_after(run_dir / name, start_step)
+      # Line buffered: a run that is killed has its last full record on disk.
+      self._files[name] = open(run_dir / name, "a", buffering=1, encoding="utf-8")
+    self._events = _event_writer(run_dir, start_step) if tensorboard else None
+
+  def train(self, reading: "Reading") -> None:
+    """The mean over the steps since the record before."""
+    speed = {"tokens_per_sec": round(reading.tokens_per_sec, 1), "mfu": reading.mfu}
+    self._write(reading.step, "train", {**(reading.values or {}), **speed})
+
+  def eval(self, step: int, losses: dict[str, SourceLoss], base_losses: dict[str, SourceLoss], moved: dict[str, Any]) -> None:
+    """One evaluation; `change` is the difference to the base in nats per token, `drift` as evals.drift gives it."""
+    sources = {name: {**now._asdict(), "change": now.loss - base_losses[name].loss} for name, now in losses.items()}
+    self._write(step, "eval", {"sources": sources, "drift": moved})
+
+  def ledger(self, step: int, sources: list[dict]) -> None:
+    """One record of ledger.jsonl: what was consumed of each source before `step`."""
+    self._files["ledger.jsonl"].write(json.dumps({"step": step, "sources": sources}) + "\n")
+
+  def _write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+    self._files["metrics.jsonl"].write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+    if self._events is not None:
+      for key, value in _flatten(f"{kind}/", values):
+        self._events.add_scalar(key, value, step)
+
+  def close(self) -> None:
+    """Flushes and closes."""
+    for file in self._files.values():
+      file.close()
+    if self._events is not None:
+      self._events.close()
+
+
+def read(path: pathlib.Path) -> list[dict]:
+  """All whole records of a .jsonl file; a last line that a kill cut short is left out."""
+  if not path.exists():
+    return []
+  records = []
+  for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return records
+
+
+def drop_after(path: pathlib.Path, step: int) -> None:
+  """Removes what lies after `step`: a resumed run does those steps again, and evaluates at `step` again."""
+  records = read(path)
+  kept = [r for r in records if r["step"] < step or (r["step"] == step and r.get("kind") == "train")]
+  if path.exists():
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+class Reading(NamedTuple):
+  """What the newest step that has finished brought to light."""
+
+  step: int  # updates finished
+  values: dict[str, Any] | None  # means over the steps since the last record; None between records
+  tokens_per_sec: float
+  mfu: dict[str, float] | None  # causal and palm conventions; None where the chip's peak is not known
+
+
+class Meter:
+  """Reads each step's metrics while the next step runs; adds up sums, divides once per record.
+
+  The clock stands still in evaluations and saves, and starts after the first step, which may hold a compilation.
+  """
+
+  def __init__(self, names: tuple[str, ...], *, log_every: int, flops_per_token: tuple[float, float], peak_flops: float | None):
+    self._names = names
+    self._log_every = log_every
+    self._flops_per_token = flops_per_token
+    self._peak_flops = peak_flops
+    self._pending: tuple[int, StepMetrics] | None = None
+    self._sums = None
+    self._is_warm = False
+    self._start_secs: float | None = None
+    self._elapsed_secs = 0.0
+    self._timed_positions = 0
+
+  def dispatched(self, step: int, metrics: StepMetrics, *, num_positions: int) -> None:
+    """The step that will have finished `step` updates is on its way, with this many positions."""
+    assert self._pending is None, "read() before the next step is dispatched"
+    self._pending = (step, metrics)
+    if self._is_warm:
+      self._timed_positions += num_positions
+      if self._start_secs is None:
+        self._start_secs = time.monotonic()
+
+  def read(self) -> Reading | None:
+    """Waits for the step that was dispatched last; None where there is none."""
+    if self._pending is None:
+      return None
+    step, metrics = self._pending
+    self._pending = None
+    host = jax.device_get(metrics)
+    if not (np.isfinite(host.sums.loss) and np.isfinite(host.grad_norm)):
+      raise NumericError(step, float(host.sums.loss), float(host.grad_norm))
+    if not self._is_warm:
+      self._is_warm, self._start_secs = True, time.monotonic()
+    self._sums = host.sums if self._sums is None else jax.tree.map(np.add, self._sums, host.sums)
+    if step % self._log_every:
+      return Reading(step, None, 0.0, None)
+    values = summarize(self._sums, self._names) | {"rate": float(host.rate), "grad_norm": float(host.grad_norm)}
+    self.pause()
+    tokens_per_sec = self._timed_positions / self._elapsed_secs if self._elapsed_secs else 0.0
+    self._sums, self._elapsed_secs, self._timed_positions = None, 0.0, 0
+    self._start_secs = time.monotonic()
+    mfu = None
+    if self._peak_flops is not None:
+      causal, palm = (flops * tokens_per_sec / self._peak_flops for flops in self._flops_per_token)
+      mfu = {"causal": causal, "palm": palm}
+    return Reading(step, values, tokens_per_sec, mfu)
+
+  def pause(self) -> None:
+    """Stops the clock until the next step is dispatched."""
+    if self._start_secs is not None:
+      self._elapsed_secs += time.monotonic() - self._start_secs
+      self._start_secs = None
+
+
+class NumericError(RuntimeError):
+  """A loss or gradient that is not finite."""
+
+  def __init__(self, step: int, loss: float, grad_norm: float):
+    super().__init__(f"step {step}: loss sum {loss}, gradient norm {grad_norm}")
+    self.step = step
+
+
+def summary(
+  step: int, base_losses: dict[str, SourceLoss], losses: dict[str, SourceLoss], ledger: list[dict], checkpoint: str, exported: str
+) -> dict[str, Any]:
+  """What the run came to: summary.json, and the table at the end."""
+  sources = [
+    {**row, "base": base_losses[row["source"]]._asdict(), "result": losses[row["source"]]._asdict()} for row in ledger
+  ]
+  return {"step": step, "sources": sources, "checkpoint": checkpoint, "exported": exported}
+
+
+def write_summary(run_dir: pathlib.Path, result: dict[str, Any]) -> None:
+  """Keeps the summary; a run that has one for its last step is complete."""
+  partial = run_dir / "summary.json.tmp"
+  partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
+  os.replace(partial, run_dir / "summary.json")
+
+
+def read_summary(run_dir: pathlib.Path, num_steps: int) -> dict[str, Any] | None:
+  """The summary of a run that reached `num_steps`, else None."""
+  path = run_dir / "summary.json"
+  if not path.exists():
+    return None
+  result = json.loads(path.read_text(encoding="utf-8"))
+  return result if result["step"] == num_steps else None
+
+
+def from_config(config: Any, names: tuple[str, ...], spec: ModelSpec, mesh: Any) -> Meter:
+  """The meter of a run on this mesh."""
+  peak = peak_flops(mesh.devices.flat[0].device_kind)
+  return Meter(
+    names,
+    log_every=config.log.every,
+    flops_per_token=flops_per_token(spec, config.data.row_len),
+    peak_flops=None if peak is None else peak * mesh.devices.size,
+  )
+
+
+def summarize(sums: Sums, names: tuple[str, ...]) -> dict[str, Any]:
+  """Means of sums, as floats: the loss, and that of each source that took part."""
+  losses = {
+    name: float(loss) / float(count)
+    for name, loss, count in zip(names, sums.source_loss_M, sums.source_tokens_M, strict=True)
+    if count > 0
+  }
+  tokens = float(sums.tokens)
+  return {"loss": float(sums.loss) / tokens if tokens else math.nan, "source_loss": losses, "tokens": int(tokens)}
+
+
+def _flatten(prefix: str, values: dict[str, Any]) -> list[tuple[str, float]]:
+  flat = []
+  for key, value in values.items():
+    if isinstance(value, dict):
+      flat += _flatten(f"{prefix}{key}/", value)
+    elif isinstance(value, list):
+      flat += _flatten(f"{prefix}{key}/", {f"{i:03d}": v for i, v in enumerate(value)})
+    elif isinstance(value, (int, float)):
+      flat.append((prefix + key, float(value)))
+  return flat
+
+
+def _event_writer(run_dir: pathlib.Path, start_step: int) -> Any:
+  try:
+    from tensorboardX import SummaryWriter
+  except ImportError:
+    raise ConfigError("log.tensorboard=True needs the extra: pip install 'cpt_jax[tensorboard]', or set log.tensorboard=False") from None
+  # TensorBoard hides what an earlier process wrote from this step on.
+  return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)

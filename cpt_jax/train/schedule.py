@@ -1,0 +1,176 @@
+"""Names and numbers of a learning rate schedule -> a function from step to rate.
+
+Invariant: a pure function of the step (updates already finished), in float32, so that a resumed run goes on exactly.
+Called by train.optimizer, train.step, train.dry_run.
+
+The rate of the update that follows `step` finished updates, for a run of N steps with a warm-up of W:
+
+  warm-up, step < W      lr_start + (lr_peak - lr_start) * (step + 1) / W: no update is lost to a rate of 0, and the last one
+                         of the warm-up, step W - 1, has lr_peak. W = 0 begins at lr_peak.
+  a fall of D steps      f((step - first) / D): its first update still has the rate before the fall; its last one, D - 1,
+                         is one step short of the end. So the run's last update (step N - 1) has nearly lr_final (above it by
+                         1/D of the way for a straight fall), and lr_final = 0 wastes no update. From step N on: lr_final.
+
+Which numbers each name uses, beside num_steps, warmup_steps, lr_start and lr_peak, which all use:
+
+  constant   nothing more
+  linear     lr_final: straight from the end of the warm-up to the end of the run
+  cosine     lr_final: half a cosine over the same steps
+  rewarm     lr_final: the same curve as cosine, under the name it has in continual pretraining: re-warm, then re-decay
+             (Ibrahim et al. 2403.08763); lr_start is the base's last rate, or 0
+  wsd        lr_final, anneal_steps, shape: lr_peak until the last anneal_steps, then down, linear or 1-sqrt (Haegele et al.
+             2405.18392)
+  infinite   lr_const, cooldown_steps, lr_final, anneal_steps: half a cosine from lr_peak to lr_const, constant, and an
+             exponential fall over the last anneal_steps (2503.02844; its public code divides by more than anneal_steps
+             and so does not arrive at lr_final; here it does)
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cpt_jax import config as config_lib
+from cpt_jax.config import ConfigError, Problems
+
+_FALLS = {"constant": 0, "linear": 1, "cosine": 1, "rewarm": 1, "wsd": 1, "infinite": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fall:
+  """A fall from `high` to `low` over `num_steps` steps from step `first` on; `shape` names its curve."""
+
+  what: str
+  first: int
+  num_steps: int
+  high: float
+  low: float
+  shape: str
+
+  def __call__(self, step: jax.Array) -> jax.Array:
+    """The rate at `step`: `high` before the fall, `low` after it."""
+    x = jnp.clip((step - self.first).astype(jnp.float32) / max(self.num_steps, 1), 0.0, 1.0)
+    if self.shape == "exponential":
+      rate = self.high * jnp.exp(x * jnp.log(jnp.float32(self.low / self.high)))
+    else:
+      left = {"linear": 1.0 - x, "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * x)), "1-sqrt": 1.0 - jnp.sqrt(x)}[self.shape]
+      rate = self.low + (self.high - self.low) * left
+    # The end is exact, whatever rounding does to the curve.
+    return jnp.where(x >= 1.0, jnp.float32(self.low), rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """A warm-up, then falls with constant rates between them; call it with a step or an array of steps."""
+
+  warmup_steps: int
+  lr_start: float
+  lr_peak: float
+  falls: tuple[Fall, ...]
+
+  def __call__(self, step: jax.Array | int) -> jax.Array:
+    """The rate, float32, of the update that follows `step` finished updates."""
+    step = jnp.asarray(step)
+    rate = jnp.full_like(step, self.lr_peak, dtype=jnp.float32)
+    for fall in self.falls:
+      rate = jnp.where(step >= fall.first, fall(step), rate)
+    if self.warmup_steps:
+      done = (step + 1).astype(jnp.float32) / self.warmup_steps
+      rate = jnp.where(step < self.warmup_steps - 1, self.lr_start + (self.lr_peak - self.lr_start) * done, rate)
+    return rate
+
+
+def make(
+  name: str,
+  *,
+  num_steps: int,
+  warmup_steps: int = 0,
+  lr_peak: float,
+  lr_start: float = 0.0,
+  lr_const: float = 0.0,
+  lr_final: float = 0.0,
+  cooldown_steps: int = 0,
+  anneal_steps: int = 0,
+  shape: str = "1-sqrt",
+) -> Schedule:
+  """The schedule called `name`; the module's docstring says which arguments each uses (the others are not looked at).
+
+  Raises:
+    ConfigError: phases longer than the run, or rates that the curve cannot pass through.
+  """
+  if name not in _FALLS:
+    raise ConfigError(f"schedule.name={name!r}: choose one of {', '.join(_FALLS)}.{config_lib.did_you_mean(name, list(_FALLS))}")
+  problems = Problems()
+  used = {"warmup": warmup_steps}
+  if name in ("wsd", "infinite"):
+    used["anneal"] = anneal_steps
+  if name == "infinite":
+    used["cooldown"] = cooldown_steps
+    _check_infinite(problems, lr_peak=lr_peak, lr_const=lr_const, lr_final=lr_final, anneal_steps=anneal_steps)
+  if name != "constant" and sum(used.values()) > num_steps:
+    keys = " + ".join(f"schedule.{key}" for key in used)
+    problems.add(f"{keys} take {sum(used.values())} steps, the run has {num_steps}; shorten them")
+  problems.raise_if_any()
+
+  rest = num_steps - warmup_steps
+  last = num_steps - anneal_steps
+  falls = {
+    "constant": lambda: (),
+    "linear": lambda: (Fall("decay begins", warmup_steps, rest, lr_peak, lr_final, "linear"),),
+    "cosine": lambda: (Fall("decay begins", warmup_steps, rest, lr_peak, lr_final, "cosine"),),
+    "rewarm": lambda: (Fall("re-decay begins", warmup_steps, rest, lr_peak, lr_final, "cosine"),),
+    "wsd": lambda: (Fall("anneal begins", last, anneal_steps, lr_peak, lr_final, shape),),
+    "infinite": lambda: (
+      Fall("cool-down begins", warmup_steps, cooldown_steps, lr_peak, lr_const, "cosine"),
+      Fall("anneal begins", last, anneal_steps, lr_const, lr_final, "exponential"),
+    ),
+  }[name]()
+  # A fall without steps is none: the rate before it holds (an anneal of 0 steps keeps the run at its constant rate) ...
+  falls = tuple(f for f in falls if f.num_steps > 0 or f.what == "cool-down begins")
+  # ... but a cool-down of 0 steps is a jump to the constant rate.
+  return Schedule(warmup_steps, float(lr_start), float(lr_peak), falls)
+
+
+def from_config(config: Any) -> Schedule:
+  """The schedule of a resolved config."""
+  c = config.schedule
+  return make(
+    c.name,
+    num_steps=config_lib.num_steps(config),
+    warmup_steps=config_lib.steps_of(config, "schedule.warmup"),
+    lr_peak=c.lr_peak,
+    lr_start=c.lr_start,
+    lr_const=c.lr_const,
+    lr_final=c.lr_final,
+    cooldown_steps=config_lib.steps_of(config, "schedule.cooldown"),
+    anneal_steps=config_lib.steps_of(config, "schedule.anneal"),
+    shape=c.shape,
+  )
+
+
+def table(schedule: Schedule, *, num_steps: int) -> list[tuple[str, int, float]]:
+  """Rows (what, step, rate) of the key steps in order, for people."""
+  rows = {0: "first update"}
+  for percent in (25, 50, 75):
+    rows.setdefault(num_steps * percent // 100, f"{percent}%")
+  # Named steps replace the percentages, not the first update.
+  if schedule.warmup_steps > 1:
+    rows[schedule.warmup_steps - 1] = "end of warm-up"
+  for fall in schedule.falls:
+    rows[fall.first] = fall.what if fall.first else f"first update, {fall.what}"
+    end = fall.first + fall.num_steps
+    if end < num_steps:
+      rows[end] = fall.what.replace("begins", "ends")
+  rows[num_steps - 1] = "last update" if num_steps > 1 else "first and last update"
+  return [(what, step, float(schedule(step))) for step, what in sorted(rows.items()) if step < num_steps]
+
+
+def _check_infinite(problems: Problems, *, lr_peak: float, lr_const: float, lr_final: float, anneal_steps: int) -> None:
+  if not 0 < lr_const <= lr_peak:
+    problems.add(f"schedule.lr_const={lr_const:g}: must be above 0 and at most schedule.lr_peak={lr_peak:g}")
+  elif anneal_steps and not 0 < lr_final <= lr_const:
+    problems.add(
+      f"schedule.lr_final={lr_final:g}: the exponential anneal of schedule.name='infinite' ends above 0 and at most at "
+      f"schedule.lr_const={lr_const:g}; use e.g. {lr_const / 10:g}"
+    )

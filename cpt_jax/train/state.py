@@ -1,0 +1,41 @@
+"""What a run changes as it trains: step, parameters, optimizer state.
+
+Invariant: a plain pytree, its sharding known from `abstract` before anything is computed; `step` = updates finished.
+Made by train.start, changed by train.step, kept by train.checkpoint.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cpt_jax import mesh as mesh_lib
+from cpt_jax.model import transformer
+from cpt_jax.model.spec import ModelSpec
+
+
+class TrainState(NamedTuple):
+  """All that a checkpoint must hold to go on."""
+
+  step: jax.Array  # int32 scalar, updates finished
+  params: Any  # float32 master weights, the tree of model.transformer
+  opt_state: Any
+
+
+def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+  """A state at step 0 with fresh moments, sharded as the parameters are."""
+  # Under jit each moment inherits the sharding of its parameter (explicit axes) and nothing is made twice.
+  opt_state = jax.jit(optimizer.init)(params)
+  return TrainState(_step_zero(), params, opt_state)
+
+
+def abstract(spec: ModelSpec, optimizer: optax.GradientTransformation) -> TrainState:
+  """Shapes, dtypes and shardings of the state; needs a mesh to be set (abstract or real), computes nothing."""
+  params = transformer.abstract_params(spec)
+  opt_state = jax.eval_shape(optimizer.init, params)
+  return mesh_lib.with_shardings(TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state))
+
+
+def _step_zero() -> jax.Array:
+  return jax.jit(lambda: jnp.zeros((), jnp.int32))()
