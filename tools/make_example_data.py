@@ -82,7 +82,7 @@ def cut(work: str, *, rng: random.Random, chars: tuple[int, int], lines: bool) -
 def title_first(poem: str) -> str:
   """Moves the tune's name, which ends a poem in the files, to its head: name, poet, lines."""
   lines = poem.split("\n")
-  if len(lines) < 3 or lines[-1].endswith(("。", "！", "？", "，")):
+  if len(lines) < 3 or lines[-1].endswith(("\u3002", "\uff01", "\uff1f", "\uff0c")):  # a line that ends so is no name
     return poem
   return "\n".join([lines[-1], *lines[:-1]])
 

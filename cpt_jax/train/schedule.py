@@ -26,6 +26,7 @@ Which numbers each name uses, beside num_steps, warmup_steps, lr_start and lr_pe
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ import jax.numpy as jnp
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
 
-_FALLS = {"constant": 0, "linear": 1, "cosine": 1, "rewarm": 1, "wsd": 1, "infinite": 2}
+NAMES = ("constant", "linear", "cosine", "rewarm", "wsd", "infinite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +53,12 @@ class Fall:
     """The rate at `step`: `high` before the fall, `low` after it."""
     x = jnp.clip((step - self.first).astype(jnp.float32) / max(self.num_steps, 1), 0.0, 1.0)
     if self.shape == "exponential":
-      rate = self.high * jnp.exp(x * jnp.log(jnp.float32(self.low / self.high)))
+      rate = self.high * jnp.exp(x * math.log(self.low / self.high))
     else:
       left = {"linear": 1.0 - x, "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * x)), "1-sqrt": 1.0 - jnp.sqrt(x)}[self.shape]
       rate = self.low + (self.high - self.low) * left
-    # The end is exact, whatever rounding does to the curve.
-    return jnp.where(x >= 1.0, jnp.float32(self.low), rate)
+    # The end is exact, whatever rounding does to the curve; a fall of 0 steps is a jump.
+    return jnp.where(step >= self.first + self.num_steps, jnp.float32(self.low), rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +100,8 @@ def make(
   Raises:
     ConfigError: phases longer than the run, or rates that the curve cannot pass through.
   """
-  if name not in _FALLS:
-    raise ConfigError(f"schedule.name={name!r}: choose one of {', '.join(_FALLS)}.{config_lib.did_you_mean(name, list(_FALLS))}")
+  if name not in NAMES:
+    raise ConfigError(f"schedule.name={name!r}: choose one of {', '.join(NAMES)}.{config_lib.did_you_mean(name, list(NAMES))}")
   problems = Problems()
   used = {"warmup": warmup_steps}
   if name in ("wsd", "infinite"):
@@ -113,23 +114,16 @@ def make(
     problems.add(f"{keys} take {sum(used.values())} steps, the run has {num_steps}; shorten them")
   problems.raise_if_any()
 
-  rest = num_steps - warmup_steps
-  last = num_steps - anneal_steps
-  falls = {
-    "constant": lambda: (),
-    "linear": lambda: (Fall("decay begins", warmup_steps, rest, lr_peak, lr_final, "linear"),),
-    "cosine": lambda: (Fall("decay begins", warmup_steps, rest, lr_peak, lr_final, "cosine"),),
-    "rewarm": lambda: (Fall("re-decay begins", warmup_steps, rest, lr_peak, lr_final, "cosine"),),
-    "wsd": lambda: (Fall("anneal begins", last, anneal_steps, lr_peak, lr_final, shape),),
-    "infinite": lambda: (
-      Fall("cool-down begins", warmup_steps, cooldown_steps, lr_peak, lr_const, "cosine"),
-      Fall("anneal begins", last, anneal_steps, lr_const, lr_final, "exponential"),
-    ),
-  }[name]()
-  # A fall without steps is none: the rate before it holds (an anneal of 0 steps keeps the run at its constant rate) ...
-  falls = tuple(f for f in falls if f.num_steps > 0 or f.what == "cool-down begins")
-  # ... but a cool-down of 0 steps is a jump to the constant rate.
-  return Schedule(warmup_steps, float(lr_start), float(lr_peak), falls)
+  falls = []
+  if name in ("linear", "cosine", "rewarm"):
+    curve = "linear" if name == "linear" else "cosine"
+    falls.append(Fall("decay begins", warmup_steps, num_steps - warmup_steps, lr_peak, lr_final, curve))
+  if name == "infinite":
+    falls.append(Fall("cool-down begins", warmup_steps, cooldown_steps, lr_peak, lr_const, "cosine"))
+  if name in ("wsd", "infinite") and anneal_steps:  # without an anneal the constant rate holds to the end
+    high, curve = (lr_const, "exponential") if name == "infinite" else (lr_peak, shape)
+    falls.append(Fall("anneal begins", num_steps - anneal_steps, anneal_steps, high, lr_final, curve))
+  return Schedule(warmup_steps, float(lr_start), float(lr_peak), tuple(falls))
 
 
 def from_config(config: Any) -> Schedule:
