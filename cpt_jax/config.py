@@ -6,8 +6,13 @@ Files in configs/ return `default()` with changes; main calls `resolve()`.
 
 import ast
 import difflib
+import itertools
 import math
 import numbers
+import pathlib
+import re
+import runpy
+import traceback
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -174,6 +179,8 @@ def default() -> ConfigDict:
   c.debug = ConfigDict()
   c.debug.stop_after = 0  # end after this step without touching the schedules; 0 = off
   c.debug.no_jit = False  # run the step op by op
+  c.lock()  # a misspelt key in a config file is refused
+  c.data.sources.unlock()  # but sources are the user's to name
   return c
 
 
@@ -214,6 +221,57 @@ _DURATIONS = {  # key -> may it be a share of the run
 }
 
 
+def check_overrides(argv: list[str]) -> None:
+  """Looks at `--config=FILE --config.key=value ...` before the flags are parsed.
+
+  Raises:
+    ConfigError: the file cannot be read or run, or keys do not exist: all of them, with what was probably meant.
+  """
+  overrides = [m.group(1) for arg in argv if (m := re.match(r"--?(?:no)?config\.([\w.]+)", arg))]
+  files = [m.group(1) for arg in argv if (m := re.match(r"--?config=([^:]*)", arg))]
+  files += [after for arg, after in itertools.pairwise(argv) if arg in ("--config", "-config")]
+  if not files:
+    return
+  known = leaf_keys(load_file(files[-1]))
+  problems = Problems()
+  for key in overrides:
+    if key not in known:
+      problems.add(unknown_key(key, known))
+  problems.raise_if_any()
+
+
+def load_file(path: str) -> ConfigDict:
+  """Runs a config file; its mistakes become ConfigErrors that name the line."""
+  if not pathlib.Path(path).is_file():
+    here = sorted(str(p) for p in pathlib.Path(path).parent.glob("*.py"))
+    raise ConfigError(f"--config={path}: no such file.{did_you_mean(path, here)}" + (f" There are {', '.join(here)}." if here else ""))
+  try:
+    config = runpy.run_path(path)["get_config"]()
+  except KeyError as error:
+    if error.args == ("get_config",):
+      raise ConfigError(f"{path}: a config file defines get_config(), which returns cpt_jax.config.default() with changes") from None
+    raise _at_line(path, error) from error
+  except (AttributeError, TypeError, ValueError, NameError, SyntaxError, ImportError) as error:
+    raise _at_line(path, error) from error
+  if not isinstance(config, ConfigDict):
+    raise ConfigError(f"{path}: get_config() returned {type(config).__name__}; return the ConfigDict of cpt_jax.config.default()")
+  return config
+
+
+def _at_line(path: str, error: Exception) -> ConfigError:
+  """What went wrong in a config file, with its line; ConfigDict's own list of all fields is cut off."""
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+  match = re.search(r'Key "(\w+)" does not exist', str(error))
+  text = f"{match.group(1)}: there is no such key here.{_meant(match.group(1))}" if match else f"{type(error).__name__}: {error}"
+  return ConfigError(f"{path}:{lines[-1] if lines else '?'}: {text}")
+
+
+def _meant(name: str) -> str:
+  last = {key.rsplit(".", 1)[-1]: key for key in leaf_keys(default())}
+  close = difflib.get_close_matches(name, last, n=1)
+  return f" Did you mean {last[close[0]]}?" if close else ""
+
+
 def get(config: ConfigDict, key: str) -> Any:
   """The value of a dotted key."""
   for part in key.split("."):
@@ -237,13 +295,15 @@ def resolve(config: ConfigDict) -> ConfigDict:
     ConfigError: with a line for each problem.
   """
   problems = Problems()
-  config = ConfigDict(config).copy_and_resolve_references().unlock()
+  config = config.copy_and_resolve_references()
+  config.unlock()
   _check_keys(config, problems)
   problems.raise_if_any()  # the checks below read keys
   _check_values(config, problems)
   _check_sources(config, problems)
   problems.raise_if_any()
-  return config.lock()
+  config.lock()
+  return config
 
 
 def tokens_per_step(config: ConfigDict) -> int:
@@ -346,9 +406,11 @@ def _check_values(config: ConfigDict, problems: Problems) -> None:
     problems.add("start.hf is empty: name a Hugging Face directory to continue, or model.scratch=config.json to train from scratch")
   if len(starts) > 1:
     problems.add(f"{' and '.join(starts)} are all set: a run starts from one of them; empty the others")
-  axes = [config.mesh[a] for a in ("data", "fsdp", "context", "tensor")]
-  if axes.count(-1) > 1 or any(a == 0 or a < -1 for a in axes):
-    problems.add(f"mesh={tuple(axes)}: each axis is a number of devices from 1 up, one of them may be -1 (the rest)")
+  for axis, devices in config.mesh.items():
+    if devices == 0 or devices < -1:
+      problems.add(f"mesh.{axis}={devices}: a number of devices from 1 up, or -1 for the rest")
+  if list(config.mesh.values()).count(-1) > 1:
+    problems.add(f"mesh={dict(config.mesh)}: one axis at most may be -1 (the rest)")
 
 
 def _check_durations(config: ConfigDict, problems: Problems) -> None:

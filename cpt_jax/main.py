@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
   config_file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
   workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / config_file.stem)
   try:
-    config = config_lib.loaded(_CONFIG.value)
+    config = _CONFIG.value
     if _DRY_RUN.value:
       from cpt_jax.train import dry_run
 

@@ -103,7 +103,12 @@ class Checkpoints:
     found = {path: leaf for path, leaf in trees.paths(saved).items() if path.startswith(only)}
     difference = trees.diff(found, wanted)
     if difference:
-      raise ConfigError("\n".join([f"the checkpoint {self.directory / str(step)} is of another model or optimizer:"] + difference.lines()))
+      raise ConfigError("\n".join([f"the checkpoint {self.directory / str(step)} is of another model or optimizer:"] + _difference_lines(difference)))
+
+
+def _difference_lines(difference: trees.Diff) -> list[str]:
+  lines = [f"  missing: {path}" for path in difference.missing] + [f"  extra: {path}" for path in difference.extra]
+  return lines + [f"  reshaped: {line}" for line in difference.reshaped]
 
 
 def load_params(run_dir: str | pathlib.Path, *, step: int | None = None) -> tuple[Any, ModelSpec, int]:

@@ -7,7 +7,7 @@ Called by main.
 import json
 import pathlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import jax
 
 from cpt_jax import config as config_lib
 from cpt_jax import mesh as mesh_lib
-from cpt_jax.config import ConfigError, Problems
+from cpt_jax.config import Problems
 from cpt_jax.data import pipeline, prepare, sources, tokenizer
 from cpt_jax.data.batch import Batch
 from cpt_jax.evals import drift, perplexity
@@ -49,7 +49,8 @@ def open_inputs(config: Any) -> Inputs:
   problems.raise_if_any()
   base = start.choose_base(config)
   spec, hf_config = start.load_spec(base)
-  spec_lib.check_row_len(spec, config.data.row_len, problems)
+  if config.data.row_len > spec.max_positions:
+    problems.add(f"data.row_len={config.data.row_len}: the model was made for {spec.max_positions} positions; use at most that")
   _prepare_missing_stores(config)
   opened = sources.from_config(config, problems)
   sources.check_vocabulary(opened, spec.vocab_size, problems)
@@ -75,8 +76,8 @@ def run(config: Any, workdir: pathlib.Path) -> int:
       return EXIT_DONE
 
     # ---- 2. mesh ----
-    mesh = mesh_lib.from_config(config)
-    mesh_lib.check(mesh, spec, config)
+    mesh = mesh_lib.make_mesh(**config.mesh)
+    check_mesh(mesh.shape, spec, config)
     jax.set_mesh(mesh)
 
     # ---- 3. data ----
@@ -167,6 +168,21 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     metrics.write_summary(workdir, result)
     console.summary(result)
     return EXIT_DONE
+
+
+def check_mesh(sizes: Mapping[str, int], spec: spec_lib.ModelSpec, config: Any) -> None:
+  """Raises ConfigError with every size that the mesh does not divide."""
+  problems = Problems()
+  mesh_lib.check(
+    sizes,
+    spec,
+    batch_rows=config.train.batch_rows,
+    microbatches=config.train.microbatches,
+    row_len=config.data.row_len,
+    eval_rows=config.eval.batch_rows,
+    problems=problems,
+  )
+  problems.raise_if_any()
 
 
 class StopRequest:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cpt_jax import mesh as mesh_lib
 from cpt_jax.model import transformer
@@ -34,7 +35,14 @@ def abstract(spec: ModelSpec, optimizer: optax.GradientTransformation) -> TrainS
   """Shapes, dtypes and shardings of the state; needs a mesh to be set (abstract or real), computes nothing."""
   params = transformer.abstract_params(spec)
   opt_state = jax.eval_shape(optimizer.init, params)
-  return mesh_lib.with_shardings(TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state))
+  mesh = mesh_lib.current()
+
+  def placed(leaf):
+    # eval_shape leaves scalars without a place and the others on an abstract mesh.
+    spec = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+  return jax.tree.map(placed, TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state))
 
 
 def _step_zero() -> jax.Array:

@@ -1,0 +1,135 @@
+import json
+import pathlib
+
+import pytest
+
+from cpt_jax import config
+
+
+def good():
+  c = config.default()
+  c.start.hf = "base"
+  c.data.sources.general = config.source(store="store/en", role="replay", share=0.25)
+  c.data.sources.domain = config.source(store="store/zh", share=[(0, 0.05), ("20%", 0.75)])
+  return c
+
+
+def test_a_good_config_resolves_to_a_locked_copy_that_is_json():
+  c = good()
+  resolved = config.resolve(c)
+  assert resolved.is_locked and not resolved.data.sources.domain.is_type_safe
+  assert json.loads(resolved.to_json())["data"]["sources"]["domain"]["share"] == [[0, 0.05], ["20%", 0.75]]
+
+
+def test_the_surface_stays_under_a_hundred_keys():
+  # anchors.md point 3: surfaces grow without end unless something counts them.
+  assert len(config.leaf_keys(config.default())) <= 60
+
+
+WRONG = {
+  "schedule.name": ("warmup_cosine", "choose one of"),
+  "train.length": ("10%", "steps or tokens"),
+  "train.microbatches": (3, "use 1, 2, 4, 8"),
+  "schedule.lr_peak": (0.0, "above 0"),
+  "schedule.lr_start": (1.0, "above schedule.lr_peak"),
+  "schedule.warmup": ("200%", "between 0% and 100%"),
+  "optimizer.b2": (1.0, "below 1"),
+  "optimizer.eps": (0.0, "above 0"),
+  "data.heldout_frac": (0.0, "between 0 and 1"),
+  "data.row_len": (1, "at least 2"),
+  "data.packing": ("bestfit", "Did you mean best_fit"),
+  "eval.every": ("0 steps", "above 0"),
+  "mesh.fsdp": (0, "from 1 up"),
+  "start.weights": ("runs/other", "starts from one of them"),
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_wrong_value_is_named_with_its_fix(key):
+  value, fix = WRONG[key]
+  c = good()
+  with c.unlocked():
+    parent, _, leaf = key.rpartition(".")
+    config.get(c, parent)[leaf] = value
+  with pytest.raises(config.ConfigError) as error:
+    config.resolve(c)
+  assert key in str(error.value) and fix in str(error.value)
+
+
+def test_everything_that_is_wrong_is_reported_at_once():
+  c = good()
+  c.schedule.name, c.train.microbatches, c.optimizer.b1 = "x", 5, -1.0
+  c.data.sources.general.role = "reply"
+  with pytest.raises(config.ConfigError) as error:
+    config.resolve(c)
+  text = str(error.value)
+  assert text.startswith("4 problems")
+  assert all(key in text for key in ("schedule.name", "train.microbatches", "optimizer.b1", "data.sources.general.role"))
+
+
+@pytest.mark.parametrize("share", [-0.1, float("nan"), float("inf")])
+def test_shares_must_be_finite_and_not_negative(share):
+  c = good()
+  c.data.sources.general.share = share
+  with pytest.raises(config.ConfigError, match=r"data\.sources\.general\.share"):
+    config.resolve(c)
+
+
+def test_shares_that_are_all_zero_are_refused():
+  c = good()
+  c.data.sources.general.share = c.data.sources.domain.share = 0.0
+  with pytest.raises(config.ConfigError, match="every source's share is 0"):
+    config.resolve(c)
+
+
+def test_knots_must_rise():
+  c = good()
+  c.data.sources.domain.share = [("20%", 0.1), (5, 0.2)]
+  with pytest.raises(config.ConfigError, match="must rise"):
+    config.resolve(c)
+
+
+@pytest.mark.parametrize("value", [0.3, 1, "0.3", "[(0, 0.1), ('5%', 0.2)]", [(0, 0.1)]])
+def test_a_share_is_a_number_or_knots_from_a_file_or_the_command_line(value):
+  assert all(len(knot) == 2 for knot in config.Share(value))
+
+
+@pytest.mark.parametrize("value", ["x", "1,2,3", None, [1, 2], "__import__('os')"])
+def test_what_is_no_share_is_refused(value):
+  with pytest.raises(ValueError, match="is no share"):
+    config.Share(value)
+
+
+def test_unknown_keys_on_the_command_line_are_all_named_with_what_was_meant(tmp_path):
+  file = tmp_path / "run.py"
+  file.write_text("from cpt_jax import config\nget_config = config.default\n")
+  with pytest.raises(config.ConfigError) as error:
+    config.check_overrides(["main", f"--config={file}", "--config.train.lenght=5", "--config.sched.lr_peak=1"])
+  assert "train.length" in str(error.value) and "schedule.lr_peak" in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "body, message",
+  [
+    ("c.train.lenght = '5'", "Did you mean train.length"),
+    ("c.train.batch_rows = 'eight'", ":5: TypeError"),
+    ("c.data.sources.zh = config.source(path='x')", ":5: TypeError"),
+    ("import nothing_of_the_kind", ":5: ModuleNotFoundError"),
+  ],
+)
+def test_a_mistake_in_a_config_file_is_named_with_its_line(tmp_path, body, message):
+  file = tmp_path / "run.py"
+  file.write_text(f"from cpt_jax import config\n\ndef get_config():\n  c = config.default()\n  {body}\n  return c\n")
+  with pytest.raises(config.ConfigError) as error:
+    config.check_overrides(["main", f"--config={file}"])
+  assert message in str(error.value) and "run.py:5" in str(error.value)
+
+
+def test_every_shipped_config_resolves(root: pathlib.Path):
+  files = sorted((root / "configs").glob("*.py"))
+  assert files
+  for file in files:
+    c = config.load_file(str(file))
+    if not c.start.hf and not c.model.scratch:
+      c.start.hf = "some/base"
+    config.resolve(c)
