@@ -1,0 +1,348 @@
+"""Tokenizer files of a base model (tokenizer.json or a SentencePiece model) -> token ids of documents.
+
+Invariant: a document's ids are the tokenizer's own, with what it adds itself (BOS), and end in EOS exactly once; text
+that spells a special token, such as "<|endoftext|>", stays text. Called by data.prepare, data.sources and vocab.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sentencepiece
+import tokenizers
+
+from cpt_jax.config import ConfigError, did_you_mean
+
+MAX_FILE_BYTES = 256 << 20  # the largest in use (Gemma's) has 33 MB; a bigger file is not a tokenizer
+_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json")
+_PROBES = ("a", "The cat sat on 12 mats.")
+
+
+class Encoded(NamedTuple):
+  """Documents as ids, and what was noticed about them."""
+
+  ids: list[list[int]]
+  num_special_text: int  # documents whose text spells a special token; it was encoded as plain text
+  num_control_ids: int  # documents whose own text gave the id of EOS or BOS
+
+
+class Tokenizer:
+  """A loaded tokenizer; make one with `load`."""
+
+  def __init__(
+    self,
+    *,
+    path: Path,
+    fingerprint: str,
+    vocab_size: int,
+    bos_id: int | None,
+    eos_id: int | None,
+    eos_problem: str,
+    prefix: Sequence[int],
+    suffix: Sequence[int],
+    special_tokens: Sequence[str],
+    encode_texts: Callable[[list[str]], list[list[int]]],
+    decode_ids: Callable[[list[int]], str],
+  ):
+    self.path = path
+    self.fingerprint = fingerprint  # of all that decides the ids, and of EOS and BOS as the files give them
+    self.vocab_size = vocab_size  # largest id + 1
+    self.bos_id = bos_id
+    self.eos_id = eos_id  # None where neither the files nor the caller name one
+    self._eos_problem = eos_problem
+    self._prefix, self._suffix = list(prefix), list(suffix)
+    self._encode_texts, self._decode_ids = encode_texts, decode_ids
+    # Plain substring search for two letters is far faster than the pattern, and nearly always ends the matter.
+    self._special_starts = sorted({t[:2] for t in special_tokens})
+    self._special_pattern = re.compile("|".join(re.escape(t) for t in special_tokens)) if special_tokens else None
+
+  @property
+  def name(self) -> str:
+    """The directory's name (or the file's), for people."""
+    named = self.path.parent if self.path.name in ("tokenizer.json", "tokenizer.model") else self.path
+    return named.resolve().name
+
+  def require_eos(self) -> int:
+    """The id of EOS.
+
+    Raises:
+      ConfigError: none is known; the message says where it was looked for.
+    """
+    if self.eos_id is None:
+      raise ConfigError(self._eos_problem)
+    return self.eos_id
+
+  def encode_documents(self, texts: list[str]) -> Encoded:
+    """Ids of each document, EOS last; texts must be valid Unicode (no lone surrogates)."""
+    eos_id = self.require_eos()
+    control = {eos_id} if self.bos_id is None else {eos_id, self.bos_id}
+    suffix = self._suffix if self._suffix[-1:] == [eos_id] else [*self._suffix, eos_id]
+    contents = self._encode_texts(texts)
+    return Encoded(
+      ids=[self._prefix + ids + suffix for ids in contents],
+      num_special_text=sum(self.has_special_text(text) for text in texts),
+      num_control_ids=sum(any(c in ids for c in control) for ids in contents),
+    )
+
+  def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    """Ids of each document: what the tokenizer itself adds, and EOS exactly once, at the end."""
+    return self.encode_documents(texts).ids
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of ids, without special tokens."""
+    return self._decode_ids([int(i) for i in ids])
+
+  def has_special_text(self, text: str) -> bool:
+    """Does the text spell a special token?"""
+    if self._special_pattern is None or not any(start in text for start in self._special_starts):
+      return False
+    return self._special_pattern.search(text) is not None
+
+
+def load(path: str | os.PathLike, *, eos_token: str = "") -> Tokenizer:
+  """Loads a tokenizer from a Hugging Face directory, or from a tokenizer.json or SentencePiece .model file.
+
+  EOS is looked for in tokenizer_config.json, special_tokens_map.json, config.json and generation_config.json (the first
+  of a list), then in the SentencePiece model; `eos_token` overrides them all and does not enter the fingerprint.
+
+  Raises:
+    ConfigError: no tokenizer file, a broken one, or special tokens that do not exist.
+  """
+  file = _find(Path(path))
+  size = file.stat().st_size
+  if size > MAX_FILE_BYTES:
+    raise ConfigError(f"{file}: {size} bytes; a tokenizer file has at most {MAX_FILE_BYTES}, so this is something else")
+  raw = file.read_bytes()
+  side = {name: _read_side_file(file.parent / name) for name in _SIDE_FILES}
+  loader = _load_fast if file.suffix == ".json" else _load_sentencepiece
+  return loader(file, raw, side, eos_token)
+
+
+def _find(path: Path) -> Path:
+  if path.is_file():
+    if path.suffix not in (".json", ".model"):
+      raise ConfigError(f"{path}: no tokenizer file; expected tokenizer.json, a SentencePiece *.model, or a directory with one")
+    return path
+  if not path.is_dir():
+    raise ConfigError(f"{path}: no such tokenizer; expected a Hugging Face directory, tokenizer.json or a SentencePiece *.model")
+  for name in ("tokenizer.json", "tokenizer.model"):
+    if (path / name).is_file():
+      return path / name
+  models = sorted(path.glob("*.model"))
+  if len(models) == 1:
+    return models[0]
+  found = f"{len(models)} *.model files; name one of them" if models else "neither tokenizer.json nor a *.model file"
+  raise ConfigError(
+    f"{path}: {found}. A slow tokenizer (vocab.json + merges.txt) becomes a tokenizer.json with "
+    "transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+  )
+
+
+def _read_side_file(path: Path) -> dict[str, Any]:
+  if not path.is_file():
+    return {}
+  if path.stat().st_size > MAX_FILE_BYTES:
+    raise ConfigError(f"{path}: {path.stat().st_size} bytes is no settings file of a model")
+  try:
+    content = json.loads(path.read_bytes())
+  except (ValueError, RecursionError) as error:
+    raise ConfigError(f"{path}: broken JSON ({error}); copy the file again") from None
+  if not isinstance(content, dict):
+    raise ConfigError(f"{path}: holds a {type(content).__name__}, expected an object")
+  return content
+
+
+def _special_id(kind: str, side: dict[str, dict], token_to_id: Callable[[str], int | None], directory: Path) -> int | None:
+  """The id of the `kind` ("eos" or "bos") token by the side files, None where none of them names one."""
+  for name in _SIDE_FILES[:2]:
+    value = side[name].get(f"{kind}_token")
+    if isinstance(value, dict):
+      value = value.get("content")
+    if value is None:
+      continue
+    found = token_to_id(value) if isinstance(value, str) else None
+    if found is None:
+      raise ConfigError(f"{directory / name}: {kind}_token is {value!r}, which the tokenizer does not have; correct the file")
+    return found
+  for name in _SIDE_FILES[2:]:
+    value = side[name].get(f"{kind}_token_id")
+    if isinstance(value, list):
+      value = value[0] if value else None
+    if value is None:
+      continue
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+      raise ConfigError(f"{directory / name}: {kind}_token_id is {value!r}, expected an id from 0 up")
+    return value
+  return None
+
+
+def _chosen_eos(file: Path, eos_token: str, found: int | None, token_to_id, special: list[str]) -> tuple[int | None, str]:
+  """The id of EOS after the caller's wish, and what to say when there is none."""
+  if eos_token:
+    eos_id = token_to_id(eos_token)
+    if eos_id is None:
+      raise ConfigError(f"--eos_token={eos_token!r}: {file} has no such token.{did_you_mean(eos_token, special)}")
+    return eos_id, ""
+  known = f"; its special tokens: {' '.join(special[:20])}" if special else ""
+  return found, (
+    f"{file}: no end-of-document token (EOS): no eos_token in {' or '.join(_SIDE_FILES[:2])}, no eos_token_id in "
+    f"{' or '.join(_SIDE_FILES[2:])}; name one with --eos_token or add it to {file.parent / _SIDE_FILES[0]}{known}"
+  )
+
+
+def _digest(content: Any) -> str:
+  text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+  return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
+
+
+# Hugging Face fast tokenizers.
+
+
+def _load_fast(file: Path, raw: bytes, side: dict[str, dict], eos_token: str) -> Tokenizer:
+  try:
+    content = json.loads(raw)
+  except (ValueError, RecursionError) as error:
+    raise ConfigError(f"{file}: broken JSON ({error}); copy the file again") from None
+  if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+    raise ConfigError(f"{file}: no tokenizer.json of Hugging Face tokenizers (it has no 'model' object)")
+  model = _construct(file, raw)
+  directory = file.parent
+  eos_in_files = _special_id("eos", side, model.token_to_id, directory)
+  bos_in_files = _special_id("bos", side, model.token_to_id, directory)
+  special = [t["content"] for t in content.get("added_tokens") or [] if t.get("special")]
+  eos_id, eos_problem = _chosen_eos(file, eos_token, eos_in_files, model.token_to_id, special)
+  vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
+  for kind, number in ("eos", eos_id), ("bos", bos_in_files):
+    if number is not None and number >= vocab_size:
+      raise ConfigError(f"{directory}: {kind}_token_id is {number}, but the largest id of {file.name} is {vocab_size - 1}")
+  canonical = _canonical(content)
+  # EOS and BOS are control tokens even where the file forgot to say so.
+  named = {eos_id, bos_in_files} - {None}
+  plain = [t for t in content.get("added_tokens") or [] if t["id"] in named and not t.get("special")]
+  dropout = content["model"].get("dropout")
+  if plain or dropout:
+    special += [t["content"] for t in plain]
+    for token in plain:
+      token["special"] = True
+    content["model"]["dropout"] = None  # BPE dropout would make the ids random
+    model = _construct(file, json.dumps(content).encode("utf-8"))
+  model.no_truncation()  # settings that some files carry from fine-tuning
+  model.no_padding()
+  model.encode_special_tokens = True  # special tokens spelt in a document stay text
+  prefix, suffix = _surroundings(file, model)
+  fingerprint = _digest([canonical, vocab_size, eos_in_files, bos_in_files, prefix, suffix])
+  return Tokenizer(
+    path=file,
+    fingerprint=fingerprint,
+    vocab_size=vocab_size,
+    bos_id=prefix[0] if prefix else bos_in_files,
+    eos_id=eos_id,
+    eos_problem=eos_problem,
+    prefix=prefix,
+    suffix=suffix,
+    special_tokens=special,
+    encode_texts=lambda texts: [e.ids for e in model.encode_batch_fast(texts, add_special_tokens=False)],
+    decode_ids=lambda ids: model.decode(ids, skip_special_tokens=True),
+  )
+
+
+def _construct(file: Path, raw: bytes) -> tokenizers.Tokenizer:
+  try:
+    return tokenizers.Tokenizer.from_buffer(raw)
+  except Exception as error:  # the library raises plain Exception (and ValueError) for all that it cannot read
+    raise ConfigError(f"{file}: the tokenizers library {tokenizers.__version__} cannot read it: {error}") from None
+
+
+def _surroundings(file: Path, model: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+  """Ids that the post-processor puts before and after a text."""
+  found = []
+  for probe in _PROBES:
+    bare = model.encode(probe, add_special_tokens=False).ids
+    full = model.encode(probe, add_special_tokens=True).ids
+    starts = [i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare] if bare else []
+    found += [(full[:i], full[i + len(bare) :]) for i in starts[:1]]
+  if len(found) != len(_PROBES) or found[0] != found[1]:
+    raise ConfigError(f"{file}: its post-processor does more than add tokens before and after a text, which is not supported")
+  return found[0]
+
+
+def _canonical(content: dict[str, Any]) -> list[Any]:
+  """What decides the ids, free of how the file is written (key order, spaces, defaults, both forms of merges)."""
+  model = {k: v for k, v in content["model"].items() if v is not None and v is not False and k != "dropout"}
+  if isinstance(model.get("vocab"), dict):
+    model["vocab"] = sorted([i, piece] for piece, i in model["vocab"].items())
+  if "merges" in model:
+    model["merges"] = [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]]
+  flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+  added = sorted([t["id"], t["content"], [bool(t.get(f)) for f in flags]] for t in content.get("added_tokens") or [])
+  return [model, added, *(_without_none(content.get(part)) for part in ("normalizer", "pre_tokenizer"))]
+
+
+def _without_none(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {k: _without_none(v) for k, v in value.items() if v is not None}
+  return [_without_none(v) for v in value] if isinstance(value, list) else value
+
+
+# SentencePiece.
+
+
+def _load_sentencepiece(file: Path, raw: bytes, side: dict[str, dict], eos_token: str) -> Tokenizer:
+  try:
+    model = sentencepiece.SentencePieceProcessor(model_proto=raw)
+  except (RuntimeError, OSError, ValueError) as error:
+    raise ConfigError(f"{file}: sentencepiece cannot read it: {error}") from None
+  added = _added_tokens(file.parent, side)
+  size = model.get_piece_size()
+
+  def token_to_id(token: str) -> int | None:
+    if token in added:
+      return added[token]
+    number = model.piece_to_id(token)
+    return number if number != model.unk_id() or model.id_to_piece(number) == token else None
+
+  ids = {}
+  for kind, own in ("eos", model.eos_id()), ("bos", model.bos_id()):
+    found = _special_id(kind, side, token_to_id, file.parent)
+    ids[kind] = found if found is not None else (own if own >= 0 else None)
+  special = [model.id_to_piece(i) for i in range(size) if model.is_control(i) or model.is_unknown(i)] + list(added)
+  eos_id, eos_problem = _chosen_eos(file, eos_token, ids["eos"], token_to_id, special)
+  vocab_size = max([size - 1, *added.values()]) + 1
+  for kind, number in ("eos", eos_id), ("bos", ids["bos"]):
+    if number is not None and number >= vocab_size:
+      raise ConfigError(f"{file.parent}: {kind}_token_id is {number}, but the largest id of {file.name} is {vocab_size - 1}")
+  settings = side["tokenizer_config.json"]
+  adds_bos = settings.get("add_bos_token", True)  # as Llama's tokenizer; models without BOS (T5) have no id for it
+  prefix = [ids["bos"]] if adds_bos and ids["bos"] is not None else []
+  return Tokenizer(
+    path=file,
+    fingerprint=_digest([hashlib.sha256(raw).hexdigest(), sorted(added.items()), ids["eos"], ids["bos"], prefix]),
+    vocab_size=vocab_size,
+    bos_id=ids["bos"],
+    eos_id=eos_id,
+    eos_problem=eos_problem,
+    prefix=prefix,
+    suffix=[],
+    special_tokens=special,
+    encode_texts=lambda texts: model.encode(texts, out_type=int),
+    decode_ids=lambda numbers: model.decode([n for n in numbers if n < size and not model.is_control(n)]),
+  )
+
+
+def _added_tokens(directory: Path, side: dict[str, dict]) -> dict[str, int]:
+  """Tokens that were added behind the SentencePiece pieces, by text; they are never made from a document's text."""
+  added = {}
+  for number, token in (side["tokenizer_config.json"].get("added_tokens_decoder") or {}).items():
+    content = token.get("content") if isinstance(token, dict) else None
+    if not str(number).isdigit() or not isinstance(content, str):
+      raise ConfigError(f"{directory / _SIDE_FILES[0]}: added_tokens_decoder[{number!r}] is {token!r}, expected a token object")
+    added[content] = int(number)
+  for content, number in _read_side_file(directory / "added_tokens.json").items():
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+      raise ConfigError(f"{directory / 'added_tokens.json'}: {content!r} has id {number!r}, expected an id from 0 up")
+    added[content] = number
+  return added
