@@ -1,0 +1,72 @@
+"""Hidden states and targets -> sums of cross-entropy over positions, whole and by source.
+
+Invariant: sums only, never a division, all in float32; logits exist for one chunk of positions at a time.
+Called by train.step and evals.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cpt_jax import mesh
+from cpt_jax.model import transformer
+from cpt_jax.model.spec import ModelSpec
+
+
+class Sums(NamedTuple):
+  """Float32 sums over the positions of a batch, each times its weight; add them over batches, then divide once."""
+
+  loss: jax.Array  # nats, []
+  z_loss: jax.Array  # squared log-partition, not yet times its weight in the loss, []
+  tokens: jax.Array  # weights, []
+  source_loss_M: jax.Array  # nats of the rows of each source
+  source_tokens_M: jax.Array  # weights of the rows of each source
+
+
+def sums(params: dict[str, Any], spec: ModelSpec, hidden_BTD: jax.Array, batch: Any, *, num_sources: int, chunk: int) -> Sums:
+  """Cross-entropy of `batch.targets_BT` given the hidden states, weighted by `batch.weights_BT`.
+
+  `chunk`: positions of each row (on a mesh: of each device's part of a row) whose logits exist at once; 0 = all. With several
+  chunks the logits are computed again in the backward pass.
+  """
+  head_DV = transformer.head(params, spec, dtype=hidden_BTD.dtype)
+
+  def chunk_sums(hidden_BCPD, targets_BCP, weights_BCP):
+    logits_BCPV = jnp.einsum("BCPD,DV->BCPV", hidden_BCPD, head_DV, preferred_element_type=jnp.float32)
+    log_partition_BCP = jax.nn.logsumexp(logits_BCPV, axis=-1)
+    # A masked sum, not a gather: the vocabulary may be divided over devices.
+    is_target_BCPV = jnp.arange(spec.vocab_size)[None, None, None] == targets_BCP[..., None]
+    target_logits_BCP = jnp.sum(jnp.where(is_target_BCPV, logits_BCPV, 0.0), axis=-1)
+    loss_B = jnp.sum(weights_BCP * (log_partition_BCP - target_logits_BCP), axis=(1, 2))
+    return loss_B, jnp.sum(weights_BCP * jnp.square(log_partition_BCP))
+
+  tokens_B = jnp.sum(batch.weights_BT, axis=1)
+  pieces = [_in_chunks(x, chunk) for x in (hidden_BTD, batch.targets_BT, batch.weights_BT)]
+  if pieces[0].shape[0] == 1:
+    loss_B, z_loss = chunk_sums(*(piece[0] for piece in pieces))
+  else:
+    step = jax.checkpoint(lambda total, piece: (jax.tree.map(jnp.add, total, chunk_sums(*piece)), None), prevent_cse=False)
+    zeros = (jnp.zeros_like(tokens_B), jnp.zeros(()))
+    (loss_B, z_loss), _ = jax.lax.scan(step, zeros, tuple(pieces))
+  of_source_BM = jax.nn.one_hot(batch.source_B, num_sources, dtype=jnp.float32)
+  return Sums(
+    loss=jnp.sum(loss_B),
+    z_loss=z_loss,
+    tokens=jnp.sum(tokens_B),
+    source_loss_M=mesh.einsum("B,BM->M", loss_B, of_source_BM, to=(None,)),
+    source_tokens_M=mesh.einsum("B,BM->M", tokens_B, of_source_BM, to=(None,)),
+  )
+
+
+def _in_chunks(x_BTx: jax.Array, chunk: int) -> jax.Array:
+  """[B, T, ...] -> [chunks, B, C, P, ...]: C parts of a row held by C devices, in chunks of P positions, padded with zeros."""
+  rows, row_len, *rest = x_BTx.shape
+  parts = mesh.axis_size("context")
+  local_len = row_len // parts
+  num_chunks = math.ceil(local_len / chunk) if chunk else 1
+  size = math.ceil(local_len / num_chunks)
+  x = mesh.reshape(x_BTx, (rows, parts, local_len, *rest), to=("batch", "seq", *[None] * (1 + len(rest))))
+  x = jnp.pad(x, [(0, 0), (0, 0), (0, num_chunks * size - local_len)] + [(0, 0)] * len(rest))
+  return jnp.moveaxis(x.reshape(rows, parts, num_chunks, size, *rest), 2, 0)

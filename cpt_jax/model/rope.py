@@ -1,0 +1,59 @@
+"""Positions -> the cosines and sines that rotate queries and keys.
+
+Invariant: angles are exact to float32 rounding at every position below 2**20, whatever the compute dtype.
+Called by model.transformer.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cpt_jax.model.spec import ModelSpec
+
+_LOW = 1024  # positions are split into hi * 1024 + lo, so that a product with a 14-bit fraction fits float32's 24 bits
+_BITS = 2.0**14
+
+
+def frequencies(spec: ModelSpec) -> np.ndarray:
+  """Radians per position of each pair of dimensions, float64 [H/2] (RoFormer 2104.09864; Llama 3.1's scaling where asked)."""
+  exponents = np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim
+  plain = spec.rope_theta**-exponents
+  scaling = spec.rope_scaling
+  if scaling is None:
+    return plain
+  # Turns that a pair makes within the original context: few turns = a long wavelength, which is stretched.
+  turns = scaling.original_positions * plain / (2 * math.pi)
+  keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+  keep = np.clip(keep, 0.0, 1.0)
+  return plain * (keep + (1 - keep) / scaling.factor)
+
+
+def tables(spec: ModelSpec, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Cosine and sine of position x frequency, float32 [B, T, H/2].
+
+  The plain float32 product is off by position x 6e-8 radians (0.06 at a million). Here whole turns are dropped while every
+  product is still exact: fractions of a turn per position and per 1024 positions are split into a 14-bit part, whose
+  product with a number below 1024 is exact, and a remainder too small to matter.
+  """
+  turns = frequencies(spec) / (2 * math.pi)
+  coarse_lo, fine_lo = _split(turns)
+  coarse_hi, fine_hi = _split(np.mod(turns * _LOW, 1.0))
+  lo = (positions_BT % _LOW).astype(jnp.float32)[..., None]
+  hi = (positions_BT // _LOW).astype(jnp.float32)[..., None]
+  fraction = jnp.mod(lo * coarse_lo, 1.0) + jnp.mod(hi * coarse_hi, 1.0) + (lo * fine_lo + hi * fine_hi)
+  angles = (2 * math.pi) * jnp.mod(fraction, 1.0)
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def _split(turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  coarse = np.floor(turns * _BITS) / _BITS
+  return coarse.astype(np.float32)[None, None], (turns - coarse).astype(np.float32)[None, None]
+
+
+def rotate(x_BTNH: jax.Array, cos_BTC: jax.Array, sin_BTC: jax.Array) -> jax.Array:
+  """Rotates the pairs (h, h + H/2) of every head, in float32 (the layout of Hugging Face checkpoints); C = H/2."""
+  first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  cos, sin = cos_BTC[:, :, None, :], sin_BTC[:, :, None, :]
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)

@@ -1,0 +1,175 @@
+"""Tokens -> hidden states -> logits: the decoder, its parameters and their logical axes.
+
+Invariant: parameters are a plain nested dict in float32, layers stacked along their first dimension and scanned; NNX modules
+only declare them. Called by train.step, train.state, evals and model.pretrained.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cpt_jax import mesh
+from cpt_jax.model import attention as attention_lib
+from cpt_jax.model import layers, rope
+from cpt_jax.model.spec import ModelSpec
+
+# What the backward pass keeps of a layer: everything, the matrix products with parameters, or only the layer's input.
+_REMAT = {
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, *axes: str) -> nnx.Param:
+  return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=mesh.out(*axes)), axes=axes)
+
+
+def _constant(value: float, shape: tuple[int, ...], *axes: str) -> nnx.Param:
+  return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=mesh.out(*axes)), axes=axes)
+
+
+class Layers(nnx.Module):
+  """The parameters of all layers, each stacked along its first dimension."""
+
+  def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
+    L, D, F = spec.num_layers, spec.width, spec.mlp_width
+    N, K, H = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    std = spec.init_std
+    # 2L branches add to the residual; without this their sum grows with depth (GPT-2, sec. 2.3).
+    out_std = std / math.sqrt(2 * L)
+    self.attn_norm = _constant(1.0, (L, D), "layers", "embed")
+    self.wq = _normal(rngs, (L, D, N, H), std, "layers", "embed", "heads", "head_dim")
+    self.wk = _normal(rngs, (L, D, K, H), std, "layers", "embed", "kv_heads", "head_dim")
+    self.wv = _normal(rngs, (L, D, K, H), std, "layers", "embed", "kv_heads", "head_dim")
+    self.wo = _normal(rngs, (L, N, H, D), out_std, "layers", "heads", "head_dim", "embed")
+    if spec.qkv_bias:
+      self.bq = _constant(0.0, (L, N, H), "layers", "heads", "head_dim")
+      self.bk = _constant(0.0, (L, K, H), "layers", "kv_heads", "head_dim")
+      self.bv = _constant(0.0, (L, K, H), "layers", "kv_heads", "head_dim")
+    if spec.qk_norm:
+      self.q_norm = _constant(1.0, (L, H), "layers", "head_dim")
+      self.k_norm = _constant(1.0, (L, H), "layers", "head_dim")
+    self.mlp_norm = _constant(1.0, (L, D), "layers", "embed")
+    self.w_gate = _normal(rngs, (L, D, F), std, "layers", "embed", "mlp")
+    self.w_up = _normal(rngs, (L, D, F), std, "layers", "embed", "mlp")
+    self.w_down = _normal(rngs, (L, F, D), out_std, "layers", "mlp", "embed")
+
+
+class Decoder(nnx.Module):
+  """All parameters of the model."""
+
+  def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs):
+    self.embedding = _normal(rngs, (spec.vocab_size, spec.width), spec.init_std, "vocab", "embed")
+    self.layers = Layers(spec, rngs=rngs)
+    self.final_norm = _constant(1.0, (spec.width,), "embed")
+    if not spec.tied:
+      self.head = _normal(rngs, (spec.width, spec.vocab_size), spec.init_std, "embed", "vocab")
+
+
+def init(spec: ModelSpec, key: jax.Array) -> dict[str, Any]:
+  """Random float32 parameters, each device making its own part when a mesh is set. The same key gives the same values to
+  rounding on any mesh."""
+
+  @jax.jit
+  def make(key):
+    return nnx.to_pure_dict(nnx.state(Decoder(spec, rngs=nnx.Rngs(params=key)), nnx.Param))
+
+  return make(key)
+
+
+def abstract_params(spec: ModelSpec) -> dict[str, Any]:
+  """Shapes, dtypes and, on the mesh that is set, shardings of the parameters: a tree of ShapeDtypeStruct."""
+  placed_on = mesh.current()
+
+  def describe(shape_and_axes):
+    shape, axes = shape_and_axes
+    sharding = None if placed_on is None else mesh.sharding(placed_on, *axes)
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+  return jax.tree.map(describe, _declared(spec), is_leaf=lambda x: isinstance(x, tuple))
+
+
+def logical_axes(spec: ModelSpec) -> dict[str, Any]:
+  """The logical axes of each parameter: a tree of tuples of names."""
+  return jax.tree.map(lambda leaf: leaf[1], _declared(spec), is_leaf=lambda x: isinstance(x, tuple))
+
+
+@functools.lru_cache(maxsize=64)
+def _declared(spec: ModelSpec) -> dict[str, Any]:
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+    state = nnx.state(nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0))), nnx.Param)
+  tree: dict[str, Any] = {}
+  for path, param in nnx.to_flat_state(state):
+    branch = tree
+    for name in path[:-1]:
+      branch = branch.setdefault(name, {})
+    branch[path[-1]] = (param.get_value().shape, param.get_metadata()["axes"])
+  return tree
+
+
+def apply(
+  params: dict[str, Any],
+  spec: ModelSpec,
+  tokens_BT: jax.Array,
+  positions_BT: jax.Array,
+  segments_BT: jax.Array,
+  *,
+  compute_dtype: Any,
+  remat: str = "none",
+  attention: str = "auto",
+) -> jax.Array:
+  """Hidden states after the final norm, [B, T, D] in `compute_dtype`.
+
+  `remat`: "none", "dots" or "full"; `attention`: as `attention.attend`. Norms, softmax and rotations are in float32.
+  """
+  rotation = rope.tables(spec, positions_BT)
+  axes = {name: names[1:] for name, names in logical_axes(spec)["layers"].items()}
+  windows = spec.windows_at(tokens_BT.shape[1])
+
+  def layer(x_BTD, stacked):
+    weights, window = stacked
+    # Cast before gathering, layer by layer: half the traffic, and never a second copy of the whole model. Norms stay float32.
+    dtypes = {name: jnp.float32 if name.endswith("norm") else compute_dtype for name in weights}
+    weights = {name: mesh.gathered(w.astype(dtypes[name]), *axes[name]) for name, w in weights.items()}
+    x_BTD = x_BTD + _attention(weights, spec, x_BTD, rotation, segments_BT, kind=attention, window=window)
+    normed_BTD = layers.rms_norm(x_BTD, weights["mlp_norm"], eps=spec.norm_eps)
+    return x_BTD + layers.swiglu(normed_BTD, weights["w_gate"], weights["w_up"], weights["w_down"]), None
+
+  if remat != "none":
+    layer = jax.checkpoint(layer, policy=_REMAT[remat], prevent_cse=False)
+  hidden_BTD = layers.embed(params["embedding"], tokens_BT, dtype=compute_dtype)
+  window_L = jnp.asarray([w or tokens_BT.shape[1] for w in windows], jnp.int32) if windows else None
+  hidden_BTD, _ = jax.lax.scan(layer, hidden_BTD, (params["layers"], window_L))
+  return layers.rms_norm(hidden_BTD, mesh.gathered(params["final_norm"], "embed"), eps=spec.norm_eps)
+
+
+def _attention(weights, spec: ModelSpec, x_BTD, rotation, segments_BT, *, kind, window) -> jax.Array:
+  normed_BTD = layers.rms_norm(x_BTD, weights["attn_norm"], eps=spec.norm_eps)
+  q_BTNH = jnp.einsum("BTD,DNH->BTNH", normed_BTD, weights["wq"])
+  k_BTKH = jnp.einsum("BTD,DKH->BTKH", normed_BTD, weights["wk"])
+  v_BTKH = jnp.einsum("BTD,DKH->BTKH", normed_BTD, weights["wv"])
+  if spec.qkv_bias:
+    q_BTNH, k_BTKH, v_BTKH = q_BTNH + weights["bq"][None, None], k_BTKH + weights["bk"][None, None], v_BTKH + weights["bv"][None, None]
+  if spec.qk_norm:
+    q_BTNH = layers.rms_norm(q_BTNH, weights["q_norm"], eps=spec.norm_eps)
+    k_BTKH = layers.rms_norm(k_BTKH, weights["k_norm"], eps=spec.norm_eps)
+  q_BTNH, k_BTKH = rope.rotate(q_BTNH, *rotation), rope.rotate(k_BTKH, *rotation)
+  out_BTNH = attention_lib.attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, kind=kind, window=window)
+  return mesh.einsum("BTNH,NHD->BTD", out_BTNH, weights["wo"], to=("batch", "seq", None))
+
+
+def head(params: dict[str, Any], spec: ModelSpec, *, dtype: Any) -> jax.Array:
+  """The matrix that turns hidden states into logits, [D, V], gathered and in `dtype`; the embedding where tied."""
+  if spec.tied:
+    return mesh.gathered(params["embedding"].astype(dtype), "vocab", "embed").T
+  return mesh.gathered(params["head"].astype(dtype), "embed", "vocab")
+
+
+def logits(params: dict[str, Any], spec: ModelSpec, hidden_BTD: jax.Array) -> jax.Array:
+  """Scores of the next token, float32 [B, T, V]; products in the dtype of the hidden states."""
+  head_DV = head(params, spec, dtype=hidden_BTD.dtype)
+  return jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
