@@ -1,7 +1,7 @@
 """Shares over time -> which source, and which of its rows, row `i` of the run is.
 
-Pure: no state, no I/O. After every step each source's row count is its quota (the sum of share * batch_rows over the steps) rounded down or up.
-Called by data.pipeline, through grain's DatasetSelectionMap interface (`len` and `[]`).
+Pure: no state, no I/O. After every step each source's row count is its quota, the sum of share * batch_rows over the steps,
+rounded down or up. Called by data.pipeline, through grain's DatasetSelectionMap interface (`len` and `[]`).
 """
 
 import functools
@@ -33,7 +33,7 @@ class Mixture:
   is this rule for one row a step). So `floor(quota) <= rows <= ceil(quota)` after every step: the error stays below one row.
   A unit that had begun when its source fell to share 0 may be drawn later.
 
-  Row numbers do not depend on `num_steps`: a longer run begins with the rows of the shorter one (if the knots, in steps, are the same).
+  Rows do not depend on `num_steps`: a longer run begins with the rows of the shorter one, if the knots in steps are the same.
 
   Raises:
     ConfigError: a share that is negative or not finite, knots out of order, a step at which every share is 0.
