@@ -143,6 +143,18 @@ def _split_parquet(file: str, part_bytes: int) -> list[Part]:
   return [Part(file, a, b) for a, b in itertools.pairwise(edges)]
 
 
+def lines_before(part: Part) -> int:
+  """Lines of the file that start before the part, by reading them; 0 where the reader counts from the file's start."""
+  if part.start == 0 or kind_of(part.file) == ("parquet", ""):
+    return 0
+  count, left = 1, part.start - 1
+  with open(part.file, "rb") as f:
+    while data := f.read(min(left, _READ_BYTES)):
+      count += data.count(b"\n")
+      left -= len(data)
+  return count
+
+
 class PartReader:
   """Iterates a part's records. Lines are counted from the part's start; `num_lines` says how many started in it."""
 

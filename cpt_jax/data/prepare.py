@@ -1,0 +1,625 @@
+"""Raw text files -> a token store, by several processes, with a progress bar; interrupted, it goes on where it stopped.
+
+Invariant: what is written depends on the texts, the tokenizer and the text field only, never on the number of processes or
+on interruptions; `store.json` is written last. Called by tools/prepare_data.py and by main for a source with `text`.
+
+The input is cut into work units (whole small files, or parts of big ones), a token file each. A unit is written under
+names of its own in `in_progress/`, moved into place, and then marked as finished there.
+"""
+
+import concurrent.futures
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import rich.console
+import rich.progress
+
+from cpt_jax.config import ConfigError
+from cpt_jax.data import documents, store
+from cpt_jax.data import tokenizer as tokenizers
+from cpt_jax.data.documents import BadRecord, DataError, Document, Part
+
+BAD_RECORDS = "bad_records.jsonl"
+_PLAN, _LOCK = "plan.json", "lock"
+_UNIT_BYTES = 8 << 20  # lost at most by an interruption, and enough to feed a process for seconds
+_MAX_UNITS = 256  # of one store: keeps the number of its files small
+_GROWTH = 4  # a compressed file counts for so many times its size
+_BATCH_BYTES, _BATCH_DOCUMENTS = 1 << 20, 1024
+_SHOWN_BAD = 10
+
+
+class Piece(NamedTuple):
+  """A part of an input file within a unit, and the bytes of the file that its digest covers."""
+
+  part: Part
+  digest_start: int
+  digest_end: int
+
+
+class Task(NamedTuple):
+  """What decides the content of a store, apart from the texts; and how to go about bad records."""
+
+  output: str
+  tokenizer: str
+  eos_token: str
+  text_field: str
+  max_document_bytes: int
+  on_bad: str
+  max_bad: int  # -1 = no limit
+
+
+class PrepareReport(NamedTuple):
+  """What a finished store holds."""
+
+  output: str
+  num_documents: int
+  num_tokens: int
+  num_bytes: int  # of the documents' UTF-8 text
+  num_bad: int
+  bad_records: list[BadRecord]  # the first few
+  notes: dict[str, int]
+  seconds: float  # 0 where the store was there already
+  was_finished: bool
+
+  def lines(self) -> list[str]:
+    """The summary for people."""
+    lines = [
+      f"{self.output}: {'already finished, nothing to do' if self.was_finished else f'written in {self.seconds:.1f} s'}",
+      f"  documents    {self.num_documents:>16,}",
+      f"  tokens       {self.num_tokens:>16,}",
+      f"  text bytes   {self.num_bytes:>16,}",
+      f"  tokens/byte  {self.num_tokens / max(self.num_bytes, 1):>16.4f}",
+      f"  bad records  {self.num_bad:>16,}",
+    ]
+    lines += [f"  bad: {bad.file}:{bad.line}: {bad.reason}" for bad in self.bad_records]
+    if self.num_bad > len(self.bad_records):
+      lines.append(f"  and {self.num_bad - len(self.bad_records)} more")
+    if self.num_bad:
+      lines.append(f"  all bad records: {os.path.join(self.output, BAD_RECORDS)}")
+    if self.notes["special_text"]:
+      lines.append(f"  note: {self.notes['special_text']} documents spell a special token; it was encoded as plain text")
+    if self.notes["control_ids"]:
+      lines.append(f"  note: {self.notes['control_ids']} documents give the id of EOS or BOS within their text")
+    if self.notes["nul"]:
+      lines.append(f"  note: {self.notes['nul']} documents hold NUL characters, which were kept")
+    return lines
+
+
+def prepare(
+  inputs: list[str],
+  *,
+  tokenizer: str,
+  output: str,
+  text_field: str = "text",
+  on_bad: str = "skip",
+  max_bad: int = -1,
+  num_workers: int = 0,
+  eos_token: str = "",
+  max_document_bytes: int = documents.MAX_DOCUMENT_BYTES,
+  unit_bytes: int = 0,
+  progress: bool = True,
+) -> PrepareReport:
+  """Tokenises text files into a token store, or goes on doing so.
+
+  Args:
+    inputs: paths and globs.
+    tokenizer: as `tokenizer.load` takes it.
+    output: the store's directory.
+    text_field: field of .jsonl and .parquet records.
+    on_bad: "skip" bad records, or "fail" at one.
+    max_bad: fail at more bad records than this; -1 = no limit.
+    num_workers: processes; 0 = as many as there are cores and work.
+    eos_token: overrides the EOS that the tokenizer's files name.
+    max_document_bytes: a longer document is a bad record; bounds the memory (about 110 bytes for each).
+    unit_bytes: input in a unit of work; 0 = 8 MiB, more where there would be more than 256 units.
+    progress: show it.
+
+  Raises:
+    ConfigError: nothing to read, settings that do not fit, or a store that is of something else.
+    DataError: bad records, where `on_bad` or `max_bad` forbids them, or nothing but bad records.
+    OSError: the disk.
+  """
+  if on_bad not in ("skip", "fail"):
+    raise ConfigError(f"--on_bad={on_bad!r}: choose skip or fail")
+  if num_workers < 0:
+    raise ConfigError(f"--num_workers={num_workers}: must be 1 or more, or 0 for as many as there are cores")
+  if not 0 < max_document_bytes < 1 << 31:
+    raise ConfigError(f"--max_document_mb: {max_document_bytes} bytes; must be above 0 and below 2 GiB")
+  start_secs = time.monotonic()
+  files = documents.find_files(inputs)
+  loaded = tokenizers.load(tokenizer, eos_token=eos_token)
+  loaded.require_eos()
+  task = Task(output, tokenizer, eos_token, text_field, max_document_bytes, "fail" if on_bad == "fail" else "skip", max_bad)
+  settings = _settings(task, loaded, files)
+  stats = [_stat(f) for f in files]
+  with _plain_disk_errors(output), contextlib.ExitStack() as stack:
+    finished = _finished(Path(output), settings, stats)
+    if finished is None:
+      stack.enter_context(_locked(Path(output), settings))
+      finished = _finished(Path(output), settings, stats)  # by another process, meanwhile
+    if finished is not None:
+      shutil.rmtree(Path(output) / store.IN_PROGRESS, ignore_errors=True)  # left by a kill after the last step but one
+      return _report(output, finished, seconds=0.0, was_finished=True)
+    units = plan(files, unit_bytes=unit_bytes)
+    markers = _run(task, loaded, units, stats, num_workers=num_workers, progress=progress)
+    manifest = _finish(Path(output), loaded, settings, units, markers, stats)
+  return _report(output, manifest, seconds=time.monotonic() - start_secs, was_finished=False)
+
+
+def plan(files: list[str], *, unit_bytes: int = 0) -> list[list[Piece]]:
+  """The units of work, in the order of the documents; depends on the files' sizes only (.parquet: row groups)."""
+  weights = [os.path.getsize(f) * (_GROWTH if (documents.kind_of(f) or ("", ""))[1] else 1) for f in files]
+  target = unit_bytes or max(_UNIT_BYTES, sum(weights) // _MAX_UNITS)
+  units: list[list[Piece]] = []
+  filled = target  # of the last unit
+  for file, weight in zip(files, weights, strict=True):
+    parts, size = documents.split(file, part_bytes=target), os.path.getsize(file)
+    for i, part in enumerate(parts):
+      if filled + weight // len(parts) > target:
+        units.append([])
+        filled = 0
+      units[-1].append(Piece(part, size * i // len(parts), size * (i + 1) // len(parts)))
+      filled += weight // len(parts)
+  return units
+
+
+# One unit.
+
+
+class _Worker:
+  """Does units of work; one in each process."""
+
+  def __init__(self, task: Task, tokenizer: tokenizers.Tokenizer, counters: Any, tick: Callable[[], None]):
+    self._task, self._tokenizer = task, tokenizer
+    self._counters = counters  # shared by the processes: input bytes, documents, tokens, bad records, stop
+    self._tick = tick
+    self._output = Path(task.output)
+    self._progress = self._output / store.IN_PROGRESS
+
+  def run(self, number: int, unit: list[Piece], stats: list[dict[str, Any]]) -> None:
+    """Writes the unit's token file and its marker."""
+    name, own = f"{number:05d}.ds", f"{number:05d}.{os.getpid()}"
+    dtype = store.token_dtype(self._tokenizer.vocab_size)
+    temporary = self._progress / f"{own}.ds"
+    writer = store.TokenFileWriter(temporary, dtype=dtype, tokenizer_name=self._tokenizer.name)
+    notes = {"special_text": 0, "control_ids": 0, "nul": 0}
+    num_lines, num_bad, is_done = [], 0, False
+    try:
+      with open(self._progress / f"{own}.bad", "w", encoding="utf-8") as bad_file:
+        for index, piece in enumerate(unit):
+          reader = documents.PartReader(
+            piece.part, text_field=self._task.text_field, max_document_bytes=self._task.max_document_bytes
+          )
+          for item in self._batches(reader, piece.digest_end - piece.digest_start):
+            if isinstance(item, BadRecord):
+              bad_file.write(json.dumps([index, *item]) + "\n")
+              num_bad += 1
+              self._check_bad(item, piece.part)
+            else:
+              self._write(item, writer, notes)
+          num_lines.append(reader.num_lines)
+          _check_unchanged(piece.part.file, stats[index])
+      digests = [_file_digest(p) for p in unit]
+      info = writer.close()
+      is_done = True
+    finally:
+      if not is_done:
+        writer.abandon()
+        (self._progress / f"{own}.bad").unlink(missing_ok=True)
+    if info.num_documents:
+      for final, part in zip(store.part_names(name), store.part_names(f"{own}.ds"), strict=True):
+        os.replace(self._progress / part, self._output / final)
+    else:
+      writer.abandon()
+    os.replace(self._progress / f"{own}.bad", self._progress / f"{number:05d}.bad")
+    store.sync_directory(self._output)
+    marker = {
+      "unit": _unit_key(unit, stats),
+      "info": info._replace(name=name)._asdict(),
+      "digests": digests,
+      "num_lines": num_lines,
+      "num_bad": num_bad,
+      "notes": notes,
+    }
+    # ORDER: the marker after the files, or an interruption between them would count a unit that is not there.
+    store.write_atomically(self._progress / f"{number:05d}.json", json.dumps(marker).encode("utf-8"))
+
+  def _batches(self, reader: documents.PartReader, size: int) -> Iterator[BadRecord | list[Document]]:
+    """Bad records as they come, documents in batches; counts what was read."""
+    batch, batch_bytes, counted = [], 0, 0
+    for record in reader:
+      if isinstance(record, BadRecord):
+        yield record
+        continue
+      batch.append(record)
+      batch_bytes += len(record.utf8)
+      if batch_bytes >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
+        yield batch
+        batch, batch_bytes = [], 0
+        consumed = min(reader.consumed_bytes, size)
+        self._count(0, consumed - counted)
+        counted = consumed
+    if batch:
+      yield batch
+    self._count(0, size - counted)
+
+  def _write(self, batch: list[Document], writer: store.TokenFileWriter, notes: dict[str, int]) -> None:
+    encoded = self._tokenizer.encode_documents([d.text for d in batch])
+    for document, ids in zip(batch, encoded.ids, strict=True):
+      writer.add(ids, num_bytes=len(document.utf8), text_hash=store.text_hash(document.utf8))
+      notes["nul"] += "\0" in document.text
+    notes["special_text"] += encoded.num_special_text
+    notes["control_ids"] += encoded.num_control_ids
+    self._count(1, len(batch))
+    self._count(2, sum(map(len, encoded.ids)))
+    self._tick()
+    if self._counters[4]:
+      raise KeyboardInterrupt
+
+  def _check_bad(self, bad: BadRecord, part: Part) -> None:
+    num_bad = self._count(3, 1)
+    if self._task.on_bad != "fail" and not 0 <= self._task.max_bad < num_bad:
+      return
+    found = f"{bad.file}:{bad.line + documents.lines_before(part)}: {bad.reason}"
+    if self._task.on_bad == "fail":
+      raise DataError(f"{found}; mend it, or use --on_bad skip to leave bad records out")
+    raise DataError(f"{num_bad} bad records, more than --max_bad={self._task.max_bad}; the last is {found}")
+
+  def _count(self, what: int, number: int) -> int:
+    with self._counters.get_lock():
+      self._counters[what] += number
+      return self._counters[what]
+
+
+_process_worker: _Worker | None = None  # of this worker process
+
+
+def _start_process(task: Task, counters: Any, num_threads: int) -> None:
+  global _process_worker
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+  os.environ["RAYON_NUM_THREADS"] = str(num_threads)
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+  threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # do not outlive a killed parent
+  loaded = tokenizers.load(task.tokenizer, eos_token=task.eos_token)
+  _process_worker = _Worker(task, loaded, counters, tick=lambda: None)
+
+
+def _run_in_process(number: int, unit: list[Piece], stats: list[dict[str, Any]]) -> None:
+  assert _process_worker is not None
+  _process_worker.run(number, unit, stats)
+
+
+# All units.
+
+
+def _run(task: Task, loaded, units, stats, *, num_workers: int, progress: bool) -> list[dict[str, Any]]:
+  """Does the units that are not finished yet; returns the markers of all."""
+  by_file = {s["path"]: s for s in stats}
+  unit_stats = [[by_file[p.part.file] for p in unit] for unit in units]
+  directory = Path(task.output) / store.IN_PROGRESS
+  for path in directory.iterdir():  # what interrupted processes left
+    if path.name.count(".") > 1:
+      path.unlink()
+  markers = [_read_marker(directory, i, unit, s) for i, (unit, s) in enumerate(zip(units, unit_stats, strict=True))]
+  todo = [i for i, marker in enumerate(markers) if marker is None]
+  counters = multiprocessing.get_context("spawn").Array("q", 5)
+  for marker, unit in zip(markers, units, strict=True):
+    if marker:
+      counters[0] += sum(p.digest_end - p.digest_start for p in unit)
+      counters[1] += marker["info"]["num_documents"]
+      counters[2] += marker["info"]["num_tokens"]
+      counters[3] += marker["num_bad"]
+  todo_bytes = sum(p.digest_end - p.digest_start for i in todo for p in units[i])
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  wanted = num_workers or min(cores, -(-todo_bytes // _UNIT_BYTES))
+  num_processes = max(min(wanted, len(todo)), 1)
+  with _Display(progress, task.output, sum(s["bytes"] for s in stats), counters, len(units) - len(todo), len(units)) as display:
+    if num_processes == 1:
+      worker = _Worker(task, loaded, counters, tick=display.show)
+      for i in todo:
+        worker.run(i, units[i], unit_stats[i])
+    else:
+      _run_processes(task, units, unit_stats, todo, counters, num_processes, max(wanted // num_processes, 1), display.show)
+  markers = [_read_marker(directory, i, unit, s) for i, (unit, s) in enumerate(zip(units, unit_stats, strict=True))]
+  assert None not in markers
+  return [m for m in markers if m]
+
+
+def _run_processes(task, units, unit_stats, todo, counters, num_processes: int, num_threads: int, show) -> None:
+  pool = concurrent.futures.ProcessPoolExecutor(
+    num_processes,
+    mp_context=multiprocessing.get_context("spawn"),
+    initializer=_start_process,
+    initargs=(task, counters, num_threads),
+  )
+  try:
+    pending = {pool.submit(_run_in_process, i, units[i], unit_stats[i]) for i in todo}
+    while pending:
+      done, pending = concurrent.futures.wait(pending, timeout=0.25, return_when=concurrent.futures.FIRST_EXCEPTION)
+      show()
+      for future in done:
+        future.result()
+  except concurrent.futures.process.BrokenProcessPool:
+    raise OSError(
+      errno.ENOMEM, f"{task.output}: a worker process died, most likely for want of memory; run again with fewer --num_workers"
+    ) from None
+  finally:
+    counters[4] = 1  # those still at work stop at their next batch
+    pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read_marker(directory: Path, number: int, unit: list[Piece], stats: list[dict[str, Any]]) -> dict[str, Any] | None:
+  """What a finished unit holds; None where it is not finished, or was of other inputs."""
+  try:
+    marker = json.loads((directory / f"{number:05d}.json").read_bytes())
+  except FileNotFoundError:
+    return None
+  if marker["unit"] == _unit_key(unit, stats):
+    return marker
+  is_same = [k[:-1] for k in marker["unit"]] == [k[:-1] for k in _unit_key(unit, stats)]  # but for the files' times
+  return marker if is_same and marker["digests"] == [_file_digest(p) for p in unit] else None
+
+
+def _unit_key(unit: list[Piece], stats: list[dict[str, Any]]) -> list[list[Any]]:
+  return [[*piece.part, s["bytes"], s["mtime_ns"]] for piece, s in zip(unit, stats, strict=True)]
+
+
+# What was read: is it what lies there now?
+
+
+def _stat(path: str) -> dict[str, Any]:
+  found = os.stat(path)
+  return {"path": path, "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+def _check_unchanged(path: str, stat: dict[str, Any]) -> None:
+  if _stat(path) != stat:
+    raise DataError(f"{path}: was changed while it was read; run the command again when nothing writes to it")
+
+
+def _file_digest(piece: Piece) -> str:
+  digest, left = hashlib.blake2b(digest_size=16), piece.digest_end - piece.digest_start
+  with open(piece.part.file, "rb") as f:
+    f.seek(piece.digest_start)
+    while left and (data := f.read(min(left, 1 << 20))):
+      digest.update(data)
+      left -= len(data)
+  return digest.hexdigest()
+
+
+def _differences(manifest: dict[str, Any], settings: dict[str, Any], stats: list[dict[str, Any]]) -> list[str]:
+  """In what a finished store differs from what is asked for; reads files only where their time is another."""
+  found = [f"{k}: {manifest[k]!r} in the store, now {v!r}" for k, v in settings.items() if manifest.get(k) != v]
+  old, new = manifest["inputs"], stats
+  if len(old) != len(new):
+    return [*found, f"inputs: {len(old)} files in the store, now {len(new)}"]
+  for before, now in zip(old, new, strict=True):
+    if before["bytes"] != now["bytes"]:
+      found.append(f"{now['path']}: {before['bytes']} bytes when the store was made, now {now['bytes']}")
+    elif before["mtime_ns"] != now["mtime_ns"]:
+      size, count = now["bytes"], len(before["digests"])
+      pieces = [Piece(Part(now["path"]), size * i // count, size * (i + 1) // count) for i in range(count)]
+      if [_file_digest(p) for p in pieces] != before["digests"]:
+        found.append(f"{now['path']}: other content than when the store was made")
+  return found
+
+
+def _settings(task: Task, loaded: tokenizers.Tokenizer, files: list[str]) -> dict[str, Any]:
+  has_fields = any((documents.kind_of(f) or ("", ""))[0] != "txt" for f in files)
+  return {
+    "tokenizer_fingerprint": loaded.fingerprint,
+    "eos_id": loaded.require_eos(),
+    "text_field": task.text_field if has_fields else "",
+    "max_document_bytes": task.max_document_bytes,
+  }
+
+
+def _finished(output: Path, settings: dict[str, Any], stats: list[dict[str, Any]]) -> dict[str, Any] | None:
+  """The manifest of a finished store of the same things, None where there is none.
+
+  Raises:
+    ConfigError: the store is of other things.
+  """
+  manifest = store.read_manifest(output)
+  if manifest is None:
+    return None
+  found = _differences(manifest, settings, stats)
+  if found:
+    shown = "\n".join(f"  {line}" for line in found[:10])
+    raise ConfigError(
+      f"--output {output}: holds a finished store of something else; choose another --output or remove it. Different:\n{shown}"
+    )
+  store.open_store(output)  # nothing of it is missing
+  return manifest
+
+
+@contextlib.contextmanager
+def _locked(output: Path, settings: dict[str, Any]) -> Iterator[None]:
+  """Makes the directory, or takes it up again; holds it against other processes."""
+  directory = output / store.IN_PROGRESS
+  if output.exists() and not output.is_dir():
+    raise ConfigError(f"--output {output}: is a file; name a directory")
+  others = {p.name for p in output.iterdir()} - {BAD_RECORDS, store.MANIFEST} if output.is_dir() else set()
+  if others and not directory.exists():
+    raise ConfigError(f"--output {output}: holds other files; name a new or empty directory")
+  directory.mkdir(parents=True, exist_ok=True)
+  with open(directory / _LOCK, "w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise ConfigError(f"--output {output}: another process is preparing this store; wait for it or stop it") from None
+    plan_file = directory / _PLAN
+    if plan_file.exists():
+      before = json.loads(plan_file.read_bytes())
+      found = [f"{k}: {before.get(k)!r} before, now {v!r}" for k, v in settings.items() if before.get(k) != v]
+      if found:
+        shown = "\n".join(f"  {line}" for line in found)
+        raise ConfigError(
+          f"--output {output}: holds an unfinished store with other settings; give the same ones to go on, or remove it. "
+          f"Different:\n{shown}"
+        )
+    else:
+      store.write_atomically(plan_file, json.dumps(settings).encode("utf-8"))
+    yield
+
+
+@contextlib.contextmanager
+def _plain_disk_errors(output: str) -> Iterator[None]:
+  """Says what to do about a disk that cannot be written."""
+  advice = {
+    errno.ENOSPC: "the disk is full; free some space and run the same command again, it goes on where it stopped",
+    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again, it goes on where it stopped",
+    errno.EROFS: "the file system is read-only; choose another --output",
+    errno.EACCES: "permission denied; change the permissions or choose another place",
+    errno.EFBIG: "the file size limit is reached (ulimit -f); raise it and run the same command again",
+  }
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in advice:
+      raise
+    raise OSError(error.errno, f"{error.filename or output}: {advice[error.errno]}") from error
+
+
+def _finish(output: Path, loaded, settings, units, markers, stats) -> dict[str, Any]:
+  """Gathers the bad records, writes `store.json`, removes what is no longer needed."""
+  directory = output / store.IN_PROGRESS
+  num_bad = sum(m["num_bad"] for m in markers)
+  first = _write_bad_records(output, units, markers) if num_bad else []
+  if not any(m["info"]["num_documents"] for m in markers):
+    shutil.rmtree(directory)  # the next try may well use another --text_field
+    example = f"; the first: {first[0].file}:{first[0].line}: {first[0].reason}" if first else ""
+    raise DataError(f"no document in {len(stats)} files: {num_bad} bad records{example}")
+  files = [store.FileInfo(**m["info"]) for m in markers if m["info"]["num_documents"]]
+  digests: dict[str, list[str]] = {s["path"]: [] for s in stats}
+  for unit, marker in zip(units, markers, strict=True):
+    for piece, digest in zip(unit, marker["digests"], strict=True):
+      digests[piece.part.file].append(digest)
+  names = {part for f in files for part in store.part_names(f.name)}
+  for path in output.glob("*.ds*"):  # of units that an earlier, interrupted run with other files had
+    if path.name not in names:
+      path.unlink()
+  notes = {k: sum(m["notes"][k] for m in markers) for k in markers[0]["notes"]}
+  store.write_manifest(
+    output,
+    files=files,
+    vocab_size=loaded.vocab_size,
+    tokenizer_fingerprint=loaded.fingerprint,
+    eos_id=loaded.require_eos(),
+    extra={
+      "text_field": settings["text_field"],
+      "max_document_bytes": settings["max_document_bytes"],
+      "inputs": [{**s, "digests": digests[s["path"]]} for s in stats],
+      "bad_records": {"num": num_bad, "first": [b._asdict() for b in first]},
+      "notes": notes,
+    },
+  )
+  shutil.rmtree(directory, ignore_errors=True)  # a second process that finds the store finished does so too
+  manifest = store.read_manifest(output)
+  assert manifest is not None
+  return manifest
+
+
+def _write_bad_records(output: Path, units, markers) -> list[BadRecord]:
+  """One file of all units' bad records, with lines counted from the start of each input file; returns the first few."""
+  first, lines_before = [], {}
+  temporary = output / store.IN_PROGRESS / BAD_RECORDS
+  with open(temporary, "w", encoding="utf-8") as f:
+    for number, (unit, marker) in enumerate(zip(units, markers, strict=True)):
+      starts = []
+      for piece, num_lines in zip(unit, marker["num_lines"], strict=True):
+        is_absolute = documents.kind_of(piece.part.file) == ("parquet", "")
+        starts.append(0 if is_absolute else lines_before.get(piece.part.file, 0))
+        lines_before[piece.part.file] = starts[-1] + num_lines
+      with open(output / store.IN_PROGRESS / f"{number:05d}.bad", encoding="utf-8") as unit_file:
+        for line in unit_file:
+          index, file, at, offset, reason = json.loads(line)
+          bad = BadRecord(file, at + starts[index], offset, reason)
+          f.write(json.dumps(bad._asdict(), ensure_ascii=False) + "\n")
+          if len(first) < _SHOWN_BAD:
+            first.append(bad)
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(temporary, output / BAD_RECORDS)
+  return first
+
+
+def _report(output: str, manifest: dict[str, Any], *, seconds: float, was_finished: bool) -> PrepareReport:
+  bad = manifest["bad_records"]
+  return PrepareReport(
+    output=output,
+    num_documents=manifest["num_documents"],
+    num_tokens=manifest["num_tokens"],
+    num_bytes=manifest["num_bytes"],
+    num_bad=bad["num"],
+    bad_records=[BadRecord(**b) for b in bad["first"]],
+    notes=manifest["notes"],
+    seconds=seconds,
+    was_finished=was_finished,
+  )
+
+
+class _Display:
+  """A progress bar on a terminal, a plain line now and then elsewhere."""
+
+  _LINE_SECS = 20.0
+
+  def __init__(self, is_shown: bool, output: str, total_bytes: int, counters: Any, num_done: int, num_units: int):
+    console = rich.console.Console(stderr=True)
+    self._counters, self._total = counters, total_bytes
+    self._is_plain = is_shown and not console.is_terminal
+    self._start_bytes, self._start_secs = counters[0], time.monotonic()
+    self._line_secs = self._start_secs
+    self._bar = None
+    if is_shown and num_done:
+      print(f"{output}: goes on; {num_done} of {num_units} units of work are finished", file=sys.stderr)
+    if is_shown and console.is_terminal:
+      self._bar = rich.progress.Progress(
+        rich.progress.TextColumn("prepare"),
+        rich.progress.BarColumn(),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TextColumn("{task.fields[figures]}"),
+        rich.progress.TimeRemainingColumn(compact=True),
+        console=console,
+      )
+      self._row = self._bar.add_task("", total=total_bytes, completed=self._start_bytes, figures="")
+
+  def __enter__(self) -> "_Display":
+    if self._bar:
+      self._bar.start()
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._bar:
+      self.show()
+      self._bar.stop()
+
+  def show(self) -> None:
+    """Brings the display up to date."""
+    now = time.monotonic()
+    if not self._bar and not (self._is_plain and now - self._line_secs >= self._LINE_SECS):
+      return
+    done, num_documents, num_tokens, num_bad = self._counters[:4]
+    rate = (done - self._start_bytes) / max(now - self._start_secs, 1e-3)
+    bad = f"  {num_bad:,} bad" if num_bad else ""
+    figures = f"{rate / 1e6:.2f} MB/s  {num_documents:,} documents  {num_tokens / 1e6:,.1f} M tokens{bad}"
+    if self._bar:
+      self._bar.update(self._row, completed=done, figures=figures)
+    else:
+      self._line_secs = now
+      left = f"{(self._total - done) / rate:.0f} s left" if rate > 0 else ""
+      print(f"prepare: {100 * done / max(self._total, 1):.0f}%  {figures}  {left}", file=sys.stderr, flush=True)

@@ -1,0 +1,79 @@
+"""Raw text files -> a token store (cpt_jax.data.prepare), from the command line.
+
+Invariant: the same command, given again, goes on where it was interrupted, and does nothing once the store is finished.
+Called by people: python tools/prepare_data.py --input 'texts/*.jsonl.gz' --tokenizer path/to/base --output store/zh
+
+Exit codes: 0 done, 65 bad input texts, 74 disk or file error, 75 interrupted (give the same command again), 78 wrong settings.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone that is not installed
+
+from cpt_jax.config import ConfigError
+from cpt_jax.data import documents, prepare, store
+
+_INPUT = flags.DEFINE_multi_string("input", [], "Path or quoted glob of .txt, .jsonl or .parquet (.gz, .zst too); repeatable.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", "", "Directory of the base model, or its tokenizer.json or SentencePiece model.")
+_OUTPUT = flags.DEFINE_string("output", "", "Directory of the store to make.")
+_TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of .jsonl and .parquet records that holds the text.")
+_EOS_TOKEN = flags.DEFINE_string("eos_token", "", "Token that ends every document; empty = as the tokenizer's files say.")
+_NUM_WORKERS = flags.DEFINE_integer("num_workers", 0, "Processes; 0 = as many as there are cores and work.")
+_ON_BAD = flags.DEFINE_enum("on_bad", "skip", ["skip", "fail"], "A record that cannot be read: skip and report it, or fail.")
+_MAX_BAD = flags.DEFINE_integer("max_bad", -1, "Fail at more bad records than this; -1 = no limit.")
+_MAX_DOCUMENT_MB = flags.DEFINE_float("max_document_mb", 16.0, "A longer document is a bad record. Memory: about 110 times this.")
+_VERIFY = flags.DEFINE_string("verify", "", "Instead of preparing: read a store whole and check every file against its digest.")
+
+
+def run() -> list[str]:
+  """Does what the flags ask for; returns the lines to print."""
+  if _VERIFY.value:
+    opened = store.open_store(_VERIFY.value)
+    damaged = opened.verify()
+    if damaged:
+      raise documents.DataError("\n".join([f"{_VERIFY.value}: damaged; copy it again or make it again:", *damaged]))
+    return [f"{_VERIFY.value}: whole; {opened.num_documents:,} documents, {opened.num_tokens:,} tokens"]
+  missing = [f"--{f.name}" for f in (_INPUT, _TOKENIZER, _OUTPUT) if not f.value]
+  if missing:
+    example = "--input 'texts/*.jsonl' --tokenizer path/to/base --output store/name"
+    raise ConfigError(f"{' and '.join(missing)} missing, e.g. {example}")
+  return prepare.prepare(
+    _INPUT.value,
+    tokenizer=_TOKENIZER.value,
+    output=_OUTPUT.value,
+    text_field=_TEXT_FIELD.value,
+    eos_token=_EOS_TOKEN.value,
+    num_workers=_NUM_WORKERS.value,
+    on_bad=_ON_BAD.value,
+    max_bad=_MAX_BAD.value,
+    max_document_bytes=int(_MAX_DOCUMENT_MB.value * (1 << 20)),
+  ).lines()
+
+
+def main(argv: list[str]) -> int:
+  """Exit code, after printing what was done or what is wrong."""
+  if len(argv) > 1:
+    print(f"unexpected arguments {argv[1:]}: quote the pattern of --input, so that the shell leaves it alone", file=sys.stderr)
+    return 78
+  try:
+    print("\n".join(run()))
+  except documents.DataError as error:
+    print(error, file=sys.stderr)
+    return 65
+  except ConfigError as error:
+    print(error, file=sys.stderr)
+    return 78
+  except OSError as error:
+    print(error.strerror or error, file=sys.stderr)
+    return 74
+  except KeyboardInterrupt:
+    print(f"{_OUTPUT.value}: interrupted; give the same command again to go on", file=sys.stderr)
+    return 75
+  return 0
+
+
+if __name__ == "__main__":
+  app.run(main)
