@@ -19,14 +19,14 @@ def get_config():
   c.data.sources.chinese = config.source(
     store="store/pretrain/chinese", text="store/text/chinese.jsonl.gz", role="domain", share=0.05
   )
-  c.train.length = "12M tokens"
-  c.train.batch_rows = 32
+  c.train.length = "6M tokens"
+  c.train.batch_rows = 16
   c.schedule.name = "wsd"
   c.schedule.lr_peak = 3e-3
   c.schedule.lr_final = 1e-4
   c.schedule.warmup = "2%"
   c.schedule.anneal = "25%"
-  c.eval.every = "10%"
-  c.eval.tokens = 50_000
-  c.checkpoint.every = "2%"
+  c.eval.every = "20%"
+  c.eval.tokens = 30_000
+  c.checkpoint.every = "5%"
   return c

@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cpt_jax import config as config_lib
@@ -51,7 +51,10 @@ def _read_flags(argv: list[str]) -> list[str]:
   """absl's flags, with every unknown config key reported at once and with what was meant."""
   try:
     config_lib.check_overrides(argv)
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # the libraries' own diaries come with --verbosity=0
+    return rest
   except (flags.Error, config_lib.ConfigError) as error:
     print(error, file=sys.stderr)
     sys.exit(EXIT_CONFIG)

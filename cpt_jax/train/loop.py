@@ -19,7 +19,7 @@ from cpt_jax.config import Problems
 from cpt_jax.data import pipeline, prepare, sources, tokenizer
 from cpt_jax.data.batch import Batch
 from cpt_jax.evals import drift, perplexity
-from cpt_jax.model import pretrained
+from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.train import checkpoint, console, metrics, optimizer, schedule, start, state, step
 
@@ -85,7 +85,7 @@ def run(config: Any, workdir: pathlib.Path) -> int:
 
     # ---- 4. model and optimizer ----
     rates = schedule.from_config(config)
-    tx = optimizer.from_config(config, rates, state.abstract_params(spec))
+    tx = optimizer.from_config(config, rates, transformer.abstract_params(spec))
 
     # ---- 5. start ----
     begin = start.choose_start(config, workdir)
@@ -163,7 +163,7 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     exported = ""
     if config.checkpoint.export_hf and now == num_steps:
       exported = str(workdir / "hf")
-      pretrained.save_params(train_state.params, spec, exported, source_dir=start.files_dir(config, base))
+      pretrained.save_params(train_state.params, spec, exported, source_dir=start.files_dir(config, base), hf_config=hf_config)
     result = metrics.summary(now, base_losses, losses, loader.ledger(now), str(checkpoints.directory / str(now)), exported)
     metrics.write_summary(workdir, result)
     console.summary(result)
