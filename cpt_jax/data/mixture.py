@@ -26,12 +26,13 @@ class Mixture:
   knots at one time are a jump. The share of step t is read at its middle, t + 0.5 (so a ramp's sum is its integral), and
   normalised over the sources.
 
-  The rows a source gets are chosen per step by earliest deadline: unit j of a source (its row number j) may be drawn from
-  the first step whose closing quota exceeds j on, and must be drawn by the first step whose closing quota reaches j + 1.
-  Handing out fractions as the quotas say meets all those windows, so by the integrality of flows whole rows can too, and
-  earliest deadline first finds such a plan for unit jobs (Tijdeman's chairman assignment, doi 10.1016/0012-365X(80)90269-1,
-  is this rule for one row a step). So `floor(quota) <= rows <= ceil(quota)` after every step: the error stays below one row.
-  A unit that had begun when its source fell to share 0 may be drawn later.
+  The rows that a source gives in each step are chosen by earliest deadline, with a margin e = 1 / (2 M + 1). Unit j of a source
+  (its row number j) may be drawn from the first step whose closing quota exceeds j + e on, and must be drawn by the first
+  step whose closing quota reaches j + 1 - e. Units of one source that must lie inside some steps number at most 2 e more than its
+  quota of those steps; summed over the sources this is less than 1 more than the steps' rows, so, being whole, no more than
+  their rows. By Hall's theorem all the windows can be met, and earliest deadline first meets them, as it does for unit jobs.
+  So after every step a source is less than 1 - e rows off its quota (compare Tijdeman's bound 1 - 1 / (2 M - 2) for one row
+  a step, doi 10.1016/0012-365X(80)90269-1). A unit that had begun when its source fell to share 0 may be drawn later.
 
   Rows do not depend on `num_steps`: a longer run begins with the rows of the shorter one, if the knots in steps are the same.
 
@@ -44,6 +45,7 @@ class Mixture:
     self.num_steps, self.batch_rows, self.num_sources = num_steps, batch_rows, len(shares_M)
     self._knots = [_check_knots(m, knots) for m, knots in enumerate(shares_M)]
     last_knot = max(float(times[-1]) for times, _ in self._knots)
+    self._margin = _ONE // (2 * self.num_sources + 1)
     self._horizon = max(num_steps, math.ceil(last_knot) + 1, 1)  # from here on shares are constant
     self._whole_border, self._frac_border, next_reach = self._scan_quotas()
     self._ups = self._draw(next_reach)
@@ -76,12 +78,6 @@ class Mixture:
     """float64 [M]: normalised shares of the batch of `step`."""
     return self._shares(step, step + 1)[0]
 
-  def quotas(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [M] twice: whole rows, and 2**-40 parts of a row, that the shares give each source before `step`."""
-    block = min(step // _BLOCK_STEPS, len(self._whole_border) - 1)
-    whole, frac = self._cumulative(block)
-    return whole[step - block * _BLOCK_STEPS], frac[step - block * _BLOCK_STEPS]
-
   def _shares(self, start: int, stop: int) -> np.ndarray:
     """float64 [steps, M]. One operation on each array at a time, in a fixed order: the same bits on every machine."""
     times = np.arange(start, stop) + 0.5
@@ -102,18 +98,21 @@ class Mixture:
     return quotas
 
   def _cumulative(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Quotas at the borders of a block's steps: whole rows and 2**-40 parts, int64 [steps + 1, M]."""
+    """Quotas + margin at the borders of a block's steps: whole rows and 2**-40 parts, int64 [steps + 1, M].
+
+    The whole rows are those that must have been drawn; one more may have been where the part is above two margins.
+    """
     start = block * _BLOCK_STEPS
     quotas = self._step_quotas(start, min(start + _BLOCK_STEPS, self._horizon))
     return _accumulate(quotas, self._whole_border[block], self._frac_border[block])
 
   def _scan_quotas(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Quotas at block borders, and the first step at or after each border in which the quota reaches a whole number."""
+    """Quotas + margin at block borders, and the first step from each border on by which another unit must be drawn."""
     num_blocks = -(-self._horizon // _BLOCK_STEPS)
     whole_border = np.zeros((num_blocks, self.num_sources), np.int64)
     frac_border = np.zeros_like(whole_border)
     next_reach = np.full((num_blocks + 1, self.num_sources), _NEVER)
-    whole = frac = np.zeros(self.num_sources, np.int64)
+    whole, frac = np.zeros(self.num_sources, np.int64), np.full(self.num_sources, self._margin)
     quotas = np.zeros((1, self.num_sources), np.int64)
     for block in range(num_blocks):
       start = block * _BLOCK_STEPS
@@ -128,7 +127,7 @@ class Mixture:
     return whole_border, frac_border, np.minimum.accumulate(next_reach[::-1])[::-1]
 
   def _draw(self, next_reach: np.ndarray) -> np.ndarray:
-    """uint8 [num_steps, bytes]: a bit for each source, 1 where its count after the step is its quota rounded up."""
+    """uint8 [num_steps, bytes]: a bit for each source, 1 where it has given one row more after the step than it must."""
     num_bytes = -(-self.num_sources // 8)
     drawn = bytearray()
     bits = [1 << m for m in range(self.num_sources)]
@@ -154,15 +153,15 @@ class Mixture:
   def _deadlines(
     self, start: int, wholes: np.ndarray, fracs: np.ndarray, reach_after: np.ndarray
   ) -> tuple[list[int], list[int], list[list[int]]]:
-    """For each step of a block: sources whose unit in hand stays in hand, how many sources are rounded up, and who is first."""
+    """For each step of a block: sources that stay one ahead if they were, how many are one ahead, and who is first in line."""
     reached = wholes[1:] > wholes[:-1]
     steps = start + np.arange(len(reached))[:, None]
-    # The step by which the unit begun at the end of a step must be drawn: the next one that reaches a whole number.
+    # The step by which a source's next unit must be drawn.
     reach = np.concatenate([np.where(reached, steps, _NEVER)[1:], reach_after[None]])
     reach = np.minimum.accumulate(reach[::-1])[::-1]
     # Among equal deadlines, the source furthest behind. 42 bits of steps, 20 of the part.
     urgency = ((reach - steps) << 20) | ((_MASK - fracs[1:]) >> 20)
-    urgency[fracs[1:] == 0] = np.iinfo(np.int64).max  # nothing begun
+    urgency[fracs[1:] <= 2 * self._margin] = np.iinfo(np.int64).max  # may not be drawn yet
     queue = np.argsort(urgency, axis=1, kind="stable").tolist()
     first_row = self.batch_rows * (start + 1)
     wanted = first_row + self.batch_rows * np.arange(len(reached)) - wholes[1:].sum(1)
@@ -199,14 +198,14 @@ def _check_knots(source: int, knots: Sequence[tuple[float, float]]) -> tuple[np.
 
 def _interpolate(at: np.ndarray, times: np.ndarray, shares: np.ndarray) -> np.ndarray:
   """Piecewise linear, constant beyond the ends. np.interp may fuse its operations on some machines; this does not."""
-  right = np.clip(np.searchsorted(times, at, side="right"), 1, max(len(times) - 1, 1))
+  knot = np.searchsorted(times, at, side="right") - 1  # the last one that is not later
   if len(times) == 1:
     return np.full(len(at), shares[0])
-  left = right - 1
-  width = np.maximum(times[right] - times[left], np.finfo(np.float64).tiny)  # a jump at an end has width 0
-  part = np.clip((at - times[left]) / width, 0.0, 1.0)
-  rise = (shares[right] - shares[left]) * part
-  return np.maximum(shares[left] + rise, 0.0)
+  left = np.clip(knot, 0, len(times) - 2)
+  width = times[left + 1] - times[left]
+  part = (np.clip(at, times[left], times[left + 1]) - times[left]) / np.where(width > 0, width, 1.0)
+  rise = (shares[left + 1] - shares[left]) * part
+  return np.where(knot == len(times) - 1, shares[-1], np.maximum(shares[left] + rise, 0.0))
 
 
 def _accumulate(quotas: np.ndarray, whole: np.ndarray, frac: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

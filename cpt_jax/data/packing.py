@@ -181,8 +181,8 @@ def _load(directory: Path, key: dict) -> Plan | str:
   """The plan, or what is wrong with it; "" where there is none."""
   try:
     meta = json.loads((directory / "plan.json").read_text())
-  except FileNotFoundError:
-    return "" if not directory.exists() else "has no plan.json"
+  except (FileNotFoundError, NotADirectoryError):
+    return "has no plan.json" if directory.exists() else ""
   except ValueError as error:
     return f"plan.json is not JSON ({error})"
   if not isinstance(meta, dict) or meta.get("key") != key:
