@@ -32,3 +32,62 @@ def root() -> pathlib.Path:
 def fixtures() -> pathlib.Path:
   """Committed small inputs."""
   return ROOT / "tests" / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def tiny_hf_config() -> dict:
+  """A 2-layer llama of 40 thousand parameters, divisible by small meshes."""
+  return {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+  }
+
+
+@pytest.fixture(scope="session")
+def tiny_spec(tiny_hf_config):
+  """The ModelSpec of `tiny_hf_config`."""
+  from cpt_jax.model import spec
+
+  return spec.from_hf(tiny_hf_config)
+
+
+@pytest.fixture
+def random_batch():
+  """Makes batches of random tokens in one to three documents a row, with padding at the end: `random_batch(seed, rows=8, row_len=16)`."""
+  import numpy as np
+
+  from cpt_jax.data.batch import Batch
+
+  def make(seed: int, *, rows: int = 8, row_len: int = 16, vocab_size: int = 320, num_sources: int = 2) -> Batch:
+    rng = np.random.default_rng(seed)
+    segments = np.sort(rng.integers(1, 4, (rows, row_len)), axis=1)
+    padded = np.arange(row_len)[None] >= rng.integers(row_len // 2, row_len + 1, (rows, 1))
+    segments = np.where(padded, 0, segments)
+    is_first = np.concatenate([np.ones((rows, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    index = np.arange(row_len)[None]
+    positions = index - np.maximum.accumulate(np.where(is_first, index, 0), axis=1)
+    tokens, targets = (np.where(padded, 0, rng.integers(0, vocab_size, (rows, row_len))) for _ in range(2))
+    as_int = lambda x: x.astype(np.int32)  # noqa: E731
+    return Batch(
+      as_int(tokens),
+      as_int(targets),
+      (~padded).astype(np.float32),
+      as_int(segments),
+      as_int(np.where(padded, 0, positions)),
+      as_int(rng.integers(0, num_sources, rows)),
+    )
+
+  return make

@@ -1,0 +1,208 @@
+"""The program as its user runs it: a subprocess of `python -m cpt_jax.main`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from cpt_jax.config import ConfigError
+from cpt_jax.model import pretrained, spec, transformer
+
+CONFIG = """
+from cpt_jax import config
+
+def get_config():
+  c = config.default()
+  c.start.hf = {base!r}
+  c.data.row_len = 32
+  c.data.heldout_frac = 0.1
+  c.data.sources.general = config.source(store={store!r}, text={text!r}, role="replay", share=0.5)
+  c.data.sources.poetry = config.source(store={store!r}, text={text!r}, share=[(0, 0.1), ("50%", 0.9)])
+  c.train.length = "{steps} steps"
+  c.train.batch_rows = 4
+  c.train.microbatches = 2
+  c.schedule.lr_peak = 3e-3
+  c.eval.every = "50%"
+  c.eval.tokens = 500
+  c.checkpoint.every = "{every} steps"
+  c.log.every = 5
+  return c
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory, fixtures, tiny_hf_config):
+  """A Hugging Face directory with random weights and the fixture's tokenizer."""
+  where = tmp_path_factory.mktemp("base") / "hf"
+  tiny = spec.from_hf(tiny_hf_config)
+  pretrained.save_params(
+    transformer.init(tiny, jax.random.key(0)), tiny, where, source_dir=fixtures / "tokenizer", hf_config=tiny_hf_config
+  )
+  return where
+
+
+@pytest.fixture(scope="session")
+def write_config(tmp_path_factory, tiny_base, fixtures):
+  directory = tmp_path_factory.mktemp("config")
+
+  def write(*, steps=20, every=10, name="tiny"):
+    file = directory / f"{name}.py"
+    text = CONFIG.format(base=str(tiny_base), store=str(directory / "store"), text=str(fixtures / "corpus.jsonl"), steps=steps, every=every)
+    file.write_text(text)
+    return file
+
+  return write
+
+
+def command(config_file, workdir, *more):
+  return [sys.executable, "-m", "cpt_jax.main", f"--config={config_file}", f"--workdir={workdir}", *map(str, more)]
+
+
+def environment(root):
+  return {**os.environ, "PYTHONPATH": str(root), "JAX_NUM_CPU_DEVICES": "1"}
+
+
+@pytest.fixture
+def main(root):
+  def run(config_file, workdir, *more):
+    return subprocess.run(command(config_file, workdir, *more), cwd=root, env=environment(root), capture_output=True, text=True, timeout=600)
+
+  return run
+
+
+def records(workdir, kind):
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [record for record in lines if record["kind"] == kind]
+
+
+def weights(workdir):
+  return (workdir / "hf" / "model.safetensors").read_bytes()
+
+
+def test_a_run_trains_evaluates_and_exports(main, write_config, tmp_path, tiny_base):
+  workdir = tmp_path / "run"
+  done = main(write_config(), workdir)
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert [record["step"] for record in records(workdir, "eval")] == [0, 10, 20]
+  first, *_, last = records(workdir, "eval")
+  assert all(source["change"] == 0 for source in first["sources"].values()) and first["drift"]["layers"] == [0.0, 0.0]
+  assert last["sources"]["poetry"]["change"] < -0.1 and min(last["drift"]["layers"]) > 0
+  trained = records(workdir, "train")
+  assert [record["step"] for record in trained] == [5, 10, 15, 20] and set(trained[0]["source_loss"]) == {"general", "poetry"}
+  ledger = [json.loads(line) for line in (workdir / "ledger.jsonl").read_text().splitlines()]
+  assert sum(source["rows"] for source in ledger[-1]["sources"]) == 20 * 4
+  for part in ("general", "poetry", "bits", "checkpoint", str(workdir / "hf")):
+    assert part in done.stdout, part
+  exported = spec.load_hf_config(workdir / "hf")
+  assert spec.from_hf(exported) == spec.from_hf(spec.load_hf_config(tiny_base))
+  assert (workdir / "hf" / "tokenizer.json").exists()
+
+  again = main(write_config(), workdir)
+  assert again.returncode == 0 and "nothing to do" in again.stdout and "poetry" in again.stdout
+
+  other = main(write_config(), workdir, "--config.schedule.lr_peak=1e-3")
+  assert other.returncode == 78 and "schedule.lr_peak: 0.003 -> 0.001" in other.stderr and "Traceback" not in other.stderr
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_parameters(main, write_config, tmp_path, root):
+  config_file = write_config(steps=60, every=7, name="killed")
+  assert main(config_file, tmp_path / "whole").returncode == 0
+  workdir = tmp_path / "killed"
+  for number, at_step in ((signal.SIGKILL, 10), (signal.SIGTERM, 30), (signal.SIGKILL, 40)):
+    process = subprocess.Popen(command(config_file, workdir), cwd=root, env=environment(root), stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (workdir / "metrics.jsonl").exists():
+      time.sleep(0.02)
+    while process.poll() is None and not any(record["step"] >= at_step for record in records_so_far(workdir)):
+      time.sleep(0.01)
+    process.send_signal(number)
+    code = process.wait(timeout=300)
+    assert code in ((75, 0) if number == signal.SIGTERM else (-signal.SIGKILL, 0))
+  assert main(config_file, workdir).returncode == 0
+  assert weights(workdir) == weights(tmp_path / "whole")
+  for kind in ("train", "eval"):
+    strip = [{key: value for key, value in record.items() if key != "tokens_per_sec"} for record in records(workdir, kind)]
+    whole = [{key: value for key, value in record.items() if key != "tokens_per_sec"} for record in records(tmp_path / "whole", kind)]
+    # A window between two records that a kill cut in two is averaged over its second part alone.
+    assert [r["step"] for r in strip] == [r["step"] for r in whole] and strip[-1:] == whole[-1:]
+
+
+def records_so_far(workdir):
+  from cpt_jax.train import metrics
+
+  return metrics.read(workdir / "metrics.jsonl")
+
+
+def test_moments_and_data_position_survive_too(write_config, main, tmp_path):
+  # stop_after ends early without touching the schedules, so the rest must be as if nothing had happened.
+  config_file = write_config()
+  assert main(config_file, tmp_path / "whole").returncode == 0
+  assert main(config_file, tmp_path / "parts", "--config.debug.stop_after=7").returncode == 0
+  assert not (tmp_path / "parts" / "hf").exists()
+  assert main(config_file, tmp_path / "parts").returncode == 0
+  assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_a_dry_run_says_what_would_happen_and_trains_nothing(main, write_config, tmp_path):
+  done = main(write_config(), tmp_path / "run", "--dry_run")
+  assert done.returncode == 0, done.stdout + done.stderr
+  for part in ("general", "epochs", "warm-up", "layers.wq", "weight decay", "per device", "Hugging Face", "optimizer state fresh"):
+    assert part in done.stdout, part
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  "options, parts",
+  [
+    (["--config.train.lenght=5", "--config.schedule.nme=x"], ["Did you mean train.length", "schedule.name"]),
+    (["--config.train.batch_rows=eight"], ["train.batch_rows", "eight"]),
+    (["--config.data.sources.general.share=-1", "--config.schedule.name=triangle"], ["sources.general.share", "schedule.name"]),
+    (["--config.data.sources.poetry.store=no/such/store", "--config.data.sources.poetry.text="], ["no/such/store"]),
+    (["--config.start.hf=no/such/model"], ["no/such/model", "config.json"]),
+    (["--config.mesh.tensor=3"], ["mesh.tensor"]),
+    (["--config.data.row_len=4096"], ["data.row_len=4096", "128"]),
+  ],
+)
+def test_wrong_input_is_named_with_the_fix_and_ends_with_code_78(main, write_config, tmp_path, options, parts):
+  done = main(write_config(), tmp_path / "run", *options)
+  assert done.returncode == 78, done.stdout + done.stderr
+  assert "Traceback" not in done.stderr
+  for part in parts:
+    assert part in done.stderr, done.stderr
+  assert not (tmp_path / "run" / "ckpt").exists()
+
+
+def test_two_runs_do_not_share_a_workdir(write_config, tmp_path):
+  from cpt_jax import config as config_lib
+  from cpt_jax.train import checkpoint
+
+  config = config_lib.resolve(config_lib.load_file(str(write_config())))
+  with checkpoint.claim(tmp_path / "run", config), pytest.raises(ConfigError, match="another process"):
+    with checkpoint.claim(tmp_path / "run", config):
+      pass
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_code_86(main, write_config, tmp_path):
+  done = main(write_config(), tmp_path / "run", "--config.schedule.lr_peak=1e30", "--config.optimizer.clip_norm=0")
+  assert done.returncode == 86, done.stdout + done.stderr
+  assert "step" in done.stderr and "lr_peak" in done.stderr
+
+
+def test_another_run_can_be_resumed_or_lent_its_weights(main, write_config, tmp_path):
+  config_file = write_config()
+  first = tmp_path / "first"
+  assert main(config_file, first).returncode == 0
+  after = ["--config.start.hf=", "--config.train.length=30 steps"]
+  longer = main(config_file, tmp_path / "longer", f"--config.start.resume={first}", *after)
+  assert longer.returncode == 0, longer.stdout + longer.stderr
+  assert "at step 20" in longer.stdout and records(tmp_path / "longer", "train")[0]["step"] == 25
+  lent = main(config_file, tmp_path / "lent", f"--config.start.weights={first}", *after, "--config.debug.stop_after=5")
+  assert lent.returncode == 0, lent.stdout + lent.stderr
+  assert records(tmp_path / "lent", "eval")[0]["step"] == 0
+  end, begin = records(first, "eval")[-1], records(tmp_path / "lent", "eval")[0]
+  np.testing.assert_allclose(begin["sources"]["poetry"]["loss"], end["sources"]["poetry"]["loss"], rtol=1e-6)
