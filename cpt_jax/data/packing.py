@@ -283,7 +283,7 @@ def _fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
   """
   order = np.argsort(-sizes, kind="stable")
   distinct, first = np.unique(-sizes[order], return_index=True)
-  ends = [*first[1:].tolist(), len(order)]
+  ends = np.append(first, len(order))[1:].tolist()
   bins: dict[int, list[np.ndarray]] = {}  # room -> bins
   rooms = 0  # bit r is set where bins of room r exist
   num_bins = 0
