@@ -119,6 +119,8 @@ def test_frozen_leaves_keep_every_bit_and_have_no_moments():
   for grads in all_grads:
     grads["embedding"][:] = np.nan  # must not reach anything: not the leaf, not the norm that clips the others
   tx = optimizer.make(lambda step: 0.1, params, frozen=("embedding",), clip_norm=0.5)
+  updates, _ = tx.update(all_grads[0], tx.init(params), params)
+  assert (np.asarray(updates["embedding"]).view(np.int32) == np.float32(-0.0).view(np.int32)).all()  # 0.0 would change -0.0
   found, state = run(tx, params, all_grads)
   np.testing.assert_array_equal(np.asarray(found["embedding"]).view(np.int32), params["embedding"].view(np.int32))
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
