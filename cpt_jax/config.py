@@ -24,6 +24,8 @@ from cpt_jax import durations
 class ConfigError(ValueError):
   """One or more mistakes that a person can mend; the message is a line for each, with key, value and fix."""
 
+  exit_code = 78  # of a program that ends with it (sysexits.h: configuration)
+
 
 class Problems:
   """Collects what is wrong, so that a user mends everything in one go."""

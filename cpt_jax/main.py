@@ -30,21 +30,19 @@ def main(argv: list[str]) -> int:
   config_file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
   workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / config_file.stem)
   try:
-    config = _CONFIG.value
     if _DRY_RUN.value:
       from cpt_jax.train import dry_run
 
-      return dry_run.describe(config, workdir)
-    from cpt_jax.train import loop, metrics
+      return dry_run.describe(_CONFIG.value, workdir)
+    from cpt_jax.train import loop
 
-    try:
-      return loop.run(config, workdir)
-    except metrics.NumericError as error:
-      print(f"stopped: {error}. The checkpoints before are good; lower schedule.lr_peak and start again.", file=sys.stderr)
-      return EXIT_NUMERIC
+    return loop.run(_CONFIG.value, workdir)
   except config_lib.ConfigError as error:
     print(error, file=sys.stderr)
-    return EXIT_CONFIG
+    return error.exit_code
+  except FloatingPointError as error:
+    print(f"stopped: {error}. The checkpoints before are good; lower schedule.lr_peak and start again.", file=sys.stderr)
+    return EXIT_NUMERIC
 
 
 def _read_flags(argv: list[str]) -> list[str]:

@@ -151,7 +151,7 @@ def test_moments_and_data_position_survive_too(write_config, main, tmp_path):
 def test_a_dry_run_says_what_would_happen_and_trains_nothing(main, write_config, tmp_path):
   done = main(write_config(), tmp_path / "run", "--dry_run")
   assert done.returncode == 0, done.stdout + done.stderr
-  for part in ("general", "epochs", "warm-up", "layers.wq", "weight decay", "per device", "Hugging Face", "optimizer state fresh"):
+  for part in ("general", "epochs", "last update", "layers.wq", "weight decay", "per device", "Hugging Face", "optimizer state fresh"):
     assert part in done.stdout, part
   assert not (tmp_path / "run").exists()
 

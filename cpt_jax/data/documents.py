@@ -36,6 +36,8 @@ _PARQUET_ROWS = 128
 class DataError(ConfigError):
   """The input texts are at fault, not the settings."""
 
+  exit_code = 65  # sysexits.h: data
+
 
 class Document(NamedTuple):
   """A text; `line` is that of its first character (.txt, .jsonl), or the row (.parquet), from 1."""

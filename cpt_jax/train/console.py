@@ -3,6 +3,7 @@
 Invariant: nothing here changes the run, and a closed pipe does not end it. Called by train.loop, train.dry_run, tools.
 """
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ import rich.progress
 import rich.table
 import rich.text
 
-console = rich.console.Console(highlight=False, soft_wrap=False)
+# Into a file or a pipe tables are written at a fixed width; rich would fold them to 80 columns.
+_IS_TERMINAL = sys.stdout.isatty()
+console = rich.console.Console(highlight=False, width=None if _IS_TERMINAL else 160)
 
 
 def say(text: str) -> None:
@@ -28,9 +31,7 @@ def table(title: str, columns: list[str], rows: list[list[Any]], *, left: int = 
     made.add_column(column, justify="left" if i < left else "right", overflow="fold")
   for row in rows:
     made.add_row(*(rich.text.Text(str(cell)) for cell in row))
-  # Off a terminal rich assumes 80 columns and would fold the figures.
-  width = None if console.is_terminal else max(console.width, console.measure(made).maximum, 100)
-  console.print(made, width=width)
+  console.print(made)
 
 
 def count(n: float) -> str:

@@ -16,7 +16,7 @@ import jax
 from cpt_jax import config as config_lib
 from cpt_jax import mesh as mesh_lib
 from cpt_jax.config import Problems
-from cpt_jax.data import pipeline, prepare, sources, tokenizer
+from cpt_jax.data import pipeline, prepare, sources, store
 from cpt_jax.data.batch import Batch
 from cpt_jax.evals import drift, perplexity
 from cpt_jax.model import pretrained, transformer
@@ -212,12 +212,11 @@ def stop_signals() -> Iterator[StopRequest]:
 
 
 def _prepare_missing_stores(config: Any) -> None:
-  """Tokenises the text of each source whose store does not exist yet."""
-  loaded = None
+  """Tokenises the text of each source whose store is not finished yet."""
   for name, entry in config.data.sources.items():
-    if not entry.text or (pathlib.Path(entry.store) / "store.json").exists():
+    if not entry.text or (pathlib.Path(entry.store) / store.MANIFEST).exists():
       continue
-    if loaded is None:
-      loaded = tokenizer.load(config.data.tokenizer)
     console.say(f"data.sources.{name}: preparing {entry.text} into {entry.store}")
-    prepare.prepare([entry.text], tokenizer=loaded, output=entry.store, text_field=entry.text_field)
+    report = prepare.prepare([entry.text], tokenizer=config.data.tokenizer, output=entry.store, text_field=entry.text_field)
+    for line in report.lines():
+      console.say(line)

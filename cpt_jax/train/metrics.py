@@ -147,7 +147,7 @@ class Meter:
     self._pending = None
     host = jax.device_get(metrics)
     if not (np.isfinite(host.sums.loss) and np.isfinite(host.grad_norm)):
-      raise NumericError(step, float(host.sums.loss), float(host.grad_norm))
+      raise FloatingPointError(f"step {step}: loss sum {host.sums.loss}, gradient norm {host.grad_norm}")
     if not self._is_warm:
       self._is_warm, self._start_secs = True, time.monotonic()
     self._sums = host.sums if self._sums is None else jax.tree.map(np.add, self._sums, host.sums)
@@ -169,14 +169,6 @@ class Meter:
     if self._start_secs is not None:
       self._elapsed_secs += time.monotonic() - self._start_secs
       self._start_secs = None
-
-
-class NumericError(RuntimeError):
-  """A loss or gradient that is not finite."""
-
-  def __init__(self, step: int, loss: float, grad_norm: float):
-    super().__init__(f"step {step}: loss sum {loss}, gradient norm {grad_norm}")
-    self.step = step
 
 
 def summary(
