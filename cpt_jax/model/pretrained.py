@@ -27,7 +27,7 @@ from cpt_jax.config import ConfigError
 from cpt_jax.model import hf_files
 from cpt_jax.model.spec import ModelSpec, from_hf
 
-_Entries = dict[str, tuple[str, tuple[int, ...]]]  # tensor name -> (safetensors dtype, shape)
+Entries = dict[str, tuple[str, tuple[int, ...]]]  # tensor name -> (safetensors dtype, shape)
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Old Llama files hold the rotary frequencies, which follow from the configuration; transformers passes over them too.
 _HARMLESS = re.compile(r".*rotary_emb\.inv_freq")
@@ -271,10 +271,10 @@ def save_params(
   if source is not None and not source.exists():
     raise ConfigError(f"{source}: not there any more; the export takes the tokenizer and config.json from it")
   config, is_same = _config(spec, source, hf_config)
-  dtypes = _dtypes(spec, source if is_same else None, dtype)
+  dtypes = stored_dtypes(spec, source if is_same else None, dtype)
   if dtype is not None or not is_same:
     config = _with_dtype(config, dtypes)
-  shards = _shards(spec, dtypes, max_shard_bytes=max_shard_bytes)
+  shards = plan_shards(spec, dtypes, max_shard_bytes=max_shard_bytes)
   total = sum(_num_bytes(entry) for entries in shards.values() for entry in entries.values())
   is_writer = jax.process_index() == 0
   with _progress(f"writing {output}", total) as advance, contextlib.ExitStack() as stack:
@@ -354,8 +354,8 @@ def to_hf(spec: ModelSpec) -> dict[str, Any]:
   return config
 
 
-def _dtypes(spec: ModelSpec, source: pathlib.Path | None, dtype: str | None) -> dict[str, str]:
-  """Safetensors dtype of each tensor to write."""
+def stored_dtypes(spec: ModelSpec, source: pathlib.Path | None, dtype: str | None) -> dict[str, str]:
+  """Tensor name -> safetensors dtype to write: `dtype`, or by default what `source` has; float32 without a source."""
   names = list(_tensors(spec))
   if dtype is not None:
     return dict.fromkeys(names, hf_files.DTYPE_NAMES[dtype])
@@ -381,10 +381,10 @@ def _num_bytes(entry: tuple[str, tuple[int, ...]]) -> int:
   return hf_files.DTYPES[entry[0]].itemsize * math.prod(entry[1])
 
 
-def _shards(spec: ModelSpec, dtypes: dict[str, str], *, max_shard_bytes: int) -> dict[str, _Entries]:
-  """File name -> its tensors in the order of writing."""
+def plan_shards(spec: ModelSpec, dtypes: dict[str, str], *, max_shard_bytes: int) -> dict[str, Entries]:
+  """File name -> its tensors in the order of writing; `dtypes` is tensor name -> safetensors dtype."""
   layouts, sizes = _layouts(spec), _sizes(spec)
-  groups: list[_Entries] = [{}]
+  groups: list[Entries] = [{}]
   group_bytes = 0
   for name, (path, _) in _tensors(spec).items():
     entry = (dtypes[name], _shape(layouts[path], sizes))
@@ -400,7 +400,7 @@ def _shards(spec: ModelSpec, dtypes: dict[str, str], *, max_shard_bytes: int) ->
   return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _chunks(params: Any, spec: ModelSpec, entries: _Entries, *, advance: Callable[[int], None]) -> Iterator[np.ndarray]:
+def _chunks(params: Any, spec: ModelSpec, entries: Entries, *, advance: Callable[[int], None]) -> Iterator[np.ndarray]:
   """The tensors' values in the file's layout and dtype, rows after rows."""
   leaves, layouts, tensors = trees.paths(params), _layouts(spec), _tensors(spec)
   for name, (dtype, shape) in entries.items():
