@@ -70,7 +70,7 @@ def mix64(values: np.ndarray) -> np.ndarray:
 
 
 def from_config(config, problems: Problems) -> list[Source]:
-  """Opens every entry of config.data.sources, in order; what is wrong goes to `problems`, and such a source is left out."""
+  """Opens every entry of config.data.sources, by name; what is wrong goes to `problems`, and such a source is left out."""
   expected = _tokenizer_fingerprint(config, problems)
   found = []
   for name, entry in config.data.sources.items():
