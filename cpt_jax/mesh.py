@@ -38,7 +38,7 @@ def axis_sizes(*, data: int, fsdp: int, context: int, tensor: int, num_devices: 
   Raises:
     ConfigError: sizes that do not make up `num_devices`.
   """
-  sizes = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
+  sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
   given = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
   wrong = [f"mesh.{name}={size}" for name, size in sizes.items() if size < 1 and size != -1]
   if wrong:
@@ -68,7 +68,7 @@ def make_mesh(*, data: int, fsdp: int, context: int, tensor: int, devices: Any =
 
 def abstract_mesh(*, data: int, fsdp: int, context: int, tensor: int, num_devices: int | None = None) -> AbstractMesh:
   """A mesh without devices, for dry runs; use it with `jax.sharding.use_abstract_mesh`. -1 needs `num_devices`."""
-  sizes = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
+  sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
   if num_devices is not None:
     sizes = axis_sizes(**sizes, num_devices=num_devices)
   elif min(sizes.values()) < 1:
@@ -164,7 +164,8 @@ def to_global(mesh: Mesh, batch: Any, *, num_rows: int | None = None) -> Any:
   shardings = batch_shardings(mesh)
 
   def place(x: np.ndarray) -> jax.Array:
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None  # that would be a scalar
       start, stop, _ = index[0].indices(total)
       return x[(slice(start - offset, stop - offset), *index[1:])]
 
@@ -174,7 +175,14 @@ def to_global(mesh: Mesh, batch: Any, *, num_rows: int | None = None) -> Any:
 
 
 def check(
-  sizes: Mapping[str, int], model: Any, *, batch_rows: int, microbatches: int, row_len: int, eval_rows: int = 0, problems: Problems
+  sizes: Mapping[str, int],
+  model: Any,
+  *,
+  batch_rows: int,
+  microbatches: int,
+  row_len: int,
+  eval_rows: int = 0,
+  problems: Problems,
 ) -> None:
   """Adds a line for everything that the mesh does not divide evenly; `model` is a ModelSpec, `sizes` the devices by axis."""
   replicas = sizes["data"] * sizes["fsdp"]

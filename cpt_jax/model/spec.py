@@ -54,14 +54,19 @@ class ModelSpec:
 
 # What transformers takes when the key is absent (its config classes, 5.23).
 _DEFAULTS: dict[str, dict[str, Any]] = {
-  "llama": dict(num_key_value_heads=None, head_dim=None, max_position_embeddings=2048),
-  "mistral": dict(num_key_value_heads=8, head_dim=None, max_position_embeddings=131_072, sliding_window=4096),
-  "qwen2": dict(num_key_value_heads=32, head_dim=None, max_position_embeddings=32_768, sliding_window=4096),
-  "qwen3": dict(num_key_value_heads=32, head_dim=128, max_position_embeddings=32_768, sliding_window=4096),
+  "llama": {"num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048},
+  "mistral": {"num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 131_072, "sliding_window": 4096},
+  "qwen2": {"num_key_value_heads": 32, "head_dim": None, "max_position_embeddings": 32_768, "sliding_window": 4096},
+  "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768, "sliding_window": 4096},
 }
-_COMMON_DEFAULTS = dict(
-  rms_norm_eps=1e-6, tie_word_embeddings=False, initializer_range=0.02, hidden_act="silu", use_sliding_window=False, max_window_layers=28
-)
+_COMMON_DEFAULTS = {
+  "rms_norm_eps": 1e-6,
+  "tie_word_embeddings": False,
+  "initializer_range": 0.02,
+  "hidden_act": "silu",
+  "use_sliding_window": False,
+  "max_window_layers": 28,
+}
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _PARSED = {
   *_REQUIRED,
@@ -101,7 +106,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
   "auto_map": ({}, None),
 }
 # Keys that say how a model is stored, described or sampled from.
-_HARMLESS = set(
+_HARMLESS = frozenset(
   """
   _name_or_path name_or_path transformers_version torch_dtype dtype use_cache pretraining_tp is_llama_config is_decoder
   transformers.js_config unsloth_fixed unsloth_version bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
@@ -113,7 +118,7 @@ _HARMLESS = set(
   temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
   bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
   exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-  """.split()
+  """.split()  # noqa: SIM905
 )
 _ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
@@ -226,7 +231,7 @@ class _Reader:
     self.problems.add(f"{self.where}: {found}: {text}")
 
   def value(self, key: str) -> Any:
-    return self.values[key] if key in self.values else None
+    return self.values.get(key, None)
 
   def count(self, key: str) -> int:
     value = self.value(key)

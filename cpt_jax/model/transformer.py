@@ -17,9 +17,12 @@ from cpt_jax.model import attention as attention_lib
 from cpt_jax.model import layers, rope
 from cpt_jax.model.spec import ModelSpec
 
-# What the backward pass keeps of a layer: everything, the matrix products with parameters, or only the layer's input.
+# What the backward pass keeps of a layer: the products with parameters and what was attended, or only the layer's input.
 _REMAT = {
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(attention_lib.KEPT),
+  ),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -106,8 +109,8 @@ def _declared(spec: ModelSpec) -> dict[str, Any]:
   for path, param in nnx.to_flat_state(state):
     branch = tree
     for name in path[:-1]:
-      branch = branch.setdefault(name, {})
-    branch[path[-1]] = (param.get_value().shape, param.get_metadata()["axes"])
+      branch = branch.setdefault(str(name), {})
+    branch[str(path[-1])] = (param.get_value().shape, param.get_metadata()["axes"])
   return tree
 
 
@@ -153,7 +156,8 @@ def _attention(weights, spec: ModelSpec, x_BTD, rotation, segments_BT, *, kind, 
   k_BTKH = jnp.einsum("BTD,DKH->BTKH", normed_BTD, weights["wk"])
   v_BTKH = jnp.einsum("BTD,DKH->BTKH", normed_BTD, weights["wv"])
   if spec.qkv_bias:
-    q_BTNH, k_BTKH, v_BTKH = q_BTNH + weights["bq"][None, None], k_BTKH + weights["bk"][None, None], v_BTKH + weights["bv"][None, None]
+    q_BTNH, k_BTKH = q_BTNH + weights["bq"][None, None], k_BTKH + weights["bk"][None, None]
+    v_BTKH = v_BTKH + weights["bv"][None, None]
   if spec.qk_norm:
     q_BTNH = layers.rms_norm(q_BTNH, weights["q_norm"], eps=spec.norm_eps)
     k_BTKH = layers.rms_norm(k_BTKH, weights["k_norm"], eps=spec.norm_eps)
