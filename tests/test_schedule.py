@@ -82,6 +82,8 @@ def test_every_step_follows_the_formula(name, shape, lengths, start, final):
   assert (np.diff(found[: max(w, 1)]) >= 0).all()
   assert (np.diff(found[max(w - 1, 0) :]) <= 0).all()
   assert (found > 0).all() and (found <= np.float32(PEAK)).all()
+  if name != "infinite" and 0 < w < n:
+    assert found[w - 1] == found[w] == np.float32(PEAK)
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "rewarm", "wsd"])

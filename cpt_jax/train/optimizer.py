@@ -8,10 +8,9 @@ Frozen leaves have no moments, do not count in the norm that clips the others, a
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -57,7 +56,7 @@ def plan(
 
 
 def make(
-  schedule: Callable[[jax.Array], jax.Array],
+  schedule: optax.Schedule,
   params: Any,
   *,
   b1: float = 0.9,
@@ -88,7 +87,7 @@ def make(
   return chain if all(leaf.trained for leaf in leaves.values()) else _without_frozen(chain, leaves)
 
 
-def from_config(config: Any, schedule: Callable[[jax.Array], jax.Array], params: Any) -> optax.GradientTransformation:
+def from_config(config: Any, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
   """The optimizer of a resolved config; `params` may be abstract.
 
   Raises:
@@ -162,11 +161,11 @@ def _without_frozen(inner: optax.GradientTransformation, leaves: dict[str, Leaf]
   def init(params):
     return inner.init(_trained(params, leaves))
 
-  def update(grads, state, params=None):
-    updates, state = inner.update(_trained(grads, leaves), state, _trained(params, leaves))
-    found = trees.paths(updates)
+  def update(updates: Any, state: Any, params: Any = None):
+    trained, state = inner.update(_trained(updates, leaves), state, _trained(params, leaves))
+    found = trees.paths(trained)
     # Adding -0.0 keeps every bit of a parameter; adding 0.0 would turn -0.0 into 0.0.
-    return trees.map_with_path(lambda path, g: found[path] if path in found else jnp.full_like(g, -0.0), grads), state
+    return trees.map_with_path(lambda path, g: found[path] if path in found else jnp.full_like(g, -0.0), updates), state
 
   return optax.GradientTransformation(init, update)
 
@@ -225,7 +224,7 @@ def _check_own_rules(c: Any, params: Any) -> None:
   The default rules are written for every model and may match nothing in this one.
   """
   problems = Problems()
-  default = config_lib.default().optimizer
+  default: Any = config_lib.default().optimizer
   for name in ("decay_rules", "rate_rules"):
     left = list(trees.paths(params))
     for pattern, _ in c[name]:

@@ -57,7 +57,8 @@ class Fall:
     else:
       left = {"linear": 1.0 - x, "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * x)), "1-sqrt": 1.0 - jnp.sqrt(x)}[self.shape]
       rate = self.low + (self.high - self.low) * left
-    # The end is exact, whatever rounding does to the curve; a fall of 0 steps is a jump.
+    # Both ends are exact, whatever rounding does to the curve; a fall of 0 steps is a jump.
+    rate = jnp.where(step <= self.first, jnp.float32(self.high), rate)
     return jnp.where(step >= self.first + self.num_steps, jnp.float32(self.low), rate)
 
 
@@ -72,13 +73,13 @@ class Schedule:
 
   def __call__(self, step: jax.Array | int) -> jax.Array:
     """The rate, float32, of the update that follows `step` finished updates."""
-    step = jnp.asarray(step)
-    rate = jnp.full_like(step, self.lr_peak, dtype=jnp.float32)
+    steps = jnp.asarray(step)
+    rate = jnp.full_like(steps, self.lr_peak, dtype=jnp.float32)
     for fall in self.falls:
-      rate = jnp.where(step >= fall.first, fall(step), rate)
+      rate = jnp.where(steps >= fall.first, fall(steps), rate)
     if self.warmup_steps:
-      done = (step + 1).astype(jnp.float32) / self.warmup_steps
-      rate = jnp.where(step < self.warmup_steps - 1, self.lr_start + (self.lr_peak - self.lr_start) * done, rate)
+      done = (steps + 1).astype(jnp.float32) / self.warmup_steps
+      rate = jnp.where(steps < self.warmup_steps - 1, self.lr_start + (self.lr_peak - self.lr_start) * done, rate)
     return rate
 
 
