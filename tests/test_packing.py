@@ -22,7 +22,7 @@ class Documents:
     self.all = [np.arange(n, dtype=np.uint32) + 1000 * i for i, n in enumerate(lengths)]
 
   def tokens(self, i, start, length):
-    assert 0 <= start and start + length <= len(self.all[i])
+    assert start >= 0 and start + length <= len(self.all[i])
     return self.all[i][start : start + length]
 
 
