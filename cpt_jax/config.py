@@ -69,7 +69,13 @@ config_flags.register_flag_parser_for_type(Share, Share)
 
 
 def source(
-  *, store: str = "", text: str = "", role: str = "domain", share: float | tuple = 1.0, max_epochs: float = 0.0, text_field: str = "text"
+  *,
+  store: str = "",
+  text: str = "",
+  role: str = "domain",
+  share: float | tuple = 1.0,
+  max_epochs: float = 0.0,
+  text_field: str = "text",
 ) -> ConfigDict:
   """One entry of `data.sources`."""
   return ConfigDict(
@@ -119,7 +125,9 @@ def default() -> ConfigDict:
   # Tokenizer directory or file; empty = that of start.hf.
   c.data.tokenizer = ""
   c.data.row_len = 2048  # positions in a row, T
-  c.data.packing = "best_fit"  # concat (documents joined and cut), best_fit (cut only what does not fit), pad (one document a row)
+  c.data.packing = (
+    "best_fit"  # concat (documents joined and cut), best_fit (cut only what does not fit), pad (one document a row)
+  )
   c.data.cross_documents = False  # may a document attend to the one before it in its row
   c.data.heldout_frac = 0.01  # share of documents, by hash of their text, kept for evaluation and never trained on
   c.data.prefetch = 16  # rows read ahead, and the number of reader threads
@@ -246,12 +254,16 @@ def load_file(path: str) -> ConfigDict:
   """Runs a config file; its mistakes become ConfigErrors that name the line."""
   if not pathlib.Path(path).is_file():
     here = sorted(str(p) for p in pathlib.Path(path).parent.glob("*.py"))
-    raise ConfigError(f"--config={path}: no such file.{did_you_mean(path, here)}" + (f" There are {', '.join(here)}." if here else ""))
+    raise ConfigError(
+      f"--config={path}: no such file.{did_you_mean(path, here)}" + (f" There are {', '.join(here)}." if here else "")
+    )
   try:
     config = runpy.run_path(path)["get_config"]()
   except KeyError as error:
     if error.args == ("get_config",):
-      raise ConfigError(f"{path}: a config file defines get_config(), which returns cpt_jax.config.default() with changes") from None
+      raise ConfigError(
+        f"{path}: a config file defines get_config(), which returns cpt_jax.config.default() with changes"
+      ) from None
     raise _at_line(path, error) from error
   except (AttributeError, TypeError, ValueError, NameError, SyntaxError, ImportError) as error:
     raise _at_line(path, error) from error
@@ -396,7 +408,9 @@ def _check_values(config: ConfigDict, problems: Problems) -> None:
   if config.optimizer.eps <= 0:
     problems.add(f"optimizer.eps={config.optimizer.eps}: must be above 0, e.g. 1e-8")
   if not 0 < config.data.heldout_frac < 1:
-    problems.add(f"data.heldout_frac={config.data.heldout_frac}: must lie between 0 and 1, e.g. 0.01; forgetting is measured on it")
+    problems.add(
+      f"data.heldout_frac={config.data.heldout_frac}: must lie between 0 and 1, e.g. 0.01; forgetting is measured on it"
+    )
   _check_durations(config, problems)
   if config.train.batch_rows % max(config.train.microbatches, 1):
     problems.add(
@@ -405,7 +419,9 @@ def _check_values(config: ConfigDict, problems: Problems) -> None:
     )
   starts = [k for k in ("start.resume", "start.hf", "start.weights") if get(config, k)]
   if not starts and not config.model.scratch:
-    problems.add("start.hf is empty: name a Hugging Face directory to continue, or model.scratch=config.json to train from scratch")
+    problems.add(
+      "start.hf is empty: name a Hugging Face directory to continue, or model.scratch=config.json to train from scratch"
+    )
   if len(starts) > 1:
     problems.add(f"{' and '.join(starts)} are all set: a run starts from one of them; empty the others")
   for axis, devices in config.mesh.items():
@@ -464,9 +480,7 @@ def _check_sources(config: ConfigDict, problems: Problems) -> None:
       else:
         largest = max(largest, share)
       try:
-        whens.append(
-          durations.parse(when).steps(tokens_per_step=max(tokens_per_step(config), 1), run_steps=num_steps(config))
-        )
+        whens.append(durations.parse(when).steps(tokens_per_step=max(tokens_per_step(config), 1), run_steps=num_steps(config)))
       except ValueError as error:
         problems.add(f"{key}.share: {error}")
     if whens != sorted(set(whens)):

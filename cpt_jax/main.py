@@ -12,7 +12,9 @@ from ml_collections import config_flags
 
 from cpt_jax import config as config_lib
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, or one of your own; --config.key=value changes a key.")
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file of configs/, or one of your own; --config.key=value changes a key."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything; runs/NAME OF THE CONFIG by default.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what the run would do, and end.")
 

@@ -66,7 +66,7 @@ def tiny_spec(tiny_hf_config):
 
 @pytest.fixture
 def random_batch():
-  """Makes batches of random tokens in one to three documents a row, with padding at the end: `random_batch(seed, rows=8, row_len=16)`."""
+  """Makes batches of random tokens, one to three documents a row and padding at its end: `random_batch(seed, rows=8)`."""
   import numpy as np
 
   from cpt_jax.data.batch import Batch

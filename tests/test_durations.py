@@ -26,7 +26,7 @@ def test_what_people_write_is_read(text, amount, unit):
 
 @pytest.mark.parametrize("text", ["", "many", "-5 steps", "5 epochs", "120%", "5M%", "1e999 steps", "5 %%", "nan"])
 def test_anything_else_is_refused_with_the_forms_that_are_understood(text):
-  with pytest.raises(ValueError, match="steps|share|finite"):
+  with pytest.raises(ValueError, match=r"steps|share|finite"):
     durations.parse(text)
 
 

@@ -53,7 +53,9 @@ def write_config(tmp_path_factory, tiny_base, fixtures):
 
   def write(*, steps=20, every=10, name="tiny"):
     file = directory / f"{name}.py"
-    text = CONFIG.format(base=str(tiny_base), store=str(directory / "store"), text=str(fixtures / "corpus.jsonl"), steps=steps, every=every)
+    text = CONFIG.format(
+      base=str(tiny_base), store=str(directory / "store"), text=str(fixtures / "corpus.jsonl"), steps=steps, every=every
+    )
     file.write_text(text)
     return file
 
@@ -71,7 +73,9 @@ def environment(root):
 @pytest.fixture
 def main(root):
   def run(config_file, workdir, *more):
-    return subprocess.run(command(config_file, workdir, *more), cwd=root, env=environment(root), capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+      command(config_file, workdir, *more), cwd=root, env=environment(root), capture_output=True, text=True, timeout=600
+    )
 
   return run
 
@@ -127,7 +131,9 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_parameters(main, write_co
   assert weights(workdir) == weights(tmp_path / "whole")
   for kind in ("train", "eval"):
     strip = [{key: value for key, value in record.items() if key != "tokens_per_sec"} for record in records(workdir, kind)]
-    whole = [{key: value for key, value in record.items() if key != "tokens_per_sec"} for record in records(tmp_path / "whole", kind)]
+    whole = [
+      {key: value for key, value in record.items() if key != "tokens_per_sec"} for record in records(tmp_path / "whole", kind)
+    ]
     # A window between two records that a kill cut in two is averaged over its second part alone.
     assert [r["step"] for r in strip] == [r["step"] for r in whole] and strip[-1:] == whole[-1:]
 
@@ -151,7 +157,16 @@ def test_moments_and_data_position_survive_too(write_config, main, tmp_path):
 def test_a_dry_run_says_what_would_happen_and_trains_nothing(main, write_config, tmp_path):
   done = main(write_config(), tmp_path / "run", "--dry_run")
   assert done.returncode == 0, done.stdout + done.stderr
-  for part in ("general", "epochs", "last update", "layers.wq", "weight decay", "per device", "Hugging Face", "optimizer state fresh"):
+  for part in (
+    "general",
+    "epochs",
+    "last update",
+    "layers.wq",
+    "weight decay",
+    "per device",
+    "Hugging Face",
+    "optimizer state fresh",
+  ):
     assert part in done.stdout, part
   assert not (tmp_path / "run").exists()
 
@@ -182,9 +197,10 @@ def test_two_runs_do_not_share_a_workdir(write_config, tmp_path):
   from cpt_jax.train import checkpoint
 
   config = config_lib.resolve(config_lib.load_file(str(write_config())))
-  with checkpoint.claim(tmp_path / "run", config), pytest.raises(ConfigError, match="another process"):
-    with checkpoint.claim(tmp_path / "run", config):
-      pass
+  with checkpoint.claim(tmp_path / "run", config):
+    second = checkpoint.claim(tmp_path / "run", config)
+    with pytest.raises(ConfigError, match="another process"):
+      second.__enter__()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_code_86(main, write_config, tmp_path):

@@ -18,7 +18,16 @@ RULES = dict(decay_rules=((".*norm", 0.0), (".*", 1.0)), rate_rules=((".*", 1.0)
 # A large eps: with a small one Adam turns the rounding of a gradient near zero into a whole step.
 def build(spec, *, microbatches=1, z_loss=0.0, clip_norm=1.0):
   rates = schedule.make(
-    "rewarm", num_steps=10, warmup_steps=2, lr_peak=1e-2, lr_start=0.0, lr_const=0.0, lr_final=1e-3, cooldown_steps=0, anneal_steps=0, shape="linear"
+    "rewarm",
+    num_steps=10,
+    warmup_steps=2,
+    lr_peak=1e-2,
+    lr_start=0.0,
+    lr_const=0.0,
+    lr_final=1e-3,
+    cooldown_steps=0,
+    anneal_steps=0,
+    shape="linear",
   )
   params = transformer.init(spec, jax.random.key(0))
   tx = optimizer.make(rates, params, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=clip_norm, **RULES)
@@ -85,7 +94,7 @@ def test_source_sums_add_up_to_the_whole(tiny_spec, random_batch):
 
 
 def test_the_reported_rate_is_the_one_that_moved_the_parameters(tiny_spec, random_batch):
-  # With a gradient of zero and no moments AdamW's update is rate * decay * parameter alone, so the rate can be read off the change.
+  # With a gradient of zero AdamW's update is rate * decay * parameter, so the rate can be read off the change.
   now, update, rates = build(tiny_spec)
   empty = random_batch(0)._replace(weights_BT=np.zeros((8, 16), np.float32))
   for count in range(4):

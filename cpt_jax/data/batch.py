@@ -4,20 +4,22 @@ Invariant: shifted once, in packing; segment 0 / weight 0 is padding; one row ho
 Made by data.packing, stacked by data.pipeline, read by train.step and evals.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+Array = Any  # numpy on a host, jax on its devices
 
 
 class Batch(NamedTuple):
   """B rows of T positions. Position t of a row predicts `targets_BT` from `tokens_BT[:, :t+1]` of its segment."""
 
-  tokens_BT: np.ndarray  # int32, ids below the vocabulary size; 0 where padded
-  targets_BT: np.ndarray  # int32, the next token of the same document; 0 where padded
-  weights_BT: np.ndarray  # float32, 1 where the target counts in the loss, else 0
-  segments_BT: np.ndarray  # int32, document number within the row from 1; 0 = padding
-  positions_BT: np.ndarray  # int32, from 0 in each segment
-  source_B: np.ndarray  # int32, index of the row's source in the order of config.data.sources
+  tokens_BT: Array  # int32, ids below the vocabulary size; 0 where padded
+  targets_BT: Array  # int32, the next token of the same document; 0 where padded
+  weights_BT: Array  # float32, 1 where the target counts in the loss, else 0
+  segments_BT: Array  # int32, document number within the row from 1; 0 = padding
+  positions_BT: Array  # int32, from 0 in each segment
+  source_B: Array  # int32, index of the row's source in the order of config.data.sources
 
 
 def pad_rows(batch: Batch, num_rows: int) -> Batch:

@@ -28,9 +28,7 @@ def _norms(params: Any, base: Any) -> dict[str, Any]:
     base_leaf = base_leaf.astype(jnp.float32)
     return jnp.sum(jnp.square(leaf - base_leaf), axes), jnp.sum(jnp.square(base_leaf), axes)
 
-  top = {
-    name: squares(leaf, base[name], None) for name, leaf in params.items() if name != "layers"
-  }
+  top = {name: squares(leaf, base[name], None) for name, leaf in params.items() if name != "layers"}
   layers = [squares(leaf, base["layers"][name], tuple(range(1, leaf.ndim))) for name, leaf in params["layers"].items()]
   top["layers"] = tuple(sum(part) for part in zip(*layers, strict=True))
   return top

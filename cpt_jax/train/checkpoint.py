@@ -87,7 +87,7 @@ class Checkpoints:
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-      flat = ocp.load(self.directory / str(step), wanted, checkpointable_name=_STATE)
+      flat = ocp.load(str(self.directory / str(step)), wanted, checkpointable_name=_STATE)
     return jax.tree.unflatten(jax.tree.structure(abstract_params), [flat[path] for path in wanted])
 
   def wait(self) -> None:
@@ -103,7 +103,11 @@ class Checkpoints:
     found = {path: leaf for path, leaf in trees.paths(saved).items() if path.startswith(only)}
     difference = trees.diff(found, wanted)
     if difference:
-      raise ConfigError("\n".join([f"the checkpoint {self.directory / str(step)} is of another model or optimizer:"] + _difference_lines(difference)))
+      raise ConfigError(
+        "\n".join(
+          [f"the checkpoint {self.directory / str(step)} is of another model or optimizer:"] + _difference_lines(difference)
+        )
+      )
 
 
 def _difference_lines(difference: trees.Diff) -> list[str]:
@@ -159,7 +163,9 @@ def claim(run_dir: pathlib.Path, config: Any) -> Iterator[None]:
       # The kernel drops the lock with the process, so a killed run leaves none behind.
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise ConfigError(f"--workdir={run_dir}: another process is training there; wait for it or give another --workdir") from None
+      raise ConfigError(
+        f"--workdir={run_dir}: another process is training there; wait for it or give another --workdir"
+      ) from None
     record = json.loads(config.to_json())
     if (run_dir / "config.json").exists():
       check_same_run(json.loads((run_dir / "config.json").read_text(encoding="utf-8")), record)

@@ -89,7 +89,8 @@ class TrainProgress:
       return
     elapsed = time.monotonic() - self._started
     left = elapsed / max(reading.step - self._start_step, 1) * (self._num_steps - reading.step)
-    say(f"step {reading.step}/{self._num_steps}  loss {values['loss']:.3f}  {figures}  grad {values['grad_norm']:.2f}  left {clock(left)}")
+    done = f"step {reading.step}/{self._num_steps}  loss {values['loss']:.3f}"
+    say(f"{done}  {figures}  grad {values['grad_norm']:.2f}  left {clock(left)}")
 
   def evaluated(self, step: int, losses: dict[str, Any], base_losses: dict[str, Any]) -> None:
     """A line for an evaluation: each source's held-out loss and its change against the base."""

@@ -1,6 +1,7 @@
 """A config -> what the run would do, said without a device and without training.
 
-Invariant: every figure comes from the code that the run uses (the same opened inputs, schedule, groups and shardings). Called by main.
+Invariant: every figure comes from the code that the run uses (the same opened inputs, schedule, groups and shardings).
+Called by main.
 """
 
 import math
@@ -31,7 +32,9 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
   begin = start.choose_start(config, workdir)
 
   console.say(f"run      {workdir}")
-  console.say(f"model    {spec.family}, {spec_lib.num_parameters(spec):,} parameters, {spec.num_layers} layers of width {spec.width}")
+  console.say(
+    f"model    {spec.family}, {spec_lib.num_parameters(spec):,} parameters, {spec.num_layers} layers of width {spec.width}"
+  )
   console.say(f"start    {begin.describe(optimizer=config.start.optimizer)}")
   console.say(f"mesh     {' x '.join(f'{name} {size}' for name, size in sizes.items())}{assumed}")
   _data(inputs, num_steps)
@@ -67,10 +70,27 @@ def _data(inputs: loop.Inputs, num_steps: int) -> None:
   console.table(
     f"data: {num_steps:,} steps x {config.train.batch_rows} rows x {config.data.row_len} positions = {console.count(positions)}, "
     f"packed {config.data.packing}; shares are normalised",
-    ["source", "role", "training docs", "training tokens", "held-out docs", "share at start", "at end", "tokens read", "epochs", "filled"],
+    [
+      "source",
+      "role",
+      "training docs",
+      "training tokens",
+      "held-out docs",
+      "share at start",
+      "at end",
+      "tokens read",
+      "epochs",
+      "filled",
+    ],
     [
       [row.source, row.role, f"{row.train_documents:,}", console.count(row.train_tokens), f"{row.heldout_documents:,}"]
-      + [f"{row.share_start:.3f}", f"{row.share_end:.3f}", console.count(row.tokens), f"{row.epochs:.2f}", f"{row.efficiency:.1%}"]
+      + [
+        f"{row.share_start:.3f}",
+        f"{row.share_end:.3f}",
+        console.count(row.tokens),
+        f"{row.epochs:.2f}",
+        f"{row.efficiency:.1%}",
+      ]
       for row in inputs.loader.describe()
     ],
     left=2,
@@ -84,7 +104,10 @@ def _groups(config: Any, params: Any) -> None:
   console.table(
     "parameter groups (AdamW)",
     ["leaves", "parameters", "rate x", "weight decay"],
-    [[", ".join(g.leaves), f"{g.num_parameters:,}", g.rate, f"{g.weight_decay:g}"] for g in optimizer.from_config_groups(config, params)],
+    [
+      [", ".join(g.leaves), f"{g.num_parameters:,}", g.rate, f"{g.weight_decay:g}"]
+      for g in optimizer.from_config_groups(config, params)
+    ],
   )
 
 
@@ -118,8 +141,8 @@ def _shard_bytes(leaf: Any) -> int:
 def _activation_bytes(config: Any, spec: spec_lib.ModelSpec, sizes: dict[str, int], itemsize: int) -> int:
   """Inputs that the layers keep for the backward pass, per microbatch and device.
 
-  full: the layer's input. dots: that and the outputs of its products. none: those, the norms' and the gate's results as well; without a
-  fused kernel also the scores, [rows, heads, row, row].
+  full: the layer's input. dots: that and the outputs of its products. none: those, the norms' and the gate's results as well;
+  without a fused kernel also the scores, [rows, heads, row, row].
   """
   rows = config.train.batch_rows // config.train.microbatches / (sizes["data"] * sizes["fsdp"])
   positions = rows * config.data.row_len / sizes["context"]
@@ -134,6 +157,8 @@ def _activation_bytes(config: Any, spec: spec_lib.ModelSpec, sizes: dict[str, in
 
 def _events(config: Any, num_steps: int) -> None:
   every_eval, every_save = (config_lib.steps_of(config, key) for key in ("eval.every", "checkpoint.every"))
-  console.say(f"evaluations  before the first step, every {every_eval} steps, at the end; up to {config.eval.tokens:,} held-out tokens a source")
+  often = f"before the first step, every {every_eval} steps, at the end"
+  console.say(f"evaluations  {often}; up to {config.eval.tokens:,} held-out tokens a source")
   console.say(f"checkpoints  every {every_save} steps and at the end; the newest {config.checkpoint.keep_last} are kept")
-  console.say(f"export       {'a Hugging Face directory at the end' if config.checkpoint.export_hf else 'none (checkpoint.export_hf=False)'}")
+  export = "a Hugging Face directory at the end" if config.checkpoint.export_hf else "none (checkpoint.export_hf=False)"
+  console.say(f"export       {export}")

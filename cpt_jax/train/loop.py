@@ -4,7 +4,6 @@ Invariant: evaluate if due, save if due, THEN fetch rows, dispatch the step, and
 Called by main.
 """
 
-import json
 import pathlib
 import signal
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from cpt_jax.data.batch import Batch
 from cpt_jax.evals import drift, perplexity
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.train import checkpoint, console, metrics, optimizer, schedule, start, state, step
+from cpt_jax.train import checkpoint, console, metrics, optimizer, schedule, start, step
 
 EXIT_DONE, EXIT_PREEMPTED = 0, 75
 

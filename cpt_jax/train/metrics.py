@@ -49,7 +49,7 @@ class Writer:
     for name in ("metrics.jsonl", "ledger.jsonl"):
       drop_after(run_dir / name, start_step)
       # Line buffered: a run that is killed has its last full record on disk.
-      self._files[name] = open(run_dir / name, "a", buffering=1, encoding="utf-8")
+      self._files[name] = open(run_dir / name, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by close)
     self._events = _event_writer(run_dir, start_step) if tensorboard else None
 
   def train(self, reading: "Reading") -> None:
@@ -175,9 +175,7 @@ def summary(
   step: int, base_losses: dict[str, SourceLoss], losses: dict[str, SourceLoss], ledger: list[dict], checkpoint: str, exported: str
 ) -> dict[str, Any]:
   """What the run came to: summary.json, and the table at the end."""
-  sources = [
-    {**row, "base": base_losses[row["source"]]._asdict(), "result": losses[row["source"]]._asdict()} for row in ledger
-  ]
+  sources = [{**row, "base": base_losses[row["source"]]._asdict(), "result": losses[row["source"]]._asdict()} for row in ledger]
   return {"step": step, "sources": sources, "checkpoint": checkpoint, "exported": exported}
 
 
@@ -233,8 +231,8 @@ def _flatten(prefix: str, values: dict[str, Any]) -> list[tuple[str, float]]:
 
 def _event_writer(run_dir: pathlib.Path, start_step: int) -> Any:
   try:
-    from tensorboardX import SummaryWriter
+    from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports] (an extra)
   except ImportError:
-    raise ConfigError("log.tensorboard=True needs the extra: pip install 'cpt_jax[tensorboard]', or set log.tensorboard=False") from None
+    raise ConfigError("log.tensorboard=True needs pip install 'cpt_jax[tensorboard]'; or set log.tensorboard=False") from None
   # TensorBoard hides what an earlier process wrote from this step on.
   return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)

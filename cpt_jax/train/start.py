@@ -108,7 +108,13 @@ def base_params(base: Start, spec: ModelSpec, *, seed: int) -> Any:
 
 
 def initial_state(
-  start: Start, params: Any, spec: ModelSpec, optimizer: optax.GradientTransformation, checkpoints: Checkpoints, *, keep_optimizer: bool
+  start: Start,
+  params: Any,
+  spec: ModelSpec,
+  optimizer: optax.GradientTransformation,
+  checkpoints: Checkpoints,
+  *,
+  keep_optimizer: bool,
 ) -> TrainState:
   """The state before the first update of this process; `params` are those of the base."""
   if start.kind == "run":

@@ -19,7 +19,7 @@ from cpt_jax.model.spec import ModelSpec
 class TrainState(NamedTuple):
   """All that a checkpoint must hold to go on."""
 
-  step: jax.Array  # int32 scalar, updates finished
+  step: Any  # int32 scalar, updates finished
   params: Any  # float32 master weights, the tree of model.transformer
   opt_state: Any
 
@@ -36,6 +36,7 @@ def abstract(spec: ModelSpec, optimizer: optax.GradientTransformation) -> TrainS
   params = transformer.abstract_params(spec)
   opt_state = jax.eval_shape(optimizer.init, params)
   mesh = mesh_lib.current()
+  assert mesh is not None, "set a mesh first"
 
   def placed(leaf):
     # eval_shape leaves scalars without a place and the others on an abstract mesh.

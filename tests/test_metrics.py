@@ -1,0 +1,139 @@
+"""The metric files, the meter and the evaluation's sums."""
+
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cpt_jax.data.batch import Batch
+from cpt_jax.data.pipeline import HeldOut
+from cpt_jax.evals import drift, perplexity
+from cpt_jax.model.loss import Sums
+from cpt_jax.train import metrics
+from cpt_jax.train.step import StepMetrics
+
+
+def measured(losses, tokens, *, rate=0.5, grad_norm=1.0):
+  sums = Sums(
+    jnp.float32(sum(losses)),
+    jnp.float32(0),
+    jnp.float32(sum(tokens)),
+    jnp.asarray(losses, jnp.float32),
+    jnp.asarray(tokens, jnp.float32),
+  )
+  return StepMetrics(sums, jnp.float32(grad_norm), jnp.float32(rate))
+
+
+def meter(log_every=2):
+  return metrics.Meter(("a", "b"), log_every=log_every, flops_per_token=(10.0, 12.0), peak_flops=1e6)
+
+
+def test_a_record_is_the_token_weighted_mean_over_its_steps():
+  m = meter()
+  m.dispatched(1, measured([10.0, 0.0], [4, 0]), num_positions=8)
+  assert m.read().values is None
+  m.dispatched(2, measured([2.0, 6.0], [4, 3], rate=0.25), num_positions=8)
+  values = m.read().values
+  assert values["loss"] == pytest.approx(18 / 11) and values["source_loss"] == {"a": 12 / 8, "b": 2.0}
+  assert values["tokens"] == 11 and values["rate"] == 0.25
+  assert m.read() is None
+
+
+def test_a_source_without_a_row_in_the_window_has_no_loss():
+  m = meter(log_every=1)
+  m.dispatched(1, measured([10.0, 0.0], [4, 0]), num_positions=8)
+  assert m.read().values["source_loss"] == {"a": 2.5}
+
+
+def test_speed_leaves_out_the_first_step_and_pauses(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+  m = meter(log_every=2)
+  m.dispatched(1, measured([1.0, 0.0], [4, 0]), num_positions=8)
+  now[0] = 100.0  # the first step compiles
+  m.read()
+  m.dispatched(2, measured([1.0, 0.0], [4, 0]), num_positions=8)
+  now[0] = 102.0
+  reading = m.read()
+  assert reading.tokens_per_sec == pytest.approx(4.0)
+  assert reading.mfu == {"causal": pytest.approx(4e-5), "palm": pytest.approx(4.8e-5)}
+  m.pause()
+  now[0] = 500.0  # an evaluation
+  m.dispatched(3, measured([1.0, 0.0], [4, 0]), num_positions=8)
+  now[0] = 502.0
+  m.read()
+  m.dispatched(4, measured([1.0, 0.0], [4, 0]), num_positions=8)
+  now[0] = 504.0
+  assert m.read().tokens_per_sec == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("bad", [dict(losses=[math.nan, 0.0]), dict(grad_norm=math.inf)])
+def test_a_number_that_is_not_finite_stops_the_run_and_names_the_step(bad):
+  m = meter()
+  m.dispatched(7, measured(**{"losses": [1.0, 1.0], "tokens": [1, 1], **bad}), num_positions=8)
+  with pytest.raises(FloatingPointError, match="step 7"):
+    m.read()
+
+
+def test_after_a_resume_no_line_of_the_lost_future_is_left(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  lines = [{"step": 0, "kind": "eval"}, {"step": 5, "kind": "train"}, {"step": 10, "kind": "train"}, {"step": 10, "kind": "eval"}]
+  path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 15, "kind": "train"}]) + '{"step": 20, "ki')
+  metrics.drop_after(path, 10)
+  assert metrics.read(path) == lines[:3]  # the evaluation at 10 is made again
+  metrics.drop_after(path, 0)
+  assert metrics.read(path) == []
+  metrics.drop_after(tmp_path / "none.jsonl", 3)
+
+
+def test_peaks_are_found_by_the_names_that_jax_gives():
+  assert metrics.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+  assert metrics.peak_flops("TPU v5 lite") == 197e12 and metrics.peak_flops("TPU v5p") == 459e12
+  assert metrics.peak_flops("cpu") is None
+
+
+def test_evaluation_divides_exact_sums_once():
+  rng = np.random.default_rng(0)
+  losses, tokens = rng.uniform(1e3, 1e5, 50).astype(np.float32), rng.integers(1, 999, 50)
+  batches = [Batch(*[np.full(1, i, np.int32)] * 6) for i in range(50)]
+  held = HeldOut(batches, num_tokens=int(tokens.sum()), num_bytes=12_345, num_documents=3)
+
+  def eval_step(params, batch):
+    i = int(batch.tokens_BT[0])
+    return Sums(jnp.float32(losses[i]), None, jnp.float32(tokens[i]), None, None)
+
+  found = perplexity.evaluate(None, {"a": held}, eval_step=eval_step, to_device=lambda b: b)["a"]
+  total = float(losses.astype(np.float64).sum())
+  assert found.loss == pytest.approx(total / tokens.sum(), rel=1e-12)
+  assert found.bits_per_byte == pytest.approx(total / math.log(2) / 12_345, rel=1e-12)
+  assert (found.tokens, found.bytes, found.documents) == (tokens.sum(), 12_345, 3)
+
+
+def test_drift_is_relative_and_by_layer():
+  rng = np.random.default_rng(0)
+  base = {
+    "embedding": rng.normal(size=(5, 4)),
+    "layers": {"w": rng.normal(size=(3, 4, 2)), "norm": np.ones((3, 4))},
+    "final_norm": np.ones(4),
+  }
+  moved = {
+    "embedding": base["embedding"] * 1.5,
+    "layers": {
+      "w": base["layers"]["w"] * np.array([1, 1.1, 1.2]).reshape(3, 1, 1),
+      "norm": base["layers"]["norm"] * np.array([[1], [1.1], [1.2]]),
+    },
+    "final_norm": base["final_norm"],
+  }
+  as_float = lambda tree: {k: as_float(v) if isinstance(v, dict) else jnp.asarray(v, jnp.float32) for k, v in tree.items()}  # noqa: E731
+  found = drift.by_layer(as_float(moved), drift.keep_base(as_float(base)))
+  assert found["embedding"] == pytest.approx(0.5, rel=1e-5) and found["final_norm"] == 0
+  assert found["layers"] == pytest.approx([0, 0.1, 0.2], rel=1e-4, abs=1e-7)
+
+
+def test_the_base_is_kept_in_bfloat16_only_where_nothing_is_lost():
+  coarse, fine = jnp.asarray([1.0, 0.5]), jnp.asarray([1.0, 1 / 3])
+  kept = drift.keep_base({"coarse": coarse, "fine": fine})
+  assert kept["coarse"].dtype == jnp.bfloat16 and kept["fine"].dtype == jnp.float32
+  np.testing.assert_array_equal(kept["fine"], fine)
