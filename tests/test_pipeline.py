@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 
-import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 from cpt_jax import config as configs
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.data import batch as batches
-from cpt_jax.data import mixture, packing, pipeline, sources
+from cpt_jax.data import mixture, packing, pipeline, shuffle, sources
 from cpt_jax.data.store import StoreWriter, open_store
 
 UNIQUE = 100  # document i of a store has the tokens i*100, i*100+1, ..: a token tells its document
@@ -141,13 +140,6 @@ def test_every_epoch_is_a_permutation_of_its_own(two):
       rows = [order[epoch * plan.num_rows + i] for i in range(plan.num_rows)]
       assert sorted(rows) == list(range(plan.num_rows)) and rows != sorted(rows)
     assert [order[i] for i in range(plan.num_rows)] != [order[i + plan.num_rows] for i in range(plan.num_rows)]
-  assert isinstance(reader.mixture, grain.transforms.DatasetSelectionMap)
-
-
-def test_another_shuffle_in_grain_is_another_fingerprint(two, monkeypatch):
-  before = loader(two).fingerprint
-  monkeypatch.setattr(grain.MapDataset, "shuffle", lambda self, *, seed: self)
-  assert loader(two).fingerprint != before
 
 
 def test_another_source_disturbs_nobodys_order(two, tmp_path):
@@ -297,14 +289,14 @@ def test_a_loader_that_is_dropped_leaves_no_thread(two):
 
 def test_data_never_touches_jax(root):
   """grain imports jax for itself; our modules do not, and no device is started."""
-  for module in (mixture, packing, pipeline, sources):
+  for module in (mixture, packing, pipeline, shuffle, sources):
     tree = ast.parse(pathlib.Path(module.__file__).read_text())
     imported = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
     imported += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert not [name for name in imported if name.split(".")[0] in ("jax", "flax")]
   code = """
 import sys
-import cpt_jax.data.mixture, cpt_jax.data.packing, cpt_jax.data.sources
+import cpt_jax.data.mixture, cpt_jax.data.packing, cpt_jax.data.shuffle, cpt_jax.data.sources
 assert "jax" not in sys.modules
 import cpt_jax.data.pipeline
 from jax._src import xla_bridge

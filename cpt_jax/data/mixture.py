@@ -1,7 +1,7 @@
 """Shares over time -> which source, and which of its rows, row `i` of the run is.
 
 Pure: no state, no I/O. After every step each source's row count is its quota, the sum of share * batch_rows over the steps,
-rounded down or up. Called by data.pipeline, through grain's DatasetSelectionMap interface (`len` and `[]`).
+less than a row off. Called by data.pipeline; has the interface of grain.transforms.DatasetSelectionMap.
 """
 
 import functools

@@ -22,13 +22,11 @@ from cpt_jax.data import packing
 from cpt_jax.data import tokenizer as tokenizers
 from cpt_jax.data.batch import Batch, pad_rows
 from cpt_jax.data.mixture import Mixture
+from cpt_jax.data.shuffle import Shuffle
 from cpt_jax.data.sources import Source
 
 FORMAT = 1  # of `state`, and of the order of rows that a fingerprint stands for
 MANY_EPOCHS = 4.0  # up to here repeats are worth almost as much as new text (Muennighoff et al. 2305.16264, sec. 5)
-_MAX_ROWS = 1 << 32  # grain's index shuffle counts in 32 bits
-
-grain.transforms.DatasetSelectionMap.register(Mixture)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +63,7 @@ class SourceSummary(NamedTuple):
 class Loader:
   """The rows of a run.
 
-  By the mixture, row i of the run is row `local` of a source. Rows of a source are those of its packing plan in a fresh
+  By the mixture, row i of the run is the n-th row of a source. A source's rows are those of its packing plan in a fresh
   permutation for each epoch, seeded by the source's name and `seed` alone: another source, or another order of the sources,
   changes no source's own order.
   """
@@ -92,16 +90,19 @@ class Loader:
     self._tokenizer = tokenizer
     self.mixture = Mixture([source.share for source in sources], num_steps=num_steps, batch_rows=batch_rows)
     self.plans = [_plan(source, row_len=row_len, policy=packing_policy, cross_documents=cross_documents) for source in sources]
-    self._orders = [self._order(m) for m in range(len(sources))]
+    self._orders = [
+      Shuffle(max(plan.num_rows, 1), name=source.name, seed=seed) for source, plan in zip(sources, self.plans, strict=True)
+    ]
     self.fingerprint = self._fingerprint(packing_policy)
     self._tallies = [_Tally(plan.row_tokens, order) for plan, order in zip(self.plans, self._orders, strict=True)]
 
   def row(self, index: int) -> Batch:
     """Row `index` of the run, as a batch of one."""
-    m, local = self.mixture.locate(index)
-    plan_row = self._orders[m][local]
-    assert plan_row is not None, "grain says so of filtered elements, and nothing is filtered"
-    return self._packed(m, plan_row)
+    m, nth = self.mixture.locate(index)
+    pieces = self.plans[m].pieces(self._orders[m][nth])
+    return packing.pack_row(
+      self.sources[m].store, pieces, row_len=self.row_len, source=m, cross_documents=self.cross_documents
+    )
 
   def batches(self, start_step: int, *, rows: slice | None = None) -> Iterator[Batch]:
     """The batches of the steps from `start_step` to the run's end, read ahead by threads.
@@ -112,9 +113,8 @@ class Loader:
     assert stride == 1 and last > first, f"{rows} of {self.batch_rows} rows"
     if start_step >= self.num_steps:
       return
-    selection = _Selection(self.mixture, start_step=start_step, first=first, num_rows=last - first)
-    per_source = [order.map(functools.partial(self._packed, m)) for m, order in enumerate(self._orders)]
-    dataset = grain.MapDataset.select_from_datasets(per_source, selection).batch(last - first, batch_fn=_stack)
+    part = _Part(self, start_step=start_step, first=first, num_rows=last - first)
+    dataset = grain.MapDataset.source(part).batch(last - first, batch_fn=_stack)
     ahead = max(2, -(-self.num_threads // (last - first)))
     options = grain.ReadOptions(num_threads=min(self.num_threads, ahead), prefetch_buffer_size=ahead)
     iterator = iter(dataset.to_iter_dataset(options))
@@ -216,30 +216,8 @@ class Loader:
 
   def _fingerprint(self, policy: str) -> str:
     sources = [[s.name, s.store.fingerprint, s.heldout_frac, s.share] for s in self.sources]
-    # The first rows stand for grain's shuffle itself: should another version permute otherwise, a resume is refused.
-    first = [[order[i] for i in range(min(4, len(order)))] for order in self._orders]
-    content = [FORMAT, packing.FORMAT, sources, first, self.batch_rows, self.row_len, policy, self.cross_documents, self.seed]
+    content = [FORMAT, packing.FORMAT, sources, self.batch_rows, self.row_len, policy, self.cross_documents, self.seed]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
-
-  def _order(self, m: int) -> grain.MapDataset:
-    """Number of the row in the plan for each local row of source m, epoch after epoch."""
-    num_rows = self.plans[m].num_rows
-    if num_rows == 0:
-      return grain.MapDataset.range(0)
-    if num_rows >= _MAX_ROWS:
-      raise ConfigError(
-        f"data.sources.{self.names[m]}: {num_rows} rows of {self.row_len}, at most {_MAX_ROWS - 1} can be shuffled; "
-        "raise data.row_len or divide the store"
-      )
-    # grain adds the epoch to the seed (modulo 2**32), so seeds of sources must lie far apart: a digest, not a counter.
-    digest = hashlib.blake2b(json.dumps([self.names[m], self.seed]).encode(), digest_size=4).digest()
-    return grain.MapDataset.range(num_rows).shuffle(seed=int.from_bytes(digest, "little")).repeat()
-
-  def _packed(self, m: int, plan_row: int) -> Batch:
-    pieces = self.plans[m].pieces(plan_row)
-    return packing.pack_row(
-      self.sources[m].store, pieces, row_len=self.row_len, source=m, cross_documents=self.cross_documents
-    )
 
   def _heldout_batch(self, m: int, plan: packing.Plan, batch_rows: int, number: int) -> Batch:
     rows = range(number * batch_rows, min((number + 1) * batch_rows, plan.num_rows))
@@ -284,24 +262,24 @@ def from_config(config, sources: Sequence[Source]) -> Loader:
   return loader
 
 
-class _Selection(grain.transforms.DatasetSelectionMap):
-  """Rows [first, first + num_rows) of each batch from `start_step` on."""
+class _Part:
+  """Rows [first, first + num_rows) of each batch from `start_step` on, as a data source for grain."""
 
-  def __init__(self, mixture: Mixture, *, start_step: int, first: int, num_rows: int):
-    self._mixture, self._start_step, self._first, self._num_rows = mixture, start_step, first, num_rows
+  def __init__(self, loader: Loader, *, start_step: int, first: int, num_rows: int):
+    self._loader, self._start_step, self._first, self._num_rows = loader, start_step, first, num_rows
 
   def __len__(self) -> int:
-    return (self._mixture.num_steps - self._start_step) * self._num_rows
+    return (self._loader.num_steps - self._start_step) * self._num_rows
 
-  def __getitem__(self, index: int) -> tuple[int, int]:
+  def __getitem__(self, index: int) -> Batch:
     step, nth = divmod(index, self._num_rows)
-    return self._mixture.locate((self._start_step + step) * self._mixture.batch_rows + self._first + nth)
+    return self._loader.row((self._start_step + step) * self._loader.batch_rows + self._first + nth)
 
 
 class _Tally:
   """Tokens of a source's first rows, in the order in which they are read; counts on from where it was last asked."""
 
-  def __init__(self, row_tokens: np.ndarray, order: grain.MapDataset):
+  def __init__(self, row_tokens: np.ndarray, order: Shuffle):
     self._row_tokens, self._order = row_tokens, order
     self._rows, self._tokens = 0, 0  # the last answer
     self._lock = threading.Lock()
@@ -313,7 +291,7 @@ class _Tally:
       epoch_begin = epochs * len(self._row_tokens)
       if not epoch_begin <= self._rows <= num_rows:  # whole epochs need no counting
         self._rows, self._tokens = epoch_begin, epochs * int(self._row_tokens.sum(dtype=np.int64))
-      read = np.fromiter((self._order[i] for i in range(self._rows, num_rows)), np.int64, num_rows - self._rows)
+      read = self._order.rows(self._rows, num_rows)
       self._rows, self._tokens = num_rows, self._tokens + int(self._row_tokens[read].sum(dtype=np.int64))
       return self._tokens
 
