@@ -69,6 +69,13 @@ def test_a_longer_run_begins_with_the_rows_of_the_shorter(moving, batch_rows):
   assert [short[i] for i in range(len(short))] == [long[i] for i in range(len(short))]
 
 
+def test_shares_after_the_end_of_a_run_count_as_they_will_be():
+  for seed in range(30):  # the last rows are chosen by deadlines that lie behind the shorter run's end
+    shares = [[(0, a), (58, b), (61, c)] for a, b, c in (np.random.default_rng(seed).uniform(0, 1, (5, 3)) ** 4).tolist()]
+    short, long = (Mixture(shares, num_steps=num_steps, batch_rows=1) for num_steps in (57, 100))
+    assert [short[i] for i in range(57)] == [long[i] for i in range(57)]
+
+
 def test_rows_of_a_batch_are_spread_evenly():
   mixture = Mixture([[(0, 3.0)], [(0, 1.0)]], num_steps=2, batch_rows=8)
   assert [mixture[i] for i in range(8)] == [(0, 0), (0, 1), (1, 0), (0, 2), (0, 3), (0, 4), (1, 1), (0, 5)]

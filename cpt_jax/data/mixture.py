@@ -169,12 +169,11 @@ class Mixture:
     return held, wanted.tolist(), queue
 
   def _block_counts(self, block: int) -> np.ndarray:
-    """int64 [steps + 1, M]: `counts` at the borders of a block's steps."""
+    """int64 [steps + 1, M]: `counts` at the borders of a block's steps; the first border counts only in block 0."""
     start = block * _BLOCK_STEPS
     counts = self._cumulative(block)[0][: self.num_steps - start + 1].copy()
-    ups = self._ups[max(start - 1, 0) : start + len(counts) - 1]
-    ups = np.unpackbits(ups, axis=1, count=self.num_sources, bitorder="little")
-    counts[len(counts) - len(ups) :] += ups  # nothing is drawn before step 0
+    ups = self._ups[start : start + len(counts) - 1]
+    counts[1:] += np.unpackbits(ups, axis=1, count=self.num_sources, bitorder="little")
     return counts
 
   def _step_rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
