@@ -15,6 +15,7 @@ import runpy
 import traceback
 from typing import Any
 
+from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
@@ -34,6 +35,7 @@ class Problems:
     self.lines: list[str] = []
 
   def add(self, text: str) -> None:
+    """Notes a line, once."""
     if text not in self.lines:
       self.lines.append(text)
 
@@ -65,7 +67,15 @@ class Share(tuple):
       raise ValueError(f"{value!r} is no share; write 0.3 or [(0, 0.05), ('20%', 0.3)]") from None
 
 
-config_flags.register_flag_parser_for_type(Share, Share)
+class _ShareParser(flags.ArgumentParser):
+  """What absl calls for a share on the command line, and for its default."""
+
+  def parse(self, argument: Any) -> Share:
+    """A Share from either form, or from one."""
+    return Share(argument)
+
+
+config_flags.register_flag_parser_for_type(Share, _ShareParser())
 
 
 def source(
@@ -76,7 +86,7 @@ def source(
   share: float | tuple = 1.0,
   max_epochs: float = 0.0,
   text_field: str = "text",
-) -> ConfigDict:
+) -> Any:
   """One entry of `data.sources`."""
   return ConfigDict(
     dict(
@@ -100,7 +110,7 @@ def source(
   )
 
 
-def default() -> ConfigDict:
+def default() -> Any:
   """Every key with its default."""
   c = ConfigDict()
   # Seed of initialisation and shuffles. The same seed gives the same run.
@@ -286,14 +296,14 @@ def _meant(name: str) -> str:
   return f" Did you mean {last[close[0]]}?" if close else ""
 
 
-def get(config: ConfigDict, key: str) -> Any:
+def get(config: Any, key: str) -> Any:
   """The value of a dotted key."""
   for part in key.split("."):
     config = config[part]
   return config
 
 
-def leaf_keys(config: ConfigDict) -> list[str]:
+def leaf_keys(config: Any) -> list[str]:
   """Dotted names of all leaves."""
   keys = []
   for name in config:
@@ -302,7 +312,7 @@ def leaf_keys(config: ConfigDict) -> list[str]:
   return keys
 
 
-def resolve(config: ConfigDict) -> ConfigDict:
+def resolve(config: Any) -> ConfigDict:
   """Checks every key that needs no file and no device; returns a locked copy.
 
   Raises:
@@ -320,17 +330,17 @@ def resolve(config: ConfigDict) -> ConfigDict:
   return config
 
 
-def tokens_per_step(config: ConfigDict) -> int:
+def tokens_per_step(config: Any) -> int:
   """Positions that a step trains on, padding counted."""
   return config.train.batch_rows * config.data.row_len
 
 
-def num_steps(config: ConfigDict) -> int:
+def num_steps(config: Any) -> int:
   """Length of the run in steps."""
   return durations.whole_steps(config.train.length, tokens_per_step=tokens_per_step(config))
 
 
-def steps_of(config: ConfigDict, key: str) -> int:
+def steps_of(config: Any, key: str) -> int:
   """Steps of the duration at a dotted key."""
   return durations.whole_steps(get(config, key), tokens_per_step=tokens_per_step(config), run_steps=num_steps(config))
 
@@ -346,7 +356,7 @@ def unknown_key(key: str, known: list[str]) -> str:
   return f"{key}: there is no such key.{did_you_mean(key, known)} cpt_jax/config.py lists them all."
 
 
-def _check_keys(config: ConfigDict, problems: Problems) -> None:
+def _check_keys(config: Any, problems: Problems) -> None:
   expected = default()
   known = leaf_keys(expected)
   found = [k for k in leaf_keys(config) if not k.startswith("data.sources.")]
@@ -387,7 +397,7 @@ def _same_type(value: Any, wanted: Any) -> bool:
   return isinstance(value, (list, tuple)) if isinstance(wanted, tuple) else isinstance(value, type(wanted))
 
 
-def _check_values(config: ConfigDict, problems: Problems) -> None:
+def _check_values(config: Any, problems: Problems) -> None:
   for key, choices in _CHOICES.items():
     value = get(config, key)
     if value not in choices:
@@ -431,7 +441,7 @@ def _check_values(config: ConfigDict, problems: Problems) -> None:
     problems.add(f"mesh={dict(config.mesh)}: one axis at most may be -1 (the rest)")
 
 
-def _check_durations(config: ConfigDict, problems: Problems) -> None:
+def _check_durations(config: Any, problems: Problems) -> None:
   bad = False
   for key, may_be_share in (_DURATIONS | ({"checkpoint.keep_every": True} if config.checkpoint.keep_every else {})).items():
     try:
@@ -453,7 +463,7 @@ def _check_durations(config: ConfigDict, problems: Problems) -> None:
     problems.add(f"schedule.{' + schedule.'.join(parts)} take {total} steps, the run has {num_steps(config)}; shorten them")
 
 
-def _check_sources(config: ConfigDict, problems: Problems) -> None:
+def _check_sources(config: Any, problems: Problems) -> None:
   if not config.data.sources:
     problems.add("data.sources is empty: name at least one source, data.sources.domain = config.source(store=...)")
     return

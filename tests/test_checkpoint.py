@@ -36,7 +36,7 @@ def assert_equal(found, expected):
 
 
 def test_what_is_restored_is_what_was_saved_on_any_mesh(tiny_spec, tmp_path):
-  checkpoints = checkpoint.Checkpoints(tmp_path)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=9)
   with jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=4, context=1, tensor=2)):
     saved = make_state(tiny_spec, step=3)
     checkpoints.save(saved, 3, meta={"loader": {"next_row": 12}}, losses={})
@@ -52,7 +52,7 @@ def test_what_is_restored_is_what_was_saved_on_any_mesh(tiny_spec, tmp_path):
 
 def test_saving_does_not_see_what_happens_to_the_state_afterwards(tiny_spec, tmp_path):
   # The step donates its state; the writer must have its own copy by then.
-  checkpoints = checkpoint.Checkpoints(tmp_path)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=9)
   with jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])):
     saved = make_state(tiny_spec)
     before = jax.device_get(saved)
@@ -65,7 +65,7 @@ def test_saving_does_not_see_what_happens_to_the_state_afterwards(tiny_spec, tmp
 
 def test_a_checkpoint_of_another_model_is_refused_with_every_leaf_that_differs(tiny_spec, tiny_hf_config, tmp_path):
   other = spec_lib.from_hf({**tiny_hf_config, "intermediate_size": 96, "tie_word_embeddings": False})
-  checkpoints = checkpoint.Checkpoints(tmp_path)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=9)
   with jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])):
     checkpoints.save(make_state(tiny_spec), 0, meta={}, losses={})
     checkpoints.wait()

@@ -30,9 +30,9 @@ _STATE, _META = "state", "meta"
 
 
 class Checkpoints:
-  """The checkpoints of one run."""
+  """The checkpoints of one run: of this process's own run, where it says what is kept, or of any run, to read."""
 
-  def __init__(self, run_dir: str | pathlib.Path, *, keep_last: int = 1, keep_every_steps: int = 0, best_metric: str = ""):
+  def __init__(self, run_dir: str | pathlib.Path, *, keep_last: int = 0, keep_every_steps: int = 0, best_metric: str = ""):
     policies = ocp.training.preservation_policies
     keep: list[Any] = [policies.LatestN(keep_last)]
     if keep_every_steps:
@@ -42,7 +42,10 @@ class Checkpoints:
     self.directory = pathlib.Path(run_dir).absolute() / "ckpt"
     self._best_metric = best_metric
     self._checkpointer = ocp.training.Checkpointer(
-      self.directory, preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
+      self.directory,
+      preservation_policy=policies.AnyPreservationPolicy(keep) if keep_last else policies.PreserveAll(),
+      # What a kill left half-written is removed by the run itself alone: a reader might see it at work.
+      cleanup_tmp_directories=keep_last > 0,
     )
 
   def steps(self) -> list[int]:

@@ -87,10 +87,10 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     tx = optimizer.from_config(config, rates, transformer.abstract_params(spec))
 
     # ---- 5. start ----
+    checkpoints = checkpoint.from_config(config, workdir)
     begin = start.choose_start(config, workdir)
     described = begin.describe(optimizer=config.start.optimizer)
     console.header(config, workdir, spec, mesh, described, num_parameters=spec_lib.num_parameters(spec))
-    checkpoints = checkpoint.from_config(config, workdir)
     params = start.base_params(base, spec, seed=config.seed)
     base_copy = drift.keep_base(params)
     train_state = start.initial_state(begin, params, spec, tx, checkpoints, keep_optimizer=config.start.optimizer == "keep")
@@ -113,7 +113,7 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     writer = metrics.Writer(workdir, start_step=first_step, tensorboard=config.log.tensorboard)
     meter = metrics.from_config(config, loader.names, spec, mesh)
     bar = console.TrainProgress(start_step=first_step, num_steps=num_steps)
-    base_losses = {name: perplexity.SourceLoss(*values) for name, values in meta.get("base_losses", {}).items()}
+    base_losses = {name: perplexity.SourceLoss(**values) for name, values in meta.get("base_losses", {}).items()}
     losses = dict(base_losses)
 
     def to_device(batch: Batch) -> Batch:
@@ -143,7 +143,8 @@ def run(config: Any, workdir: pathlib.Path) -> int:
       if save_due and now not in checkpoints.steps():
         report()
         meter.pause()
-        saved_meta = {"loader": loader.state(now), "hf_config": hf_config, "base_losses": base_losses}
+        of_base = {name: loss._asdict() for name, loss in base_losses.items()}
+        saved_meta = {"loader": loader.state(now), "hf_config": hf_config, "base_losses": of_base}
         checkpoints.save(train_state, now, meta=saved_meta, losses=losses)
       if stopping or now == last_step:
         break

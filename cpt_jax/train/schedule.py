@@ -71,7 +71,7 @@ class Schedule:
   lr_peak: float
   falls: tuple[Fall, ...]
 
-  def __call__(self, step: jax.Array | int) -> jax.Array:
+  def __call__(self, step: Any) -> jax.Array:
     """The rate, float32, of the update that follows `step` finished updates."""
     steps = jnp.asarray(step)
     rate = jnp.full_like(steps, self.lr_peak, dtype=jnp.float32)

@@ -4,13 +4,15 @@ Invariant: sums over microbatches, devices and hosts, then ONE division by the n
 reported is the rate that was used. Called by train.loop, tools.bench.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from cpt_jax import trees
 from cpt_jax.data.batch import Batch
 from cpt_jax.model import loss, transformer
 from cpt_jax.model.spec import ModelSpec
@@ -54,6 +56,7 @@ def from_config(
     num_sources=num_sources,
     microbatches=config.train.microbatches,
     z_loss=config.train.z_loss,
+    frozen=config.optimizer.frozen,
   )
 
 
@@ -81,12 +84,20 @@ def make_train_step(
   num_sources: int,
   microbatches: int,
   z_loss: float,
+  frozen: Sequence[str] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-  """The update as a pure function; the caller jits it and donates the state."""
+  """The update as a pure function; the caller jits it and donates the state.
+
+  Leaves whose path a pattern of `frozen` matches get no gradient: it is not computed, and not part of the norm.
+  """
 
   def objective(params, batch):
+    params = trees.map_with_path(lambda path, p: jax.lax.stop_gradient(p) if is_frozen(path) else p, params)
     sums = batch_sums(params, batch, spec, settings=settings, num_sources=num_sources)
     return sums.loss + z_loss * sums.z_loss, sums
+
+  def is_frozen(path):
+    return any(re.fullmatch(pattern, path) for pattern in frozen)
 
   gradient = jax.grad(objective, has_aux=True)
 
