@@ -11,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 
+from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError
 from cpt_jax.model import pretrained, spec, transformer
+from cpt_jax.train import checkpoint, metrics
 
 CONFIG = """
 from cpt_jax import config
@@ -139,8 +141,6 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_parameters(main, write_co
 
 
 def records_so_far(workdir):
-  from cpt_jax.train import metrics
-
   return metrics.read(workdir / "metrics.jsonl")
 
 
@@ -171,6 +171,20 @@ def test_a_dry_run_says_what_would_happen_and_trains_nothing(main, write_config,
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["language", "pretrain", "quickstart"])
+def test_every_shipped_config_dry_runs(main, root, tmp_path, tiny_base, fixtures, name):
+  assert {file.stem for file in (root / "configs").glob("*.py")} == {"language", "pretrain", "quickstart"}
+  options = ["--dry_run", "--config.data.row_len=64", "--config.data.heldout_frac=0.1"]
+  options += [f"--config.model.scratch={tiny_base}/config.json", f"--config.data.tokenizer={tiny_base}"]
+  options += [f"--config.start.hf={tiny_base}"] * (name != "pretrain")
+  for source in config_lib.load_file(str(root / "configs" / f"{name}.py")).data.sources:
+    options.append(f"--config.data.sources.{source}.store={tmp_path / 'store'}")
+    options.append(f"--config.data.sources.{source}.text={fixtures / 'corpus.jsonl'}")
+  done = main(root / "configs" / f"{name}.py", tmp_path / "run", *options)
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert "nothing was trained" in done.stdout
+
+
 @pytest.mark.parametrize(
   "options, parts",
   [
@@ -193,9 +207,6 @@ def test_wrong_input_is_named_with_the_fix_and_ends_with_code_78(main, write_con
 
 
 def test_two_runs_do_not_share_a_workdir(write_config, tmp_path):
-  from cpt_jax import config as config_lib
-  from cpt_jax.train import checkpoint
-
   config = config_lib.resolve(config_lib.load_file(str(write_config())))
   with checkpoint.claim(tmp_path / "run", config):
     second = checkpoint.claim(tmp_path / "run", config)

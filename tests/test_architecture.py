@@ -1,0 +1,71 @@
+"""The layers of the package, held by its imports; and what the light layers must not pull in."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+# A module imports from its own layer or a lower one; inside a layer only what comes before it.
+LAYERS = [
+  ["durations", "config"],
+  ["trees", "mesh"],
+  ["data.batch", "data.documents", "data.tokenizer", "data.store", "data.prepare", "data.sources", "data.packing", "data.shuffle"]
+  + ["data.mixture", "data.pipeline"],
+  ["model.spec", "model.rope", "model.layers", "model.attention", "model.transformer", "model.loss", "model.hf_files", "model.pretrained"],
+  ["evals.perplexity", "evals.drift"],
+  ["train.schedule", "train.optimizer", "train.state", "train.step", "train.checkpoint", "train.start", "train.metrics"]
+  + ["train.console", "train.loop", "train.dry_run"],
+  ["main"],
+]
+NEVER = {0: {"jax", "flax", "optax", "orbax", "grain"}, 2: {"jax", "flax", "optax", "orbax"}}
+
+
+def modules(root):
+  return {".".join(p.relative_to(root / "cpt_jax").with_suffix("").parts): p for p in (root / "cpt_jax").rglob("*.py") if p.stem != "__init__"}
+
+
+def imported(path: pathlib.Path) -> set[str]:
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      names |= {f"{node.module}.{alias.name}" for alias in node.names}
+  return names
+
+
+def test_every_module_stands_in_a_layer_and_imports_downwards(root):
+  found = modules(root)
+  place = {name: (number, i) for number, layer in enumerate(LAYERS) for i, name in enumerate(layer)}
+  assert set(found) == set(place), "a module is missing from LAYERS, or gone"
+  wrong = []
+  for name, path in found.items():
+    for target in imported(path):
+      parts = target.removeprefix("cpt_jax.").split(".")
+      ours = next((t for t in (".".join(parts[:2]), parts[0]) if target.startswith("cpt_jax") and t in place), None)
+      if ours and place[ours] >= place[name]:
+        wrong.append(f"{name} imports {ours}")
+      if target.split(".")[0] in NEVER.get(place[name][0], ()):
+        wrong.append(f"{name} imports {target}")
+  assert not wrong
+
+
+@pytest.mark.parametrize("module", ["cpt_jax.main", "cpt_jax.data.prepare", "cpt_jax.data.sources"])
+def test_light_modules_do_not_load_jax(root, module):
+  code = f"import sys, {module}; sys.exit(any(name == 'jax' or name.startswith('jax.') for name in sys.modules))"
+  assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_no_module_is_a_drawer(root):
+  assert not [name for name in modules(root) if name.split(".")[-1] in ("utils", "helpers", "common", "lib", "misc", "manager")]
+
+
+def test_configs_are_never_read_with_a_default(root):
+  # A default away from config.default() is a second place that decides (anchors: hidden defaults).
+  for name, path in modules(root).items():
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+      if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+        owner = ast.unparse(node.func.value)
+        assert not (owner.split(".")[0] in ("config", "c") and name != "config"), f"{name}: {ast.unparse(node)}"
