@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -212,10 +213,11 @@ def test_every_finite_number_of_16_bits_survives(tmp_path, dtype):
 
 
 def test_mixed_dtypes_keep_each_its_own_and_lie_aligned(tmp_path):
-  tensors = hf_tensors(SPECS["qwen3"], "bfloat16")
+  spec = dataclasses.replace(SPECS["qwen3"], width=15, mlp_width=21)  # sizes that are odd
+  tensors = hf_tensors(spec, "bfloat16")
   tensors |= {name: value.astype(np.float32) for name, value in tensors.items() if "norm" in name}
-  source = write_hf(tmp_path / "base", SPECS["qwen3"], tensors, dtype="bfloat16")
-  pretrained.save_params(load(source, SPECS["qwen3"]), SPECS["qwen3"], tmp_path / "out", source_dir=source)
+  source = write_hf(tmp_path / "base", spec, tensors, dtype="bfloat16")
+  pretrained.save_params(load(source, spec), spec, tmp_path / "out", source_dir=source)
   assert_same(read_hf(tmp_path / "out"), tensors)
   for entry in hf_files.TensorFiles(tmp_path / "out").entries.values():
     assert entry.offset % hf_files.DTYPES[entry.dtype].itemsize == 0
@@ -685,9 +687,48 @@ def test_a_killed_export_leaves_no_half_directory_and_the_next_one_cleans_up(tmp
     process.send_signal(signal.SIGKILL)
     process.wait()
   assert not out.exists() and list(tmp_path.iterdir())
+  if stop_in == "renames":  # the export before is not lost, whatever becomes of the next
+    with pytest.raises(ConfigError, match=r"model.norm.weight: NaN"):
+      pretrained.save_params(params | {"final_norm": params["final_norm"] * np.nan}, LLAMA, out)
+    np.testing.assert_array_equal(read_hf(out)["model.embed_tokens.weight"], np.asarray(params["embedding"]))
   pretrained.save_params(params, LLAMA, out)
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
   np.testing.assert_array_equal(read_hf(out)["model.embed_tokens.weight"], np.asarray(params["embedding"]))
+
+
+_TWO_PROCESSES = """
+import pathlib, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+port, process, directory = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
+jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=process)
+from cpt_jax import mesh
+from cpt_jax.model import pretrained, transformer
+from cpt_jax.model.spec import from_hf, load_hf_config
+spec = from_hf(load_hf_config(directory / "base"))
+with jax.set_mesh(mesh.make_mesh(data=1, fsdp=2, context=1, tensor=2)):
+  params = pretrained.load_params(directory / "base", spec, transformer.abstract_params(spec))
+  assert not params["embedding"].is_fully_addressable
+  files = pretrained.save_params(params, spec, directory / "out", source_dir=directory / "base", max_shard_bytes=2_000)
+  assert bool(files) == (process == 0) and (directory / "out" / "config.json").exists()
+jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_read_their_parts_and_the_first_writes_all(tmp_path, root):
+  tensors = hf_tensors(SPECS["qwen2"], "bfloat16")
+  write_hf(tmp_path / "base", SPECS["qwen2"], tensors, num_shards=2, dtype="bfloat16")
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = str(free.getsockname()[1])
+  commands = [[sys.executable, "-c", _TWO_PROCESSES, port, str(i), str(tmp_path)] for i in range(2)]
+  processes = [subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True, env=os.environ) for command in commands]
+  errors = [process.communicate(timeout=300)[1] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], errors
+  assert_same(read_hf(tmp_path / "out"), tensors)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
 
 def test_a_terminal_gets_a_progress_bar_and_a_log_gets_silence(tied, tmp_path, monkeypatch, capfd):

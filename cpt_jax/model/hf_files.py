@@ -206,7 +206,8 @@ def write_safetensors(path: pathlib.Path, entries: dict[str, tuple[str, tuple[in
   `entries` is name -> (dtype, shape) in the order of `chunks`, which give the tensors' values one after another in C order, each
   tensor in as many pieces as its maker likes. Dtypes of larger items must come first, so that every tensor lies aligned.
   """
-  header, offset = {"__metadata__": {"format": "pt"}}, 0
+  header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+  offset = 0
   for name, (dtype, shape) in entries.items():
     num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
     header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
@@ -217,7 +218,7 @@ def write_safetensors(path: pathlib.Path, entries: dict[str, tuple[str, tuple[in
     file.write(len(text).to_bytes(8, "little") + text)
     written = 0
     for chunk in chunks:
-      written += file.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8))
+      written += file.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)  # bytes, uncopied
     assert written == offset, (path, written, offset)
     file.flush()
     os.fsync(file.fileno())

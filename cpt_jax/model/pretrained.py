@@ -132,7 +132,8 @@ def load_params(hf_dir: str | os.PathLike, spec: ModelSpec, abstract_params: Any
     assert leaf.shape == expected, (path, leaf.shape, expected)
     parts: dict[tuple, np.ndarray] = {}
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None  # None is for shardings that do not cut
       key = tuple(dim.indices(size)[:2] for dim, size in zip(index, leaf.shape, strict=True))
       if key not in parts:  # replicas share one host copy
         parts[key] = _read_part(files, names, layout, sizes, key, leaf.dtype, bad=bad, advance=advance)
