@@ -228,6 +228,9 @@ def test_another_run_can_be_resumed_or_lent_its_weights(main, write_config, tmp_
   longer = main(config_file, tmp_path / "longer", f"--config.start.resume={first}", *after)
   assert longer.returncode == 0, longer.stdout + longer.stderr
   assert "at step 20" in longer.stdout and records(tmp_path / "longer", "train")[0]["step"] == 25
+  # Forgetting is measured from where this run began, though no evaluation was due there.
+  first_eval = records(tmp_path / "longer", "eval")[0]
+  assert first_eval["step"] == 20 and all(source["change"] == 0 for source in first_eval["sources"].values())
   lent = main(config_file, tmp_path / "lent", f"--config.start.weights={first}", *after, "--config.debug.stop_after=5")
   assert lent.returncode == 0, lent.stdout + lent.stderr
   assert records(tmp_path / "lent", "eval")[0]["step"] == 0

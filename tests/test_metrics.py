@@ -137,3 +137,14 @@ def test_the_base_is_kept_in_bfloat16_only_where_nothing_is_lost():
   kept = drift.keep_base({"coarse": coarse, "fine": fine})
   assert kept["coarse"].dtype == jnp.bfloat16 and kept["fine"].dtype == jnp.float32
   np.testing.assert_array_equal(kept["fine"], fine)
+
+
+def test_tensorboard_gets_every_figure_of_a_record(tmp_path):
+  writer = metrics.Writer(tmp_path, start_step=0, tensorboard=True)
+  losses = {"domain": perplexity.SourceLoss(2.0, 1.0, 10, 20, 1)}
+  writer.eval(3, losses, losses, {"layers": [0.1, 0.2], "embedding": 0.3})
+  writer.close()
+  (events,) = (tmp_path / "tensorboard").iterdir()
+  content = events.read_bytes()
+  for tag in (b"eval/sources/domain/bits_per_byte", b"eval/drift/layers/001", b"eval/drift/embedding"):
+    assert tag in content

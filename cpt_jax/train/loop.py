@@ -47,6 +47,8 @@ def open_inputs(config: Any) -> Inputs:
     config.data.tokenizer = start.tokenizer_path(config, problems)
   problems.raise_if_any()
   base = start.choose_base(config)
+  if base.step >= config_lib.num_steps(config):
+    problems.add(f"train.length={config.train.length}: start.resume={base.path} is at step {base.step} already; make it longer")
   spec, hf_config = start.load_spec(base)
   if config.data.row_len > spec.max_positions:
     problems.add(f"data.row_len={config.data.row_len}: the model was made for {spec.max_positions} positions; use at most that")
@@ -107,7 +109,7 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     eval_step = jit(step.make_eval_step(spec, settings=settings, num_sources=len(loader.names)))
 
     # ---- 7. loop ----
-    last_step = min(num_steps, config.debug.stop_after or num_steps)
+    last_step = max(first_step, min(num_steps, config.debug.stop_after or num_steps))
     eval_every, save_every = config_lib.steps_of(config, "eval.every"), config_lib.steps_of(config, "checkpoint.every")
     batches = loader.batches(first_step)
     writer = metrics.Writer(workdir, start_step=first_step, tensorboard=config.log.tensorboard)
@@ -131,7 +133,8 @@ def run(config: Any, workdir: pathlib.Path) -> int:
       # ORDER: evaluate, save, and only then fetch rows; a resume begins at exactly this line.
       stopping = stop.asked and now < last_step
       save_due = stopping or now == last_step or (now % save_every == 0 and now > first_step)
-      if not stopping and (now % eval_every == 0 or now == last_step or (save_due and config.checkpoint.best_metric)):
+      eval_due = not base_losses or now % eval_every == 0 or now == last_step or (save_due and config.checkpoint.best_metric)
+      if eval_due and not stopping:
         report()
         meter.pause()
         with bar.phase("evaluate"):
