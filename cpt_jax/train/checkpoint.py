@@ -129,17 +129,27 @@ def load_params(run_dir: str | pathlib.Path, *, step: int | None = None) -> tupl
   run_dir = pathlib.Path(run_dir)
   if not (run_dir / "config.json").exists():
     raise ConfigError(f"{run_dir}: not a run (no config.json); name the --workdir of a run")
-  checkpoints = Checkpoints(run_dir)
-  steps = checkpoints.steps()
+  steps = saved_steps(run_dir)
   if not steps:
     raise ConfigError(f"{run_dir} has no checkpoint yet; let the run reach checkpoint.every, or its end")
   if step is not None and step not in steps:
     raise ConfigError(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
   step = steps[-1] if step is None else step
+  checkpoints = Checkpoints(run_dir)
   spec = from_hf(checkpoints.meta(step)["hf_config"])
   params = checkpoints.restore_params(step, transformer.abstract_params(spec))
   checkpoints.close()
   return params, spec, step
+
+
+def saved_steps(run_dir: str | pathlib.Path) -> list[int]:
+  """Steps with a whole checkpoint in any run's directory, rising; only looks."""
+  if not (pathlib.Path(run_dir) / "ckpt").is_dir():
+    return []
+  checkpoints = Checkpoints(run_dir)
+  steps = checkpoints.steps()
+  checkpoints.close()
+  return steps
 
 
 def from_config(config: Any, run_dir: pathlib.Path) -> Checkpoints:

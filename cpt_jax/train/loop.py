@@ -52,6 +52,8 @@ def open_inputs(config: Any) -> Inputs:
   spec, hf_config = start.load_spec(base)
   if config.data.row_len > spec.max_positions:
     problems.add(f"data.row_len={config.data.row_len}: the model was made for {spec.max_positions} positions; use at most that")
+  if base.kind == "hf":
+    pretrained.check_files(base.path, spec)
   _prepare_missing_stores(config)
   opened = sources.from_config(config, problems)
   sources.check_vocabulary(opened, spec.vocab_size, problems)

@@ -14,7 +14,7 @@ from cpt_jax.config import ConfigError, Problems
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model.spec import ModelSpec, from_hf, load_hf_config
 from cpt_jax.train import state as state_lib
-from cpt_jax.train.checkpoint import Checkpoints
+from cpt_jax.train.checkpoint import Checkpoints, saved_steps
 from cpt_jax.train.state import TrainState
 
 
@@ -46,12 +46,9 @@ def choose_start(config: Any, workdir: pathlib.Path) -> Start:
   4. `start.weights`: another run's parameters
   5. scratch: random parameters for the architecture `model.scratch`
   """
-  if (workdir / "ckpt").is_dir():
-    checkpoints = Checkpoints(workdir)
-    steps = checkpoints.steps()
-    checkpoints.close()
-    if steps:
-      return Start("run", str(workdir), steps[-1])
+  steps = saved_steps(workdir)
+  if steps:
+    return Start("run", str(workdir), steps[-1])
   return choose_base(config)
 
 
@@ -64,6 +61,7 @@ def choose_base(config: Any) -> Start:
   if start.hf:
     return Start("hf", start.hf, 0)
   if start.weights:
+    _newest_step(start.weights, "start.weights")
     return Start("weights", start.weights, 0)
   return Start("scratch", config.model.scratch, 0)
 
@@ -133,11 +131,7 @@ def files_dir(config: Any, base: Start) -> str:
 
 
 def _newest_step(run_dir: str, key: str) -> int:
-  if not (pathlib.Path(run_dir) / "ckpt").is_dir():
-    raise ConfigError(f"{key}={run_dir}: no checkpoints there; name the --workdir of a run")
-  checkpoints = Checkpoints(run_dir)
-  steps = checkpoints.steps()
-  checkpoints.close()
+  steps = saved_steps(run_dir)
   if not steps:
-    raise ConfigError(f"{key}={run_dir}: the run has no checkpoint yet")
+    raise ConfigError(f"{key}={run_dir}: no checkpoint there; name the --workdir of a run that has saved one")
   return steps[-1]
