@@ -6,6 +6,7 @@ Called by people: python tools/bench.py [--sections=step,overhead,...] [--output
 Exit codes: 0 done, 3 the machine is too busy to measure (--force goes on), 78 wrong settings.
 """
 
+import collections
 import contextlib
 import functools
 import gzip
@@ -29,6 +30,8 @@ from absl import app, flags
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))  # a clone that is not installed
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what the peers and the processes of their own are held to as well
 
 import bench_memory
 import bench_step
@@ -162,15 +165,15 @@ def measure_step(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
 
 def measure_overhead(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
   """The loop's time less the bare jitted step's, in blocks that take turns within one process."""
-  row_len, targets = (64, (0.002,)) if bench.quick else (256, (0.1, 0.0))
+  shapes = ((64, 0.0),) if bench.quick else ((256, 0.1), (64, 0.0))  # row length, and the step's seconds; 0 = of one row
   block, pairs = (10, 3) if bench.quick else (20, 8)
-  result: dict[str, Any] = {"shape": {"row_len": row_len}, "block_steps": block, "sizes": []}
+  result: dict[str, Any] = {"block_steps": block, "sizes": []}
   table = []
-  for target_secs in targets:
+  for row_len, target_secs in shapes:
     inputs, training = _sized(bench, target_secs, row_len=row_len)
     rows, batches = inputs.config.train.batch_rows, inputs.loader.batches(0)
     device_batches = [training.to_device(next(batches)) for _ in range(block)]
-    run_dir = bench.directory / f"overhead_{rows}"
+    run_dir = bench.directory / f"overhead_{rows}_{row_len}"
     loop = bench_step.Loop(training, batches, run_dir, names=inputs.loader.names, num_steps=pairs * block + block)
     loop.run(block)  # warm
     loop.host_secs = dict.fromkeys(loop.host_secs, 0.0)
@@ -187,6 +190,7 @@ def measure_overhead(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
     overheads = [(w - b) / b for w, b in zip(whole, bare, strict=True)]
     size = {
       "rows": rows,
+      "row_len": row_len,
       "target_secs": target_secs,
       "bare_secs": _stats(bare),
       "loop_secs": _stats(whole),
@@ -247,21 +251,21 @@ def measure_prepare(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
   """Text a second of tools/prepare_data.py, the whole command, start included."""
   text, turns = bench.directory / "prepare.jsonl", (1, 2, 2, 1)
   num_bytes = _write_varied(text, bench.texts.values(), min_bytes=200_000 if bench.quick else 20_000_000)
-  secs: dict[int, list[float]] = {1: [], 2: []}
+  secs: dict[int, dict[str, list[float]]] = {number: {"wall_secs": [], "cpu_secs": []} for number in (1, 2)}
   for turn, workers in enumerate(turns[: 2 if bench.quick else 4]):
     store = bench.directory / f"prepared_{turn}"
     command = [sys.executable, str(_ROOT / "tools/prepare_data.py"), f"--input={text}", f"--tokenizer={_ROOT / 'examples/base'}"]
-    begin = time.perf_counter()
-    _call([*command, f"--output={store}", f"--num_workers={workers}"], env={**os.environ})
-    secs[workers].append(time.perf_counter() - begin)
+    with _timed(secs[workers]):
+      _call([*command, f"--output={store}", f"--num_workers={workers}"], env={**os.environ})
   manifest = json.loads((store / "store.json").read_text())
   totals = {key: manifest[key] for key in ("num_documents", "num_tokens", "num_bytes")}
   workers, table = {}, []
   for number, samples in secs.items():
-    stats = _stats(samples)
-    speed = num_bytes / 1e6 / stats["median"]
-    workers[str(number)] = {"secs": stats, "mb_per_sec": speed, "samples": samples}
-    table.append([number, f"{num_bytes / 1e6:.1f}", f"{stats['median']:.2f}", f"{stats['mad']:.2f}", f"{speed:.2f}"])
+    wall, cpu = _stats(samples["wall_secs"]), _stats(samples["cpu_secs"])
+    speed = num_bytes / 1e6 / wall["median"]
+    workers[str(number)] = {"wall_secs": wall, "cpu_secs": cpu, "mb_per_sec": speed, "samples": samples}
+    secs_cells = [f"{wall['median']:.2f}", f"{wall['mad']:.2f}", f"{cpu['median']:.2f}"]
+    table.append([number, f"{num_bytes / 1e6:.1f}", *secs_cells, f"{speed:.2f}"])
   return {"text_bytes": num_bytes, "store": totals, "workers": workers}, table
 
 
@@ -281,12 +285,13 @@ def measure_startup(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
   """Seconds of the import, and of the quickstart from its command to its first finished step and to the end after it."""
   repeats = 1 if bench.quick else 5
   environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
-  secs: dict[str, list[float]] = {}
+  secs: dict[str, dict[str, list[float]]] = collections.defaultdict(
+    lambda: {"wall_secs": [], "cpu_secs": [], "first_step_secs": []}
+  )
   for _ in range(repeats):
     for what in ("cpt_jax.main", "cpt_jax.train.loop"):
-      begin = time.perf_counter()
-      _call([sys.executable, "-c", f"import {what}"], env=environment)
-      secs.setdefault(f"import {what}", []).append(time.perf_counter() - begin)
+      with _timed(secs[f"import {what}"]):
+        _call([sys.executable, "-c", f"import {what}"], env=environment)
   # The weights' values do not matter here: where the shipped ones are missing, random ones start as fast.
   base = _ROOT / "examples/base" if not bench.quick and (_ROOT / "examples/base/config.json").exists() else bench.base
   cache, stores = bench.directory / "start_cache", bench.directory / "start_stores"
@@ -294,12 +299,18 @@ def measure_startup(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
   for turn, kind in enumerate(kinds if bench.quick else [*kinds, *kinds[:0:-1]]):
     if kind != "compiled before":
       shutil.rmtree(cache, ignore_errors=True)
-    first, end = _start(bench, bench.directory / f"start_{turn}", base=base, stores=stores, cache=cache)
-    secs.setdefault(f"{kind}: first step", []).append(first)
-    secs.setdefault(f"{kind}: end", []).append(end)
-  stats = {what: {**_stats(s), "samples": s} for what, s in secs.items()}
-  table = [[what, *(f"{s[key]:.2f}" for key in ("median", "min", "mad")), len(s["samples"])] for what, s in stats.items()]
-  return {"secs": stats, "is_shipped_base": base != bench.directory / "base"}, table
+    of_kind = secs[f"quickstart, {kind}"]
+    with _timed(of_kind):
+      of_kind["first_step_secs"].append(_start(bench, bench.directory / f"start_{turn}", base=base, stores=stores, cache=cache))
+  starts, table = {}, []
+  for what, samples in secs.items():
+    stats = {clock: _stats(s) for clock, s in samples.items() if s}
+    starts[what] = {**stats, "samples": samples}
+    first = f"{stats['first_step_secs']['median']:.2f}" if "first_step_secs" in stats else ""
+    wall, cpu = stats["wall_secs"], stats["cpu_secs"]
+    cells = [f"{wall['median']:.2f}", f"{wall['min']:.2f}", f"{wall['mad']:.2f}", f"{cpu['median']:.2f}"]
+    table.append([what, first, *cells, len(samples["wall_secs"])])
+  return {"starts": starts, "is_shipped_base": base == _ROOT / "examples/base"}, table
 
 
 _MEASURE: dict[str, tuple[Callable[[Bench], tuple[dict[str, Any], list[list[Any]]]], str, list[str]]] = {
@@ -318,13 +329,17 @@ _MEASURE: dict[str, tuple[Callable[[Bench], tuple[dict[str, Any], list[list[Any]
     "loader alone; the bar is 20 times what the step trains on",
     ["rows x positions", "rows/s", "MAD", "positions/s", "step positions/s", "times", "us/row, one thread", "held"],
   ),
-  "prepare": (measure_prepare, "prepare_data, the whole command", ["workers", "MB of text", "s", "MAD", "MB/s"]),
+  "prepare": (measure_prepare, "prepare_data, the whole command", ["workers", "MB of text", "s", "MAD", "CPU s", "MB/s"]),
   "memory": (
     measure_memory,
     "peak host memory beside the parameters, MB; allowed is twice the largest stacked tensor and 300 MB",
     ["layers", "parameters", "largest stacked", "allowed", "import", "export", "import MB/s", "export MB/s", "held"],
   ),
-  "startup": (measure_startup, "start, seconds", ["what", "median", "min", "MAD", "samples"]),
+  "startup": (
+    measure_startup,
+    "start, seconds to the first finished step and to the end, which evaluates and saves once more",
+    ["what", "first step", "end", "min", "MAD", "CPU", "samples"],
+  ),
 }
 
 
@@ -341,7 +356,7 @@ def environment() -> dict[str, Any]:
     cpu["model"] = values.get("model name", cpu["model"])
     cpu["flags"] = [f for f in values.get("flags", "").split() if f.startswith(("avx", "amx", "fma", "sse4"))]
   commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=_ROOT, capture_output=True, text=True, check=False)
-  return {"versions": versions, "cpu": cpu, "commit": commit.stdout.strip()}
+  return {"versions": versions, "cpu": cpu, "platform": os.environ["JAX_PLATFORMS"], "commit": commit.stdout.strip()}
 
 
 def load() -> float:
@@ -499,10 +514,18 @@ def _texts(corpus: pathlib.Path) -> Iterator[str]:
       yield json.loads(line)["text"]
 
 
-def _start(
-  bench: Bench, workdir: pathlib.Path, *, base: pathlib.Path, stores: pathlib.Path, cache: pathlib.Path
-) -> tuple[float, float]:
-  """Seconds from the command to the record of the first step, and to the end of a quickstart of one step."""
+@contextlib.contextmanager
+def _timed(samples: dict[str, list[float]]) -> Iterator[None]:
+  """Adds the wall time of the block, and the CPU time of the processes that ended in it."""
+  wall, before = time.perf_counter(), os.times()
+  yield
+  after = os.times()
+  samples["wall_secs"].append(time.perf_counter() - wall)
+  samples["cpu_secs"].append(after.children_user + after.children_system - before.children_user - before.children_system)
+
+
+def _start(bench: Bench, workdir: pathlib.Path, *, base: pathlib.Path, stores: pathlib.Path, cache: pathlib.Path) -> float:
+  """Runs a quickstart of one step; seconds from the command to the record of that step."""
   command = [sys.executable, "-m", "cpt_jax.main", "--config=configs/quickstart.py", f"--workdir={workdir}"]
   command += [f"--config.start.hf={base}", "--config.debug.stop_after=1", "--config.log.every=1"]
   command += ["--config.eval.tokens=1000"] if bench.quick else []
@@ -516,11 +539,10 @@ def _start(
       if first_secs is None and _has_train_record(workdir / "metrics.jsonl"):
         first_secs = time.perf_counter() - begin
       time.sleep(0.02)
-    end_secs = time.perf_counter() - begin
     output.seek(0)
-    if process.returncode or (first_secs is None and not _has_train_record(workdir / "metrics.jsonl")):
+    if process.returncode or first_secs is None:
       raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{output.read()[-4000:]}")
-  return first_secs or end_secs, end_secs
+  return first_secs
 
 
 def _has_train_record(path: pathlib.Path) -> bool:
