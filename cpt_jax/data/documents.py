@@ -132,7 +132,9 @@ def _split_parquet(file: str, part_bytes: int) -> list[Part]:
 
   try:
     metadata = pyarrow.parquet.read_metadata(file)
-  except pyarrow.ArrowException:
+  except (pyarrow.ArrowException, OSError) as error:
+    if isinstance(error, OSError) and error.errno is not None:  # the disk or the path, not the content
+      raise
     return [Part(file)]  # the reader says what is wrong with it
   edges, filled = [0], 0
   for group in range(metadata.num_row_groups - 1):
@@ -187,7 +189,7 @@ class PartReader:
     except _BombError:
       reason = f"decompresses to more than {_BOMB_RATIO} times its size; decompress it yourself if that is meant"
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-      reason = f"corrupt .{self._compression}: {error}"
+      reason = f"corrupt .{self._compression}: {error}; what was read of it before may be damaged too"
     else:
       return
     yield BadRecord(self.part.file, self.num_lines + 1, -1, f"{reason}; nothing is read from here on")

@@ -138,6 +138,8 @@ def prepare(
     raise ConfigError(f"--num_workers={num_workers}: must be 1 or more, or 0 for as many as there are cores")
   if not 0 < max_document_bytes < 1 << 31:
     raise ConfigError(f"--max_document_mb: {max_document_bytes} bytes; must be above 0 and below 2 GiB")
+  if os.path.exists(output) and not os.path.isdir(output):
+    raise ConfigError(f"--output {output}: is a file; name a directory")
   start_secs = time.monotonic()
   files = documents.find_files(inputs)
   loaded = tokenizers.load(tokenizer, eos_token=eos_token)
@@ -164,11 +166,11 @@ def plan(files: list[str], *, unit_bytes: int = 0) -> list[list[Piece]]:
   weights = [os.path.getsize(f) * (_GROWTH if (documents.kind_of(f) or ("", ""))[1] else 1) for f in files]
   target = unit_bytes or max(_UNIT_BYTES, sum(weights) // _MAX_UNITS)
   units: list[list[Piece]] = []
-  filled = target  # of the last unit
+  filled = 0  # of the last unit
   for file, weight in zip(files, weights, strict=True):
     parts, size = documents.split(file, part_bytes=target), os.path.getsize(file)
     for i, part in enumerate(parts):
-      if filled + weight // len(parts) > target:
+      if not units or filled + weight // len(parts) > target:
         units.append([])
         filled = 0
       units[-1].append(Piece(part, size * i // len(parts), size * (i + 1) // len(parts)))
@@ -451,8 +453,6 @@ def _finished(output: Path, settings: dict[str, Any], stats: list[dict[str, Any]
 def _locked(output: Path, settings: dict[str, Any]) -> Iterator[None]:
   """Makes the directory, or takes it up again; holds it against other processes."""
   directory = output / store.IN_PROGRESS
-  if output.exists() and not output.is_dir():
-    raise ConfigError(f"--output {output}: is a file; name a directory")
   others = {p.name for p in output.iterdir()} - {BAD_RECORDS, store.MANIFEST} if output.is_dir() else set()
   if others and not directory.exists():
     raise ConfigError(f"--output {output}: holds other files; name a new or empty directory")

@@ -455,6 +455,15 @@ def _size(file: str) -> int:
     raise ConfigError(f"{file}: missing from the store; copy it again or make the store again") from None
 
 
+def _last_end(index: str) -> int:
+  """The last document's end in tokens, 0 for an empty index."""
+  if _size(index) < 8:
+    return 0
+  with open(index, "rb") as f:
+    f.seek(-8, os.SEEK_END)
+    return int.from_bytes(f.read(8), "little")
+
+
 def _open_file(path: Path, *, dtype: np.dtype, is_ours: bool) -> _TokenFile:
   index_bytes, token_bytes = _size(f"{path}.index"), _size(str(path))
   num_documents, num_tokens = index_bytes // 8, token_bytes // dtype.itemsize
@@ -462,11 +471,7 @@ def _open_file(path: Path, *, dtype: np.dtype, is_ours: bool) -> _TokenFile:
     raise ConfigError(f"{path}.loss: datatrove's loss masks are not applied here; make the store with save_loss_metadata=False")
   if index_bytes % 8:
     raise ConfigError(f"{path}.index: {index_bytes} bytes is no whole number of uint64; the file is cut off")
-  last_end = 0
-  if num_documents:
-    with open(f"{path}.index", "rb") as f:
-      f.seek(-8, os.SEEK_END)
-      last_end = int.from_bytes(f.read(8), "little")
+  last_end = _last_end(f"{path}.index")
   if last_end * dtype.itemsize != token_bytes:
     raise ConfigError(
       f"{path}: {token_bytes} bytes, but its index ends at {last_end} tokens = {last_end * dtype.itemsize} bytes; "
@@ -492,20 +497,18 @@ def _check_against(manifest: dict[str, Any], path: Path, files: list[_TokenFile]
 
 
 def _datatrove_dtype(path: Path, names: list[str]) -> np.dtype:
-  """From the metadata files ("name|2"), else from sizes: bytes of all token files by tokens of all indices."""
+  """From the metadata files ("name|2"), else from the sizes of the token files and what their indices say."""
   widths = set()
   for name in names:
     metadata = path / f"{name}.metadata"
     if metadata.exists():
       first = metadata.read_text(encoding="utf-8").split("\n")[0]
-      width = first.rsplit("|", 1)[-1]
-      if width not in ("2", "4"):
+      widths.add(first.rsplit("|", 1)[-1])
+      if not widths <= {"2", "4"}:
         raise ConfigError(f"{metadata}: first line {first!r}, expected 'tokenizer|2' or 'tokenizer|4'")
-      widths.add(int(width))
-    else:
-      ends = np.fromfile(f"{path / name}.index", "<u8") if _size(f"{path / name}.index") else np.zeros(0, "<u8")
-      if ends.size and ends[-1]:
-        widths.add(_size(str(path / name)) / int(ends[-1]))
-  if not widths <= {2, 4} or len(widths) > 1:
-    raise ConfigError(f"{path}: token files of {sorted(widths)} bytes a token; a store has one width, 2 or 4")
+    elif _size(str(path / name)):
+      num_tokens = _last_end(f"{path / name}.index")
+      widths |= {width for width in ("2", "4") if num_tokens * int(width) == _size(str(path / name))}
+  if len(widths) > 1:
+    raise ConfigError(f"{path}: token files of {' and '.join(sorted(widths))} bytes a token; a store has one width")
   return np.dtype(f"<u{widths.pop() if widths else 2}")
