@@ -97,6 +97,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
   "hidden_dropout": (0, None),
   "residual_dropout": (0, None),
   "rope_interleaved": (False,),
+  "use_mrope": (False,),
   "is_encoder_decoder": (False,),
   "add_cross_attention": (False,),
   "cross_attention_hidden_size": (None,),
@@ -113,7 +114,7 @@ _HARMLESS = frozenset(
   cls_token_id decoder_start_token_id id2label label2id num_labels problem_type finetuning_task output_attentions
   output_hidden_states return_dict return_dict_in_generate output_scores chunk_size_feed_forward tie_encoder_decoder
   tie_last_hidden_states torchscript use_bfloat16 tf_legacy_loss tokenizer_class prefix task_specific_params
-  _attn_implementation attn_implementation _attn_implementation_autoset _attn_implementation_internal
+  max_sequence_length _attn_implementation attn_implementation _attn_implementation_autoset _attn_implementation_internal
   _flash_attn_2_enabled max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
   temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
   bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
