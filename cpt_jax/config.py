@@ -53,7 +53,8 @@ class Share(tuple):
   `--config.data.sources.zh.share='[(0, 0.05), ("20%", 0.3)]'`.
   """
 
-  def __new__(cls, value):
+  def __new__(cls, value: Any) -> "Share":
+    """From a number, knots, or the text of either."""
     if isinstance(value, str):
       try:
         value = ast.literal_eval(value)

@@ -1,6 +1,7 @@
 """Parameters and the base's parameters -> how far each layer has moved.
 
-Invariant: relative, |p - p0| / |p0| by Frobenius norm over a layer's leaves, so that layers of any size compare. Called by train.loop.
+Invariant: relative, |p - p0| / |p0| by Frobenius norm over a layer's leaves, so that layers of any size compare.
+Called by train.loop.
 """
 
 from typing import Any
@@ -30,8 +31,8 @@ def _norms(params: Any, base: Any) -> dict[str, Any]:
 
   top = {name: squares(leaf, base[name], None) for name, leaf in params.items() if name != "layers"}
   layers = [squares(leaf, base["layers"][name], tuple(range(1, leaf.ndim))) for name, leaf in params["layers"].items()]
-  top["layers"] = tuple(sum(part) for part in zip(*layers, strict=True))
-  return top
+  moved, size = (sum(part) for part in zip(*layers, strict=True))
+  return top | {"layers": (moved, size)}
 
 
 def by_layer(params: Any, base: Any) -> dict[str, float | list[float]]:

@@ -39,11 +39,12 @@ class Checkpoints:
       keep.append(policies.EveryNSteps(keep_every_steps))
     if best_metric:
       keep.append(policies.BestN(get_metric_fn=lambda metrics: metrics[best_metric], reverse=True, n=1))
+    kept: Any = policies.AnyPreservationPolicy(keep) if keep_last else policies.PreserveAll()
     self.directory = pathlib.Path(run_dir).absolute() / "ckpt"
     self._best_metric = best_metric
     self._checkpointer = ocp.training.Checkpointer(
-      self.directory,
-      preservation_policy=policies.AnyPreservationPolicy(keep) if keep_last else policies.PreserveAll(),
+      str(self.directory),
+      preservation_policy=kept,
       # What a kill left half-written is removed by the run itself alone: a reader might see it at work.
       cleanup_tmp_directories=keep_last > 0,
     )
@@ -58,7 +59,7 @@ class Checkpoints:
     Raises:
       OSError: what went wrong in the background since the last call.
     """
-    metrics = None
+    metrics: Any = None
     if self._best_metric:
       metrics = {f"eval/{name}/loss": loss.loss for name, loss in losses.items()}
     self._checkpointer.save_checkpointables_async(
