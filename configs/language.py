@@ -5,8 +5,8 @@ Run:   python tools/prepare_data.py --input 'texts/en/*.jsonl.gz' --tokenizer pa
        python -m cpt_jax.main --config=configs/language.py --config.start.hf=path/to/base --workdir=runs/zh --dry_run
        and the same without --dry_run
 
-Practice that it starts from: re-warm to about the base's own peak over 1% of the tokens, cosine to a tenth of it, 25% replay for a new
-language (Ibrahim et al. 2403.08763, sec. 6); the share rises from about 5%, since a jump can make the loss collapse. Set
+Practice that it starts from: re-warm to about the base's own peak over 1% of the tokens, cosine to a tenth of it, 25% replay
+for a new language (Ibrahim et al. 2403.08763); the share rises from about 5%, since a jump can make the loss collapse. Set
 schedule.lr_peak to between 1/10 and 1 of the base's peak rate: higher learns and forgets faster.
 """
 

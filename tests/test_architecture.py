@@ -13,7 +13,8 @@ LAYERS = [
   ["trees", "mesh"],
   ["data.batch", "data.documents", "data.tokenizer", "data.store", "data.prepare", "data.sources", "data.packing", "data.shuffle"]
   + ["data.mixture", "data.pipeline"],
-  ["model.spec", "model.rope", "model.layers", "model.attention", "model.transformer", "model.loss", "model.hf_files", "model.pretrained"],
+  ["model.spec", "model.rope", "model.layers", "model.attention", "model.transformer", "model.loss", "model.hf_files"]
+  + ["model.pretrained"],
   ["evals.perplexity", "evals.drift"],
   ["train.schedule", "train.optimizer", "train.state", "train.step", "train.checkpoint", "train.start", "train.metrics"]
   + ["train.console", "train.loop", "train.dry_run"],
@@ -23,7 +24,8 @@ NEVER = {0: {"jax", "flax", "optax", "orbax", "grain"}, 2: {"jax", "flax", "opta
 
 
 def modules(root):
-  return {".".join(p.relative_to(root / "cpt_jax").with_suffix("").parts): p for p in (root / "cpt_jax").rglob("*.py") if p.stem != "__init__"}
+  package = root / "cpt_jax"
+  return {".".join(p.relative_to(package).with_suffix("").parts): p for p in package.rglob("*.py") if p.stem != "__init__"}
 
 
 def imported(path: pathlib.Path) -> set[str]:

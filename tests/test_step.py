@@ -16,7 +16,7 @@ RULES = dict(decay_rules=((".*norm", 0.0), (".*", 1.0)), rate_rules=((".*", 1.0)
 
 
 # A large eps: with a small one Adam turns the rounding of a gradient near zero into a whole step.
-def build(spec, *, microbatches=1, z_loss=0.0, clip_norm=1.0):
+def build(spec, *, microbatches=1, z_loss=0.0, clip_norm=1.0, frozen=()):
   rates = schedule.make(
     "rewarm",
     num_steps=10,
@@ -30,8 +30,12 @@ def build(spec, *, microbatches=1, z_loss=0.0, clip_norm=1.0):
     shape="linear",
   )
   params = transformer.init(spec, jax.random.key(0))
-  tx = optimizer.make(rates, params, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=clip_norm, **RULES)
-  update = step.make_train_step(spec, tx, rates, settings=SETTINGS, num_sources=2, microbatches=microbatches, z_loss=z_loss)
+  tx = optimizer.make(
+    rates, params, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=clip_norm, **{**RULES, "frozen": frozen}
+  )
+  update = step.make_train_step(
+    spec, tx, rates, settings=SETTINGS, num_sources=2, microbatches=microbatches, z_loss=z_loss, frozen=frozen
+  )
   return state.create(params, tx), jax.jit(update), rates
 
 
@@ -133,3 +137,13 @@ def test_the_step_compiles_once(tiny_spec, random_batch):
   for seed in range(3):
     now, _ = update(now, Batch(*map(jnp.asarray, random_batch(seed))))
   assert update._cache_size() == 1
+
+
+def test_frozen_leaves_stay_and_do_not_count_in_the_gradient_norm(tiny_spec, random_batch):
+  before = transformer.init(tiny_spec, jax.random.key(0))
+  frozen, [metrics] = train(tiny_spec, [random_batch(2)], frozen=("embedding", r"layers\.w[qkv]"))
+  _, [whole] = train(tiny_spec, [random_batch(2)])
+  for path in ("embedding", "layers.wq", "layers.wk", "layers.wv"):
+    np.testing.assert_array_equal(trees.paths(frozen.params)[path], trees.paths(before)[path])
+  assert not np.array_equal(frozen.params["layers"]["w_up"], before["layers"]["w_up"])
+  assert 0 < metrics.grad_norm < whole.grad_norm
