@@ -89,6 +89,11 @@ def test_shares_are_read_at_mid_step():
   np.testing.assert_allclose(jump.shares(4), [0, 1])
 
 
+def test_quotas_of_a_step_sum_to_its_rows_exactly():
+  mixture = Mixture([[(0, 0.1)], [(0, 0.7), (50, 0.2)], [(10, 1e-6), (40, 1.0)]], num_steps=60, batch_rows=7)
+  np.testing.assert_array_equal(mixture._step_quotas(0, 60).sum(1), 7 << 40)
+
+
 def test_a_source_that_has_not_begun_gives_no_row():
   mixture = Mixture([[(0, 1.0)], [(99, 0.0), (100, 1.0)]], num_steps=120, batch_rows=3)
   counts = all_counts(mixture)[:, 1]

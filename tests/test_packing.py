@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpt_jax.data import packing
@@ -39,6 +39,7 @@ def reference_row(documents: Documents, pieces, row_len: int, crossing: bool) ->
   return out + [(0, 0, 0.0, 0, 0)] * (row_len - len(out))
 
 
+@settings(max_examples=150)
 @given(lengths_of_documents, st.integers(2, 24), policies, st.booleans())
 def test_every_pair_is_in_exactly_one_row(lengths, row_len, policy, crossing):
   plan = packing.plan(lengths, row_len=row_len, policy=policy, cross_documents=crossing)

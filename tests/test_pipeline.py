@@ -197,18 +197,22 @@ def test_held_out_rows_are_whole_documents_each_target_once(tmp_path_factory, ma
   left = max_tokens
   for d in found.heldout_documents.tolist():
     size = int(lengths[d]) - 1
-    if size and held.num_tokens <= max_tokens:
+    if size and held.num_tokens <= max_tokens:  # else none fits
       assert (d in documents) == (size <= left)
       left -= size if d in documents else 0
-  if held.num_tokens > max_tokens:
-    sizes = lengths[found.heldout_documents]
-    assert len(documents) == 1 and lengths[documents.pop()] == sizes[sizes > 1].min()
   for batch in held.batches:
     assert batch.tokens_BT.shape == (batch_rows, 16) and (batch.source_B == 0).all()
     np.testing.assert_array_equal(batch.weights_BT > 0, batch.segments_BT > 0)
   rows = [{int(t) // UNIQUE for t, _ in pairs_of([row])} for batch in held.batches for row in rows_of(batch)]
   for d in documents:  # a document that fits in a row is never cut, so its loss has all of its context
     assert sum(d in row for row in rows) == -(-(int(lengths[d]) - 1) // 16)
+
+
+def test_where_no_held_out_document_fits_the_smallest_is_taken(tmp_path):
+  found = source(write(tmp_path / "s", [*range(40, 20, -1)]), heldout_frac=0.5)
+  held = loader([found]).heldout_rows("a", max_tokens=3)
+  assert held.num_documents == 1 and held.num_tokens == found.store.lengths[found.heldout_documents].min() - 1
+  assert found.store.lengths[found.heldout_documents[0]] - 1 > held.num_tokens  # not merely the first
 
 
 def test_bytes_come_from_decoding_where_the_store_does_not_say(two, monkeypatch):
