@@ -9,7 +9,7 @@ from cpt_jax import config
 
 def get_config():
   c = config.default()
-  c.model.scratch = "examples/base/architecture.json"
+  c.model.scratch = "examples/base/config.json"
   c.data.tokenizer = "examples/base"
   c.data.row_len = 256
   c.data.heldout_frac = 0.02

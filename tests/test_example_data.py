@@ -41,8 +41,8 @@ def test_tokenizer_restores_any_text(tokenizer, text):
   assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-def test_architecture_fits_the_tokenizer(root, tokenizer):
-  spec = spec_lib.from_hf(spec_lib.load_hf_config(root / "examples" / "base" / "architecture.json"))
+def test_the_model_fits_the_tokenizer(root, tokenizer):
+  spec = spec_lib.from_hf(spec_lib.load_hf_config(root / "examples" / "base" / "config.json"))
   assert spec.vocab_size == tokenizer.get_vocab_size() == 4096
   assert spec_lib.num_parameters(spec) == 2_361_024
   assert tokenizer.token_to_id("<|endoftext|>") == 0

@@ -67,7 +67,7 @@ class Bench:
 
     from cpt_jax.model import pretrained, spec, transformer
 
-    hf_config = json.loads((_ROOT / "examples/base/architecture.json").read_text())
+    hf_config = json.loads((_ROOT / "examples/base/config.json").read_text())
     if self.quick:
       hf_config |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1)
       hf_config |= dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)

@@ -12,7 +12,7 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clone that is not installed
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed, and the devices may be training
@@ -75,6 +75,8 @@ def export() -> list[str]:
 
 def main(argv: list[str]) -> int:
   """Exit code, after printing what was written or what is wrong."""
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # the libraries' own diaries come with --verbosity=0
   if len(argv) > 1:
     print(f"what is {' '.join(argv[1:])}? options look like --run=DIR", file=sys.stderr)
     return 78
