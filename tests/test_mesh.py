@@ -96,6 +96,13 @@ def test_loss_and_gradients_equal_those_of_one_device(sizes, attention, one_devi
     np.testing.assert_allclose(trees.paths(gradient)[path], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max(), err_msg=path)
 
 
+def test_rows_may_come_as_they_are(one_device):
+  params, (_, expected) = one_device
+  with jax.set_mesh(make(data=2, context=2)):
+    _, sums = loss_and_gradient(params, batch(), remat="none", chunk=0, attention="plain")
+  np.testing.assert_allclose(sums.loss, expected.loss, rtol=1e-5)
+
+
 def test_eval_shape_knows_where_everything_lives():
   mesh = make(fsdp=4, tensor=2)
   shardings = mesh_lib.batch_shardings(mesh)

@@ -171,6 +171,10 @@ def test_smollm2_in_its_published_form():
     ({"rope_scaling": {"type": "linear", "factor": 4.0}}, r"rope_scaling: .*not supported; cpt_jax reads default and llama3"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, r"low_freq_factor: expected a number above 0"),
     ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, r"factor=2\.0: not known for rope_type 'default'"),
+    (
+      {"rope_scaling": LLAMA_31_8B["rope_scaling"], "original_max_position_embeddings": 4096},
+      r"original_max_position_embeddings=8192: differs from the 4096 outside of it",
+    ),
     ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5: not supported"),
     ({"rope_theta": "big"}, r"rope_theta='big': expected a number above 0"),
     ({"head_dim": 5}, r"head_dim=5: rotary positions need an even head size"),

@@ -42,15 +42,16 @@ def sums(params: dict[str, Any], spec: ModelSpec, hidden_BTD: jax.Array, batch: 
     loss_B = jnp.sum(weights_BCP * (log_partition_BCP - target_logits_BCP), axis=(1, 2))
     return loss_B, jnp.sum(weights_BCP * jnp.square(log_partition_BCP))
 
-  tokens_B = jnp.sum(batch.weights_BT, axis=1)
-  pieces = [_in_chunks(x, chunk) for x in (hidden_BTD, batch.targets_BT, batch.weights_BT)]
+  targets_BT, weights_BT = (mesh.constrain(x, "batch", "seq") for x in (batch.targets_BT, batch.weights_BT))
+  tokens_B = jnp.sum(weights_BT, axis=1)
+  pieces = [_in_chunks(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT)]
   if pieces[0].shape[0] == 1:
     loss_B, z_loss = chunk_sums(*(piece[0] for piece in pieces))
   else:
     step = jax.checkpoint(lambda total, piece: (jax.tree.map(jnp.add, total, chunk_sums(*piece)), None), prevent_cse=False)
     zeros = (jnp.zeros_like(tokens_B), jnp.zeros(()))
     (loss_B, z_loss), _ = jax.lax.scan(step, zeros, tuple(pieces))
-  of_source_BM = jax.nn.one_hot(batch.source_B, num_sources, dtype=jnp.float32)
+  of_source_BM = jax.nn.one_hot(mesh.constrain(batch.source_B, "batch"), num_sources, dtype=jnp.float32)
   return Sums(
     loss=jnp.sum(loss_B),
     z_loss=z_loss,

@@ -310,6 +310,10 @@ def _rope(read: _Reader, max_positions: int) -> tuple[float, Llama3Scaling | Non
   theta = inner.number("rope_theta")
   if kind == "default":
     return theta, None
+  outer = read.value("original_max_position_embeddings")
+  if outer is not None and inner.value("original_max_position_embeddings") != outer:
+    # Here transformers prefers the outer one, unlike with theta; two different values are a mistake in any case.
+    inner.problem("original_max_position_embeddings", f"differs from the {outer} outside of it; keep one of them")
   if inner.value("original_max_position_embeddings") is None:
     original = max_positions
   else:

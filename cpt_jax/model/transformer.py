@@ -129,6 +129,7 @@ def apply(
 
   `remat`: "none", "dots" or "full"; `attention`: as `attention.attend`. Norms, softmax and rotations are in float32.
   """
+  tokens_BT, positions_BT, segments_BT = (mesh.constrain(x, "batch", "seq") for x in (tokens_BT, positions_BT, segments_BT))
   rotation = rope.tables(spec, positions_BT)
   axes = {name: names[1:] for name, names in logical_axes(spec)["layers"].items()}
   windows = spec.windows_at(tokens_BT.shape[1])
