@@ -169,7 +169,7 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     if config.checkpoint.export_hf and now == num_steps:
       exported = str(workdir / "hf")
       pretrained.save_params(train_state.params, spec, exported, source_dir=start.files_dir(config, base), hf_config=hf_config)
-    result = metrics.summary(now, base_losses, losses, loader.ledger(now), str(checkpoints.directory / str(now)), exported)
+    result = metrics.summary(now, base_losses, losses, loader.ledger(now), str(workdir / "ckpt" / str(now)), exported)
     metrics.write_summary(workdir, result)
     console.summary(result)
     return EXIT_DONE
