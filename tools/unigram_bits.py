@@ -1,7 +1,7 @@
 """A config's sources -> the bits per byte of a model that knows nothing but how frequent each token is: what any base must beat.
 
-Invariant: the same held-out documents, targets and bytes as the run's own evaluation. Counts come from the training documents, each with
-1 added. Called by people: python tools/unigram_bits.py --config=configs/pretrain.py
+Invariant: the same held-out documents, targets and bytes as the run's own evaluation; counts come from the training documents,
+each with 1 added. Called by people: python tools/unigram_bits.py --config=configs/pretrain.py
 """
 
 import math
