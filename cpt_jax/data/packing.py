@@ -322,4 +322,3 @@ def _take(stack: list[np.ndarray], wanted: int) -> tuple[np.ndarray, list[np.nda
       stack.append(last[:-wanted])
     wanted -= len(taken[-1])
   return np.concatenate(taken), stack
-

@@ -100,9 +100,7 @@ class Loader:
     """Row `index` of the run, as a batch of one."""
     m, nth = self.mixture.locate(index)
     pieces = self.plans[m].pieces(self._orders[m][nth])
-    return packing.pack_row(
-      self.sources[m].store, pieces, row_len=self.row_len, source=m, cross_documents=self.cross_documents
-    )
+    return packing.pack_row(self.sources[m].store, pieces, row_len=self.row_len, source=m, cross_documents=self.cross_documents)
 
   def batches(self, start_step: int, *, rows: slice | None = None) -> Iterator[Batch]:
     """The batches of the steps from `start_step` to the run's end, read ahead by threads.
@@ -326,9 +324,7 @@ def _plan(source: Source, *, row_len: int, policy: str, cross_documents: bool) -
     "policy": policy,
     "cross_documents": cross_documents,
   }
-  make = functools.partial(
-    _make_plan, source, row_len=row_len, policy=policy, cross_documents=cross_documents
-  )
+  make = functools.partial(_make_plan, source, row_len=row_len, policy=policy, cross_documents=cross_documents)
   return packing.load_or_make(store.path, key=key, make=make)
 
 
