@@ -496,6 +496,9 @@ def _check_sources(config: Any, problems: Problems) -> None:
         problems.add(f"{key}.share: {error}")
     if whens != sorted(set(whens)):
       problems.add(f"{key}.share={tuple(entry.share)}: the knots' times must rise")
+  metrics = [f"eval/{name}/loss" for name in config.data.sources]
+  if config.checkpoint.best_metric and config.checkpoint.best_metric not in metrics:
+    problems.add(f"checkpoint.best_metric={config.checkpoint.best_metric!r}: choose one of {', '.join(metrics)}")
   if largest == 0 and not problems.lines:
     problems.add("every source's share is 0: nothing would be trained on; give at least one a share above 0")
 

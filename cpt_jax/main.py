@@ -63,4 +63,5 @@ def _read_flags(argv: list[str]) -> list[str]:
 if __name__ == "__main__":
   # Compiled programs are kept between runs: the second start of a run takes a fraction of the first.
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "cpt_jax" / "jax"))
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # there are many small programs at the start
   app.run(main, flags_parser=_read_flags)

@@ -129,6 +129,17 @@ def reshape(x: jax.Array, shape: tuple[int, ...], *, to: tuple[str | None, ...])
   return jax.lax.reshape(x, shape, out_sharding=out(*to))
 
 
+def merge_positions(x: jax.Array) -> jax.Array:
+  """[B, T, D] -> [B * T, D] (whatever is between the first dimension and the last), or as it is where devices share a row.
+
+  XLA's CPU products are up to twice as fast over one dimension of positions: for the gradient of a weight over two it first
+  makes a transposed copy of an operand.
+  """
+  if axis_size("context") > 1:
+    return x
+  return reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]), to=("batch", None))
+
+
 def per_device(function: Callable[..., Any], *, inputs: tuple[tuple[str | None, ...], ...], output: tuple[str | None, ...]):
   """`function` applied to each device's own part of arrays whose dimensions are `inputs`; itself without a mesh."""
   if jax.sharding.get_abstract_mesh().empty:

@@ -40,6 +40,7 @@ WRONG = {
   "data.packing": ("bestfit", "Did you mean best_fit"),
   "eval.every": ("0 steps", "above 0"),
   "mesh.fsdp": (0, "from 1 up"),
+  "checkpoint.best_metric": ("loss", "eval/domain/loss"),
   "start.weights": ("runs/other", "starts from one of them"),
 }
 

@@ -24,6 +24,13 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, dtype: jnp.dtype) -> jax
 
 def swiglu(x_BTD: jax.Array, w_gate_DF: jax.Array, w_up_DF: jax.Array, w_down_FD: jax.Array) -> jax.Array:
   """Gated feed-forward with SiLU (2002.05202)."""
-  gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, w_gate_DF)
-  up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, w_up_DF)
-  return mesh.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, w_down_FD, to=("batch", "seq", None))
+  x = mesh.merge_positions(x_BTD)
+  gate = jnp.einsum("...D,DF->...F", x, w_gate_DF)
+  up = jnp.einsum("...D,DF->...F", x, w_up_DF)
+  where = ("batch", "seq")[: x.ndim - 1]
+  out = mesh.einsum("...F,FD->...D", _gate(gate, up), w_down_FD, to=(*where, None))
+  return mesh.reshape(out, x_BTD.shape, to=("batch", "seq", None))
+
+
+# The backward pass computes the gate again from its two inputs: cheaper than writing and reading what lies between.
+_gate = jax.checkpoint(lambda gate, up: jax.nn.silu(gate) * up, prevent_cse=False)

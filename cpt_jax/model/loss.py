@@ -34,7 +34,8 @@ def sums(params: dict[str, Any], spec: ModelSpec, hidden_BTD: jax.Array, batch: 
   head_DV = transformer.head(params, spec, dtype=hidden_BTD.dtype)
 
   def chunk_sums(hidden_BCPD, targets_BCP, weights_BCP):
-    logits_BCPV = jnp.einsum("BCPD,DV->BCPV", hidden_BCPD, head_DV, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("...D,DV->...V", mesh.merge_positions(hidden_BCPD), head_DV, preferred_element_type=jnp.float32)
+    logits_BCPV = mesh.reshape(logits, (*targets_BCP.shape, spec.vocab_size), to=("batch", "seq", None, "vocab"))
     log_partition_BCP = jax.nn.logsumexp(logits_BCPV, axis=-1)
     # A masked sum, not a gather: the vocabulary may be divided over devices.
     is_target_BCPV = jnp.arange(spec.vocab_size)[None, None, None] == targets_BCP[..., None]

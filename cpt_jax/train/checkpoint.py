@@ -56,11 +56,13 @@ class Checkpoints:
   def save(self, state: TrainState, step: int, *, meta: dict, losses: dict[str, SourceLoss]) -> None:
     """Starts writing in the background; what the devices hold may be changed as soon as this returns.
 
+    `losses`: held-out losses of this very state, for `best_metric`; empty where it was not evaluated.
+
     Raises:
       OSError: what went wrong in the background since the last call.
     """
     metrics: Any = None
-    if self._best_metric:
+    if self._best_metric and losses:
       metrics = {f"eval/{name}/loss": loss.loss for name, loss in losses.items()}
     self._checkpointer.save_checkpointables_async(
       step, {_STATE: trees.paths(state), _META: {"format": FORMAT, **meta}}, force=True, metrics=metrics

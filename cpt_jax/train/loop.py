@@ -4,10 +4,10 @@ Invariant: evaluate if due, save if due, THEN fetch rows, dispatch the step, and
 Called by main.
 """
 
+import contextlib
 import pathlib
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -124,44 +124,46 @@ def run(config: Any, workdir: pathlib.Path) -> int:
       return mesh_lib.to_global(mesh, batch)
 
     def report() -> None:
-      reading = meter.read()
+      try:
+        reading = meter.read()
+      except FloatingPointError:
+        jax.block_until_ready(train_state)  # a process must not end with a step in flight
+        raise
       if reading is not None:
         bar.advance(reading.step)
         if reading.values is not None:
           writer.train(reading)
           bar.show(reading)
 
-    for now in range(first_step, last_step + 1):
-      # ORDER: evaluate, save, and only then fetch rows; a resume begins at exactly this line.
-      stopping = stop.asked and now < last_step
-      save_due = stopping or now == last_step or (now % save_every == 0 and now > first_step)
-      eval_due = not base_losses or now % eval_every == 0 or now == last_step or (save_due and config.checkpoint.best_metric)
-      if eval_due and not stopping:
-        report()
-        meter.pause()
-        with bar.phase("evaluate"):
-          losses = perplexity.evaluate(train_state.params, heldout, eval_step=eval_step, to_device=to_device)
-        base_losses = base_losses or losses
-        writer.eval(now, losses, base_losses, drift.by_layer(train_state.params, base_copy))
-        writer.ledger(now, loader.ledger(now))
-        bar.evaluated(now, losses, base_losses)
-      if save_due and now not in checkpoints.steps():
-        report()
-        meter.pause()
-        of_base = {name: loss._asdict() for name, loss in base_losses.items()}
-        saved_meta = {"loader": loader.state(now), "hf_config": hf_config, "base_losses": of_base}
-        checkpoints.save(train_state, now, meta=saved_meta, losses=losses)
-      if stopping or now == last_step:
-        break
-      batch = next(batches)
-      train_state, measured = train_step(train_state, to_device(batch))
-      report()  # of the step before, while this one runs
-      meter.dispatched(now + 1, measured, num_positions=batch.tokens_BT.size)
+    with contextlib.closing(checkpoints), contextlib.closing(writer), contextlib.closing(bar):
+      for now in range(first_step, last_step + 1):
+        # ORDER: evaluate, save, and only then fetch rows; a resume begins at exactly this line.
+        stopping = stop.asked and now < last_step
+        save_due = stopping or now == last_step or (now % save_every == 0 and now > first_step)
+        eval_due = not base_losses or now % eval_every == 0 or now == last_step or (save_due and config.checkpoint.best_metric)
+        if eval_due and not stopping:
+          report()
+          meter.pause()
+          with bar.phase("evaluate"):
+            losses = perplexity.evaluate(train_state.params, heldout, eval_step=eval_step, to_device=to_device)
+          base_losses = base_losses or losses
+          writer.eval(now, losses, base_losses, drift.by_layer(train_state.params, base_copy))
+          writer.ledger(now, loader.ledger(now))
+          bar.evaluated(now, losses, base_losses)
+        if save_due and now not in checkpoints.steps():
+          report()
+          meter.pause()
+          of_base = {name: loss._asdict() for name, loss in base_losses.items()}
+          saved_meta = {"loader": loader.state(now), "hf_config": hf_config, "base_losses": of_base}
+          checkpoints.save(train_state, now, meta=saved_meta, losses=losses if eval_due and not stopping else {})
+        if stopping or now == last_step:
+          break
+        batch = next(batches)
+        train_state, measured = train_step(train_state, to_device(batch))
+        report()  # of the step before, while this one runs
+        meter.dispatched(now + 1, measured, num_positions=batch.tokens_BT.size)
 
     # ---- 8. close ----
-    bar.close()
-    writer.close()
-    checkpoints.close()
     if stopping:
       console.say(f"stopped by a signal at step {now}, which is saved; the same command goes on from here")
       return EXIT_PREEMPTED
@@ -196,7 +198,7 @@ class StopRequest:
   asked = False
 
 
-@contextmanager
+@contextlib.contextmanager
 def stop_signals() -> Iterator[StopRequest]:
   """Turns the first SIGTERM or SIGINT into a request; the second ends the process as usual."""
   request = StopRequest()
