@@ -490,6 +490,8 @@ def _check_sources(config: Any, problems: Problems) -> None:
         problems.add(f"{key}.share={share}: shares are finite and not negative (they are normalised over the sources)")
       else:
         largest = max(largest, share)
+      if any(line.startswith("train.length") for line in problems.lines):
+        continue  # a knot's time cannot be placed in a run of unknown length
       try:
         whens.append(durations.parse(when).steps(tokens_per_step=max(tokens_per_step(config), 1), run_steps=num_steps(config)))
       except ValueError as error:
