@@ -23,11 +23,11 @@ def stores(directory):
 
 @pytest.mark.slow
 def test_replay_forgets_less_and_both_learn(root, tmp_path):
-  short = [*stores(tmp_path), "--config.train.length=30 steps", "--config.eval.tokens=8000"]
+  short = [*stores(tmp_path), "--config.train.length=60 steps", "--config.eval.tokens=8000"]
   with_replay = run(root, tmp_path / "replay", *short)
   without = run(root, tmp_path / "none", *short, "--config.data.sources.general.share=0.0")
   assert with_replay["poetry"] < -0.2 and without["poetry"] < -0.2
-  assert without["general"] > with_replay["general"] + 0.02
+  assert without["general"] > with_replay["general"] + 0.05
 
 
 @pytest.mark.slow
