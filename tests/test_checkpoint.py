@@ -58,6 +58,7 @@ def test_saving_does_not_see_what_happens_to_the_state_afterwards(tiny_spec, tmp
     before = jax.device_get(saved)
     checkpoints.save(saved, 0, meta={}, losses={})
     jax.block_until_ready(jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(saved))
+    checkpoints.wait()
     restored = checkpoints.restore(0, state.abstract(tiny_spec, make_tx(before.params)))
   assert_equal(jax.device_get(restored), before)
   checkpoints.close()
