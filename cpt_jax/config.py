@@ -5,6 +5,7 @@ Files in configs/ return `default()` with changes; main calls `resolve()`.
 """
 
 import ast
+import contextlib
 import difflib
 import itertools
 import math
@@ -13,6 +14,7 @@ import pathlib
 import re
 import runpy
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -27,6 +29,10 @@ class ConfigError(ValueError):
 
   exit_code = 78  # of a program that ends with it (sysexits.h: configuration)
 
+  def __init__(self, text: str):
+    super().__init__(text)
+    self.lines = [text]  # one for each mistake
+
 
 class Problems:
   """Collects what is wrong, so that a user mends everything in one go."""
@@ -39,11 +45,22 @@ class Problems:
     if text not in self.lines:
       self.lines.append(text)
 
+  @contextlib.contextmanager
+  def collect(self) -> Iterator[None]:
+    """Notes a ConfigError of the block, so that what comes after it is checked too."""
+    try:
+      yield
+    except ConfigError as error:
+      for line in error.lines:
+        self.add(line)
+
   def raise_if_any(self) -> None:
     """Raises ConfigError with every collected line."""
     if self.lines:
       count = "1 problem" if len(self.lines) == 1 else f"{len(self.lines)} problems"
-      raise ConfigError("\n".join([f"{count} in the configuration:"] + [f"  {line}" for line in self.lines]))
+      error = ConfigError("\n".join([f"{count} in the configuration:"] + [f"  {line}" for line in self.lines]))
+      error.lines = self.lines
+      raise error
 
 
 class Share(tuple):
@@ -205,7 +222,7 @@ def default() -> Any:
   return c
 
 
-_CHOICES = {
+CHOICES = {
   "start.optimizer": ("keep", "reset"),
   "model.compute_dtype": ("auto", "float32", "bfloat16"),
   "model.remat": ("none", "dots", "full"),
@@ -399,7 +416,7 @@ def _same_type(value: Any, wanted: Any) -> bool:
 
 
 def _check_values(config: Any, problems: Problems) -> None:
-  for key, choices in _CHOICES.items():
+  for key, choices in CHOICES.items():
     value = get(config, key)
     if value not in choices:
       problems.add(f"{key}={value!r}: choose one of {', '.join(choices)}.{did_you_mean(str(value), list(choices))}")
@@ -443,25 +460,15 @@ def _check_values(config: Any, problems: Problems) -> None:
 
 
 def _check_durations(config: Any, problems: Problems) -> None:
-  bad = False
   for key, may_be_share in (_DURATIONS | ({"checkpoint.keep_every": True} if config.checkpoint.keep_every else {})).items():
     try:
       duration = durations.parse(get(config, key))
       if duration.unit == "%" and not may_be_share:
         problems.add(f"{key}={get(config, key)!r}: the run's own length is in steps or tokens, e.g. '1000 steps' or '2B tokens'")
-        bad = True
       if duration.amount <= 0 and key in ("train.length", "eval.every", "checkpoint.every", "checkpoint.keep_every"):
         problems.add(f"{key}={get(config, key)!r}: must be above 0")
-        bad = True
     except ValueError as error:
       problems.add(f"{key}: {error}")
-      bad = True
-  if bad or config.schedule.name == "constant":
-    return
-  parts = {"infinite": ("warmup", "cooldown", "anneal"), "wsd": ("warmup", "anneal")}.get(config.schedule.name, ("warmup",))
-  total = sum(steps_of(config, f"schedule.{part}") for part in parts)
-  if total > num_steps(config):
-    problems.add(f"schedule.{' + schedule.'.join(parts)} take {total} steps, the run has {num_steps(config)}; shorten them")
 
 
 def _check_sources(config: Any, problems: Problems) -> None:

@@ -18,7 +18,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything; runs/NAME OF THE CONFIG by default.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what the run would do, and end.")
 
-EXIT_CONFIG, EXIT_NUMERIC = 78, 86
+EXIT_DISK, EXIT_CONFIG, EXIT_NUMERIC = 74, 78, 86  # as sysexits.h has them, and one of our own
 
 
 def main(argv: list[str]) -> int:
@@ -42,6 +42,9 @@ def main(argv: list[str]) -> int:
   except config_lib.ConfigError as error:
     print(error, file=sys.stderr)
     return error.exit_code
+  except OSError as error:
+    print(f"{error}. What was saved is good; mend the disk or the path and give the same command.", file=sys.stderr)
+    return EXIT_DISK
   except FloatingPointError as error:
     print(f"stopped: {error}. The checkpoints before are good; lower schedule.lr_peak and start again.", file=sys.stderr)
     return EXIT_NUMERIC

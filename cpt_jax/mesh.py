@@ -66,14 +66,9 @@ def make_mesh(*, data: int, fsdp: int, context: int, tensor: int, devices: Any =
   return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
 
 
-def abstract_mesh(*, data: int, fsdp: int, context: int, tensor: int, num_devices: int | None = None) -> AbstractMesh:
-  """A mesh without devices, for dry runs; use it with `jax.sharding.use_abstract_mesh`. -1 needs `num_devices`."""
-  sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
-  if num_devices is not None:
-    sizes = axis_sizes(**sizes, num_devices=num_devices)
-  elif min(sizes.values()) < 1:
-    raise ConfigError("mesh.* holds -1: say how many devices the run will have")
-  return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+def abstract_mesh(*, data: int, fsdp: int, context: int, tensor: int) -> AbstractMesh:
+  """A mesh without devices, for dry runs; use it with `jax.sharding.use_abstract_mesh`. Sizes as `axis_sizes` gives them."""
+  return AbstractMesh((data, fsdp, context, tensor), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def spec(*logical: str | None) -> PartitionSpec:

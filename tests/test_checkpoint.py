@@ -117,5 +117,7 @@ def test_keys_that_change_no_number_may_change_between_starts():
   config = config_lib.default().to_dict()
   free = {**config, "log": {"every": 7, "tensorboard": True}, "mesh": {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}}
   checkpoint.check_same_run(config, free)
+  with pytest.raises(ConfigError, match=r"eval\.tokens"):  # the base was measured on other documents
+    checkpoint.check_same_run(config, {**config, "eval": {**config["eval"], "tokens": 7}})
   with pytest.raises(ConfigError, match="seed: 0 -> 1"):
     checkpoint.check_same_run(config, {**config, "seed": 1})

@@ -161,12 +161,6 @@ def test_sizes_that_do_not_fit_are_named(sizes, message):
     mesh_lib.axis_sizes(**dict(zip(mesh_lib.AXES, sizes, strict=True)), num_devices=8)
 
 
-def test_an_abstract_mesh_needs_every_size_or_the_number_of_devices():
-  with pytest.raises(ConfigError, match="say how many devices"):
-    mesh_lib.abstract_mesh(data=-1, fsdp=1, context=1, tensor=1)
-  assert mesh_lib.abstract_mesh(data=-1, fsdp=2, context=1, tensor=1, num_devices=6).shape["data"] == 3
-
-
 def test_check_names_everything_that_the_mesh_does_not_divide():
   problems = Problems()
   good = dict(batch_rows=12, microbatches=2, row_len=16, eval_rows=6)

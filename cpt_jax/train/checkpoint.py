@@ -7,7 +7,6 @@ them); the data position is one integer with a fingerprint, so any number of hos
 import fcntl
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from cpt_jax import config as config_lib
 from cpt_jax import trees
 from cpt_jax.config import ConfigError
+from cpt_jax.data.store import write_atomically
 from cpt_jax.evals.perplexity import SourceLoss
 from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec, from_hf
@@ -58,8 +58,7 @@ class Checkpoints:
 
     `losses`: held-out losses of this very state, for `best_metric`; empty where it was not evaluated.
 
-    Raises:
-      OSError: what went wrong in the background since the last call.
+    What went wrong in the background is raised by the next call.
     """
     metrics: Any = None
     if self._best_metric and losses:
@@ -183,22 +182,25 @@ def claim(run_dir: pathlib.Path, config: Any) -> Iterator[None]:
         f"--workdir={run_dir}: another process is training there; wait for it or give another --workdir"
       ) from None
     record = json.loads(config.to_json())
-    if (run_dir / "config.json").exists():
+    # A start that failed before its first checkpoint has no past: its config may be mended.
+    if (run_dir / "config.json").exists() and saved_steps(run_dir):
       check_same_run(json.loads((run_dir / "config.json").read_text(encoding="utf-8")), record)
-    _write_json(run_dir / "config.json", record)
-    _write_json(run_dir / "versions.json", versions())
+    for name, value in (("config.json", record), ("versions.json", versions())):
+      write_atomically(run_dir / name, json.dumps(value, indent=1).encode())
     yield
 
 
 def versions() -> dict[str, str]:
   """What a result depends on beside the config."""
-  packages = ("cpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
-  found = {name: importlib.metadata.version(name) for name in packages[1:]}
+  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
+  found = {name: importlib.metadata.version(name) for name in packages}
   return {"python": platform.python_version(), "machine": platform.machine(), **found}
 
 
-# Keys that may change between two starts of a run: they alter no row, no update and nothing that a checkpoint holds.
-_FREE = ("log.", "checkpoint.", "debug.", "eval.", "mesh.", "data.prefetch", "model.remat", "model.attention", "model.loss_chunk")
+# Keys that may change between two starts of a run: they alter no row, no update and nothing that a checkpoint holds. Not
+# eval.tokens: the base was measured on those held-out documents.
+_FREE = ("log.", "checkpoint.", "debug.", "eval.every", "eval.batch_rows", "mesh.", "data.prefetch")
+_FREE += ("model.remat", "model.attention", "model.loss_chunk")
 
 
 def check_same_run(saved: dict, config: dict) -> None:
@@ -224,9 +226,3 @@ def _flat_json(tree: dict, prefix: str = "") -> dict[str, str]:
   for key, value in tree.items():
     flat |= _flat_json(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: json.dumps(value)}
   return flat
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-  partial = path.with_name(path.name + ".tmp")
-  partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
-  os.replace(partial, path)

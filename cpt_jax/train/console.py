@@ -3,6 +3,7 @@
 Invariant: nothing here changes the run, and a closed pipe does not end it. Called by train.loop, train.dry_run, tools.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +17,16 @@ import rich.text
 
 # Into a file or a pipe tables are written at a fixed width; rich would fold them to 80 columns.
 _IS_TERMINAL = sys.stdout.isatty()
-console = rich.console.Console(highlight=False, width=None if _IS_TERMINAL else 160)
+
+
+class _Console(rich.console.Console):
+  def on_broken_pipe(self) -> None:
+    """Nobody reads any more (`| head`): rich would end the process, a run goes on without words."""
+    self.quiet = True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails once more
+
+
+console = _Console(highlight=False, width=None if _IS_TERMINAL else 160)
 
 
 def say(text: str) -> None:

@@ -14,7 +14,6 @@ from cpt_jax import config as config_lib
 from cpt_jax import mesh as mesh_lib
 from cpt_jax import trees
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.model import transformer
 from cpt_jax.train import console, loop, optimizer, schedule, start, state, step
 
 
@@ -29,7 +28,7 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
   sizes, assumed = _mesh_sizes(config)
   loop.check_mesh(sizes, spec, config)
   num_steps = config_lib.num_steps(config)
-  begin = start.choose_start(config, workdir)
+  begin = start.choose_start(config, workdir, inputs.base)
 
   console.say(f"run      {workdir}")
   console.say(
@@ -38,15 +37,14 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
   console.say(f"start    {begin.describe(optimizer=config.start.optimizer)}")
   console.say(f"mesh     {' x '.join(f'{name} {size}' for name, size in sizes.items())}{assumed}")
   _data(inputs, num_steps)
-  rates = schedule.from_config(config)
   console.table(
     f"learning rate: schedule {config.schedule.name}",
     ["at", "step", "rate"],
-    [[what, at, f"{rate:.3e}"] for what, at, rate in schedule.table(rates, num_steps=num_steps)],
+    [[what, at, f"{rate:.3e}"] for what, at, rate in schedule.table(inputs.rates, num_steps=num_steps)],
   )
   mesh = mesh_lib.abstract_mesh(**sizes)
   with jax.sharding.use_abstract_mesh(mesh):
-    abstract = state.abstract(spec, optimizer.from_config(config, rates, transformer.abstract_params(spec)))
+    abstract = state.abstract(spec, inputs.tx)
     _groups(config, abstract.params)
     _placement(abstract, config, spec, sizes)
   _events(config, num_steps)
@@ -65,7 +63,7 @@ def _mesh_sizes(config: Any) -> tuple[dict[str, int], str]:
 
 
 def _data(inputs: loop.Inputs, num_steps: int) -> None:
-  config = inputs.config
+  config, summaries = inputs.config, inputs.loader.describe()
   positions = num_steps * config_lib.tokens_per_step(config)
   console.table(
     f"data: {num_steps:,} steps x {config.train.batch_rows} rows x {config.data.row_len} positions = {console.count(positions)}, "
@@ -91,11 +89,11 @@ def _data(inputs: loop.Inputs, num_steps: int) -> None:
         f"{row.epochs:.2f}",
         f"{row.efficiency:.1%}",
       ]
-      for row in inputs.loader.describe()
+      for row in summaries
     ],
     left=2,
   )
-  for row in inputs.loader.describe():
+  for row in summaries:
     if row.note:
       console.say(f"note: {row.note}")
 

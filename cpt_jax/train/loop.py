@@ -1,4 +1,4 @@
-"""The run, told in order: resolve, data, mesh, model and optimizer, start, compile, loop, close.
+"""The run, told in order: resolve and open, mesh, data, start, compile, loop, close.
 
 Invariant: evaluate if due, save if due, THEN fetch rows, dispatch the step, and write the metrics of the step before.
 Called by main.
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from cpt_jax import config as config_lib
 from cpt_jax import mesh as mesh_lib
@@ -33,32 +34,38 @@ class Inputs(NamedTuple):
   spec: spec_lib.ModelSpec
   hf_config: dict
   loader: pipeline.Loader
+  rates: schedule.Schedule
+  tx: optax.GradientTransformation
 
 
 def open_inputs(config: Any) -> Inputs:
-  """Opens model config, tokenizer and stores; prepares stores that name their text. Needs no device.
+  """Opens model config, tokenizer and stores, prepares stores that name their text, and makes schedule and optimizer.
+
+  Needs no device.
 
   Raises:
     ConfigError: everything that is wrong with them, a line each.
   """
   config = config_lib.resolve(config)
-  problems = Problems()
-  with config.unlocked():
-    config.data.tokenizer = start.tokenizer_path(config, problems)
-  problems.raise_if_any()
   base = start.choose_base(config)
-  if base.step >= config_lib.num_steps(config):
-    problems.add(f"train.length={config.train.length}: start.resume={base.path} is at step {base.step} already; make it longer")
+  with config.unlocked():
+    config.data.tokenizer = start.tokenizer_path(config)
   spec, hf_config = start.load_spec(base)
+  problems = Problems()
   if config.data.row_len > spec.max_positions:
     problems.add(f"data.row_len={config.data.row_len}: the model was made for {spec.max_positions} positions; use at most that")
-  if base.kind == "hf":
-    pretrained.check_files(base.path, spec)
+  with problems.collect():
+    rates = schedule.from_config(config)
+    tx = optimizer.from_config(config, rates, transformer.abstract_params(spec))
+  with problems.collect():
+    if base.kind == "hf":
+      pretrained.check_files(base.path, spec)
+  problems.raise_if_any()  # before hours of preparing
   _prepare_missing_stores(config)
   opened = sources.from_config(config, problems)
   sources.check_vocabulary(opened, spec.vocab_size, problems)
   problems.raise_if_any()
-  return Inputs(config, base, spec, hf_config, pipeline.from_config(config, opened))
+  return Inputs(config, base, spec, hf_config, pipeline.from_config(config, opened), rates, tx)
 
 
 def run(config: Any, workdir: pathlib.Path) -> int:
@@ -67,8 +74,8 @@ def run(config: Any, workdir: pathlib.Path) -> int:
   Started again with the same arguments it goes on from its newest checkpoint, and ends with the same parameters as if it had
   never stopped.
   """
-  # ---- 1. resolve ----
-  config, base, spec, hf_config, loader = open_inputs(config)
+  # ---- 1. resolve and open: model config, stores, schedule, optimizer ----
+  config, base, spec, hf_config, loader, rates, tx = open_inputs(config)
   num_steps = config_lib.num_steps(config)
 
   with checkpoint.claim(workdir, config), stop_signals() as stop:
@@ -86,31 +93,30 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     # ---- 3. data ----
     heldout = {name: loader.heldout_rows(name, max_tokens=config.eval.tokens) for name in loader.names}
 
-    # ---- 4. model and optimizer ----
-    rates = schedule.from_config(config)
-    tx = optimizer.from_config(config, rates, transformer.abstract_params(spec))
-
-    # ---- 5. start ----
+    # ---- 4. start ----
     checkpoints = checkpoint.from_config(config, workdir)
-    begin = start.choose_start(config, workdir)
+    begin = start.choose_start(config, workdir, base)
     described = begin.describe(optimizer=config.start.optimizer)
     console.header(config, workdir, spec, mesh, described, num_parameters=spec_lib.num_parameters(spec))
+    meta = checkpoints.meta(begin.checkpoint) if begin.kind == "run" else {}
+    if meta:
+      loader.check_state(meta["loader"])
+      base = base._replace(checkpoint=meta["base_checkpoint"])  # the other run may have gone on since
     params = start.base_params(base, spec, seed=config.seed)
-    base_copy = drift.keep_base(params)
+    if params is None:
+      console.say(f"{base.path} does not keep its checkpoint of step {base.checkpoint} any more: drift is not measured")
+    base_copy = None if params is None else drift.keep_base(params)
     train_state = start.initial_state(begin, params, spec, tx, checkpoints, keep_optimizer=config.start.optimizer == "keep")
     del params  # the step donates the state; the base lives on in base_copy
     first_step = int(train_state.step)
-    meta = checkpoints.meta(begin.step) if begin.kind == "run" else {}
-    if meta:
-      loader.check_state(meta["loader"])
 
-    # ---- 6. compile: at first use, from the cache when this program was compiled before ----
+    # ---- 5. compile: at first use, from the cache when this program was compiled before ----
     settings = step.settings_from_config(config)
     jit = jax.jit if not config.debug.no_jit else lambda f, **_: f
     train_step = jit(step.from_config(config, spec, tx, rates, num_sources=len(loader.names)), donate_argnums=0)
     eval_step = jit(step.make_eval_step(spec, settings=settings, num_sources=len(loader.names)))
 
-    # ---- 7. loop ----
+    # ---- 6. loop ----
     last_step = max(first_step, min(num_steps, config.debug.stop_after or num_steps))
     eval_every, save_every = config_lib.steps_of(config, "eval.every"), config_lib.steps_of(config, "checkpoint.every")
     batches = loader.batches(first_step)
@@ -147,15 +153,16 @@ def run(config: Any, workdir: pathlib.Path) -> int:
           with bar.phase("evaluate"):
             losses = perplexity.evaluate(train_state.params, heldout, eval_step=eval_step, to_device=to_device)
           base_losses = base_losses or losses
-          writer.eval(now, losses, base_losses, drift.by_layer(train_state.params, base_copy))
+          moved = {} if base_copy is None else drift.by_layer(train_state.params, base_copy)
+          writer.eval(now, losses, base_losses, moved)
           writer.ledger(now, loader.ledger(now))
           bar.evaluated(now, losses, base_losses)
         if save_due and now not in checkpoints.steps():
           report()
           meter.pause()
           of_base = {name: loss._asdict() for name, loss in base_losses.items()}
-          saved_meta = {"loader": loader.state(now), "hf_config": hf_config, "base_losses": of_base}
-          checkpoints.save(train_state, now, meta=saved_meta, losses=losses if eval_due and not stopping else {})
+          kept = {"loader": loader.state(now), "hf_config": hf_config, "base_losses": of_base, "base_checkpoint": base.checkpoint}
+          checkpoints.save(train_state, now, meta=kept, losses=losses if eval_due and not stopping else {})
         if stopping or now == last_step:
           break
         batch = next(batches)
@@ -163,7 +170,7 @@ def run(config: Any, workdir: pathlib.Path) -> int:
         report()  # of the step before, while this one runs
         meter.dispatched(now + 1, measured, num_positions=batch.tokens_BT.size)
 
-    # ---- 8. close ----
+    # ---- 7. close ----
     if stopping:
       console.say(f"stopped by a signal at step {now}, which is saved; the same command goes on from here")
       return EXIT_PREEMPTED

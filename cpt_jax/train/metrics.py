@@ -6,7 +6,6 @@ a future that was thrown away. Called by train.loop.
 
 import json
 import math
-import os
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 
 from cpt_jax.config import ConfigError
+from cpt_jax.data.store import write_atomically
 from cpt_jax.evals.perplexity import SourceLoss
 from cpt_jax.model.loss import Sums
 from cpt_jax.model.spec import ModelSpec, flops_per_token
@@ -95,12 +95,9 @@ def read(path: pathlib.Path) -> list[dict]:
 
 def drop_after(path: pathlib.Path, step: int) -> None:
   """Removes what lies after `step`: a resumed run does those steps again, and evaluates at `step` again."""
-  records = read(path)
-  kept = [r for r in records if r["step"] < step or (r["step"] == step and r.get("kind") == "train")]
+  kept = [r for r in read(path) if r["step"] < step or (r["step"] == step and r.get("kind") == "train")]
   if path.exists():
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
 
 class Reading(NamedTuple):
@@ -181,9 +178,7 @@ def summary(
 
 def write_summary(run_dir: pathlib.Path, result: dict[str, Any]) -> None:
   """Keeps the summary; a run that has one for its last step is complete."""
-  partial = run_dir / "summary.json.tmp"
-  partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
-  os.replace(partial, run_dir / "summary.json")
+  write_atomically(run_dir / "summary.json", json.dumps(result, indent=1).encode())
 
 
 def read_summary(run_dir: pathlib.Path, num_steps: int) -> dict[str, Any] | None:

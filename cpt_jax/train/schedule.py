@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
 
-NAMES = ("constant", "linear", "cosine", "rewarm", "wsd", "infinite")
+NAMES = config_lib.CHOICES["schedule.name"]
 
 
 @dataclasses.dataclass(frozen=True)

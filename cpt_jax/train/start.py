@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from cpt_jax.config import ConfigError, Problems
+from cpt_jax import config as config_lib
+from cpt_jax.config import ConfigError
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model.spec import ModelSpec, from_hf, load_hf_config
 from cpt_jax.train import state as state_lib
@@ -23,7 +24,8 @@ class Start(NamedTuple):
 
   kind: str  # run, resume, hf, weights or scratch
   path: str  # the run or Hugging Face directory, or the architecture file
-  step: int  # updates finished in the state that is loaded; 0 where only parameters are
+  step: int = 0  # updates finished in the state that is loaded; 0 where only parameters are
+  checkpoint: int = -1  # step of the checkpoint that is read, of this run or another
 
   def describe(self, *, optimizer: str = "keep") -> str:
     """One line for people."""
@@ -37,47 +39,53 @@ class Start(NamedTuple):
     }[self.kind]
 
 
-def choose_start(config: Any, workdir: pathlib.Path) -> Start:
-  """The first that applies:
+def choose_start(config: Any, workdir: pathlib.Path, base: Start) -> Start:
+  """The first that applies; 2 to 5 are `base`, by `choose_base`:
 
   1. the run's own newest checkpoint in `workdir`
   2. `start.resume`: another run's whole state
   3. `start.hf`: a Hugging Face directory
   4. `start.weights`: another run's parameters
   5. scratch: random parameters for the architecture `model.scratch`
+
+  Raises:
+    ConfigError: the run would be over before its first step.
   """
   steps = saved_steps(workdir)
   if steps:
-    return Start("run", str(workdir), steps[-1])
-  return choose_base(config)
+    return Start("run", str(workdir), steps[-1], steps[-1])
+  if base.step >= config_lib.num_steps(config):
+    raise ConfigError(
+      f"train.length={config.train.length}: start.resume={base.path} is at step {base.step} already; make it longer"
+    )
+  return base
 
 
 def choose_base(config: Any) -> Start:
   """What the run started from at first: `choose_start` without the run's own checkpoints. Drift is measured from here."""
   start = config.start
   if start.resume:
-    step = _newest_step(start.resume, "start.resume")
-    return Start("resume", start.resume, step if start.optimizer == "keep" else 0)
+    newest = _newest_step(start.resume, "start.resume")
+    return Start("resume", start.resume, newest if start.optimizer == "keep" else 0, newest)
   if start.hf:
-    return Start("hf", start.hf, 0)
+    return Start("hf", start.hf)
   if start.weights:
-    _newest_step(start.weights, "start.weights")
-    return Start("weights", start.weights, 0)
-  return Start("scratch", config.model.scratch, 0)
+    return Start("weights", start.weights, 0, _newest_step(start.weights, "start.weights"))
+  return Start("scratch", config.model.scratch)
 
 
 def load_spec(base: Start) -> tuple[ModelSpec, dict]:
   """The model's shape, and the Hugging Face config.json that says it."""
   if base.kind in ("resume", "weights"):
     checkpoints = Checkpoints(base.path)
-    hf_config = checkpoints.meta(checkpoints.steps()[-1])["hf_config"]
+    hf_config = checkpoints.meta(base.checkpoint)["hf_config"]
     checkpoints.close()
   else:
     hf_config = load_hf_config(base.path)
   return from_hf(hf_config), hf_config
 
 
-def tokenizer_path(config: Any, problems: Problems) -> str:
+def tokenizer_path(config: Any) -> str:
   """`data.tokenizer`, or the tokenizer of what the run starts from."""
   if config.data.tokenizer:
     return config.data.tokenizer
@@ -85,22 +93,24 @@ def tokenizer_path(config: Any, problems: Problems) -> str:
     return config.start.hf
   other = config.start.resume or config.start.weights
   if other:
-    saved = pathlib.Path(other) / "config.json"
-    if saved.exists():
-      return json.loads(saved.read_text())["data"]["tokenizer"]
-  problems.add("data.tokenizer is empty: with model.scratch, name the tokenizer's directory")
-  return ""
+    return json.loads((pathlib.Path(other) / "config.json").read_text(encoding="utf-8"))["data"]["tokenizer"]
+  raise ConfigError("data.tokenizer is empty: with model.scratch, name the tokenizer's directory")
 
 
 def base_params(base: Start, spec: ModelSpec, *, seed: int) -> Any:
-  """The parameters that the run starts from at first, in float32, sharded over the mesh that is set."""
+  """The parameters that the run starts from at first, in float32, sharded over the mesh that is set.
+
+  None if they were another run's, whose checkpoint is not kept any more: possible only when this run is past its start.
+  """
   abstract = transformer.abstract_params(spec)
   if base.kind == "scratch":
     return transformer.init(spec, jax.random.key(seed))
   if base.kind == "hf":
     return pretrained.load_params(base.path, spec, abstract)
+  if base.checkpoint not in saved_steps(base.path):
+    return None
   checkpoints = Checkpoints(base.path)
-  params = checkpoints.restore_params(checkpoints.steps()[-1], abstract)
+  params = checkpoints.restore_params(base.checkpoint, abstract)
   checkpoints.close()
   return params
 
@@ -116,10 +126,10 @@ def initial_state(
 ) -> TrainState:
   """The state before the first update of this process; `params` are those of the base."""
   if start.kind == "run":
-    return checkpoints.restore(start.step, state_lib.abstract(spec, optimizer))
+    return checkpoints.restore(start.checkpoint, state_lib.abstract(spec, optimizer))
   if start.kind == "resume" and keep_optimizer:
     other = Checkpoints(start.path)
-    state = other.restore(start.step, state_lib.abstract(spec, optimizer))
+    state = other.restore(start.checkpoint, state_lib.abstract(spec, optimizer))
     other.close()
     return state
   return state_lib.create(params, optimizer)
