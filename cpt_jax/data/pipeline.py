@@ -98,9 +98,16 @@ class Loader:
 
   def row(self, index: int) -> Batch:
     """Row `index` of the run, as a batch of one."""
-    m, nth = self.mixture.locate(index)
-    pieces = self.plans[m].pieces(self._orders[m][nth])
-    return packing.pack_row(self.sources[m].store, pieces, row_len=self.row_len, source=m, cross_documents=self.cross_documents)
+    return self._batch(index, 1)
+
+  def _batch(self, first: int, num_rows: int) -> Batch:
+    """Rows [first, first + num_rows) of the run."""
+    batch = packing.empty_batch(num_rows, self.row_len)
+    for b in range(num_rows):
+      m, nth = self.mixture.locate(first + b)
+      pieces = self.plans[m].pieces(self._orders[m][nth])
+      packing.pack_row(batch, b, self.sources[m].store, pieces, source=m, cross_documents=self.cross_documents)
+    return batch
 
   def batches(self, start_step: int, *, rows: slice | None = None) -> Iterator[Batch]:
     """The batches of the steps from `start_step` to the run's end, read ahead by threads.
@@ -112,7 +119,7 @@ class Loader:
     if start_step >= self.num_steps:
       return
     part = _Part(self, start_step=start_step, first=first, num_rows=last - first)
-    dataset = grain.MapDataset.source(part).batch(last - first, batch_fn=_stack)
+    dataset = grain.MapDataset.source(part)
     ahead = max(2, -(-self.num_threads // (last - first)))
     options = grain.ReadOptions(num_threads=min(self.num_threads, ahead), prefetch_buffer_size=ahead)
     iterator = iter(dataset.to_iter_dataset(options))
@@ -219,8 +226,10 @@ class Loader:
 
   def _heldout_batch(self, m: int, plan: packing.Plan, batch_rows: int, number: int) -> Batch:
     rows = range(number * batch_rows, min((number + 1) * batch_rows, plan.num_rows))
-    packed = [packing.pack_row(self.sources[m].store, plan.pieces(r), row_len=self.row_len, source=m) for r in rows]
-    return pad_rows(_stack(packed), batch_rows)._replace(source_B=np.full(batch_rows, m, np.int32))
+    batch = packing.empty_batch(len(rows), self.row_len)
+    for b, r in enumerate(rows):
+      packing.pack_row(batch, b, self.sources[m].store, plan.pieces(r), source=m)
+    return pad_rows(batch, batch_rows)._replace(source_B=np.full(batch_rows, m, np.int32))
 
   def _num_bytes(self, source: Source, documents: np.ndarray) -> int:
     num_bytes = source.store.doc_bytes()
@@ -267,11 +276,10 @@ class _Part:
     self._loader, self._start_step, self._first, self._num_rows = loader, start_step, first, num_rows
 
   def __len__(self) -> int:
-    return (self._loader.num_steps - self._start_step) * self._num_rows
+    return self._loader.num_steps - self._start_step
 
-  def __getitem__(self, index: int) -> Batch:
-    step, nth = divmod(index, self._num_rows)
-    return self._loader.row((self._start_step + step) * self._loader.batch_rows + self._first + nth)
+  def __getitem__(self, step: int) -> Batch:
+    return self._loader._batch((self._start_step + step) * self._loader.batch_rows + self._first, self._num_rows)
 
 
 class _Tally:
@@ -309,10 +317,6 @@ class _Batches(Sequence[Batch]):
     if not -self._length <= number < self._length:
       raise IndexError(f"batch {number} of {self._length}")
     return self._make(number % self._length)
-
-
-def _stack(rows: Sequence[Batch]) -> Batch:
-  return Batch(*(np.concatenate(arrays) for arrays in zip(*rows, strict=True)))
 
 
 def _plan(source: Source, *, row_len: int, policy: str, cross_documents: bool) -> packing.Plan:

@@ -379,6 +379,12 @@ class TokenStore:
       raise IndexError(f"tokens [{start}, {start + length}) of document {i}, which has {document.size}")
     return document[start : start + length]
 
+  has_loss_mask = False
+
+  def loss_mask(self, i: int, start: int, length: int) -> np.ndarray:
+    """For tokens [start, start + length) of document `i`, does predicting them count: bool [length]."""
+    return np.ones(len(self.tokens(i, start, length)), np.bool_)
+
   def doc_hashes(self) -> np.ndarray:
     """A hash of each document, uint64 [num_documents]: of its text, or of its token ids in a store made by datatrove."""
     if self._hashes is None:
