@@ -278,8 +278,8 @@ class _Part:
   def __len__(self) -> int:
     return self._loader.num_steps - self._start_step
 
-  def __getitem__(self, step: int) -> Batch:
-    return self._loader._batch((self._start_step + step) * self._loader.batch_rows + self._first, self._num_rows)
+  def __getitem__(self, index: int) -> Batch:
+    return self._loader._batch((self._start_step + index) * self._loader.batch_rows + self._first, self._num_rows)
 
 
 class _Tally:
