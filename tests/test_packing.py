@@ -112,6 +112,8 @@ def test_best_fit_cuts_only_what_is_longer_than_a_row_and_only_to_save_rows(leng
   plan = packing.plan(lengths, row_len=row_len, policy="best_fit", cross_documents=crossing)
   pieces = all_pieces(plan)
   assert all((start, length) == (0, lengths[doc] - 1) for doc, start, length in pieces if lengths[doc] - 1 <= row_len)
+  for r in range(plan.num_rows):
+    assert sum(length + crossing for _, _, length in plan.pieces(r)) <= row_len + crossing
   fewest_pieces = [min(row_len, n - 1 - s) for n in lengths for s in range(0, n - 1, row_len)]
   sizes = np.array(fewest_pieces, np.int64) + crossing
   rows_uncut = packing._fit(sizes, row_len + crossing).max(initial=-1) + 1
@@ -144,6 +146,14 @@ def test_ends_of_long_documents_fill_the_rows(row_len, least_filled, draw, cross
   assert len(crumbs) <= 0.002 * plan.num_pieces
   uncounted = np.diff(plan.row_ends, prepend=0) if crossing else 0  # joints before the rest of a document
   assert (np.sort(rooms - uncounted)[:-1] < least).all()  # one more piece would have been a crumb
+
+
+def test_a_stretch_that_a_room_would_cut_badly_waits():
+  stretches = collections.deque([(0, 8, 95), (1, 0, 50)])  # 95 of 100 would leave a room of 5
+  placed = packing._pour(stretches, [(7, 100)], new_row=9, row_len=100, joint=0, least=10)
+  assert placed.tolist() == [[7, 1, 0, 50], [7, 0, 8, 50], [9, 0, 58, 45]]
+  placed = packing._pour(collections.deque([(0, 8, 105)]), [(7, 100)], new_row=9, row_len=100, joint=0, least=10)
+  assert placed.tolist() == [[7, 0, 8, 95], [9, 0, 103, 10]]  # none other to try: no crumb of 5
 
 
 def test_rows_of_long_documents_are_cut_where_their_ends_are_too_few():

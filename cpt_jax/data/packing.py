@@ -390,10 +390,8 @@ def _refill(
     from_end = np.bincount(which)[which[whole]] - start[whole] // row_len
     taken[whole[np.argsort(from_end, kind="stable")[: -(-missing // row_len)]]] = True
   slots = slots[np.argsort(-room[slots], kind="stable")]
-  at = np.flatnonzero(taken)  # the pieces of a document stand together in order; neighbours in it are one stretch
-  begins = np.diff(which[at], prepend=-1) != 0
-  begins[1:] |= start[at[1:]] != start[at[:-1]] + length[at[:-1]]
-  first = np.flatnonzero(begins)
+  at = np.flatnonzero(taken)
+  first = np.flatnonzero(np.diff(which[at], prepend=-1))  # rows are taken from the end on: one stretch a document
   lengths = np.add.reduceat(length[at], first) if len(at) else length[at]
   stretches = zip(which[at[first]].tolist(), start[at[first]].tolist(), lengths.tolist(), strict=True)
   slot_rooms = zip(slots.tolist(), (room[slots] - joint).tolist(), strict=True)

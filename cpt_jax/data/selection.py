@@ -76,7 +76,6 @@ def select(
   sizes = lengths[documents].astype(np.int64)
   too_short = sizes < min_tokens
   too_long = sizes > max_tokens if max_tokens else np.zeros(len(sizes), bool)
-  too_long &= ~too_short
   kept = ~too_short & ~too_long
   if len(documents) and not kept.any():
     raise ConfigError(
