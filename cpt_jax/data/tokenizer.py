@@ -306,7 +306,8 @@ def _load_fast(file: Path, raw: bytes, side: dict[str, dict], eos_token: str) ->
     for token in plain:
       token["special"] = True
     content["model"]["dropout"] = None  # BPE dropout would make the ids random
-    model = _construct(file, json.dumps(content).encode("utf-8"))
+    raw = json.dumps(content).encode("utf-8")
+    model = _construct(file, raw)
   model.no_truncation()  # settings that some files carry from fine-tuning
   model.no_padding()
   model.encode_special_tokens = True  # special tokens spelt in a document stay text
@@ -315,7 +316,7 @@ def _load_fast(file: Path, raw: bytes, side: dict[str, dict], eos_token: str) ->
   @functools.cache
   def locating_model() -> tokenizers.Tokenizer:
     # Without the post-processor, which may move the places of tokens that begin with a space.
-    bare = _construct(file, json.dumps({**content, "post_processor": None}).encode("utf-8"))
+    bare = _construct(file, json.dumps({**json.loads(raw), "post_processor": None}).encode("utf-8"))
     bare.no_truncation()
     bare.no_padding()
     return bare
