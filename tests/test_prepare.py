@@ -193,7 +193,7 @@ def test_finished_units_are_not_done_again(tmp_path, inputs, fixtures, monkeypat
     names.append((batch[0].file, batch[0].offset, batch[0].line))
     if len(names) == 5:
       raise KeyboardInterrupt
-    write(self, batch, writer, notes)
+    return write(self, batch, writer, notes)
 
   monkeypatch.setattr(prepare._Worker, "_write", stop_in_the_middle)
   with pytest.raises(KeyboardInterrupt):
@@ -249,9 +249,9 @@ def test_unfinished_store_of_another_tokenizer_is_refused(tmp_path, inputs, fixt
 
 def test_two_at_once_are_refused(tmp_path, inputs, fixtures):
   with (
-    prepare._locked(tmp_path / "s", {}),
+    prepare._locked(tmp_path / "s", {}, "now"),
     pytest.raises(ConfigError, match="another process is preparing"),
-    prepare._locked(tmp_path / "s", {}),
+    prepare._locked(tmp_path / "s", {}, "now"),
   ):
     pass
 
@@ -384,7 +384,7 @@ def test_file_that_changes_meanwhile(tmp_path, small, fixtures, monkeypatch):
   def append(self, *args):
     with open(small, "a") as f:
       f.write('{"text": "more"}\n')
-    write(self, *args)
+    return write(self, *args)
 
   monkeypatch.setattr(prepare._Worker, "_write", append)
   with pytest.raises(documents.DataError, match="was changed while it was read"):

@@ -389,14 +389,17 @@ class PartReader:
 
   def _column_problem(self, schema: Any, field: str) -> str:
     """What is wrong with the column of a field, "" where it can be read."""
+    import pyarrow
+
     if field not in schema.names:
       return self._missing(field, schema.names)
     kind = schema.field(field).type
     if self._records != "messages":
       return "" if _is_text(kind) else f"column {field!r} is {kind}, expected strings"
     expected = f"column {field!r} is {str(kind)[:200]}, expected list<struct<role: string, content: string>>"
-    value = getattr(kind, "value_type", None)  # of a list
-    if value is None or not hasattr(value, "get_field_index"):
+    is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+    value = kind.value_type if is_list else None
+    if value is None or not pyarrow.types.is_struct(value):
       return expected
     names = [value.field(i).name for i in range(value.num_fields)]
     if "content" not in names and "value" in names:
@@ -501,13 +504,10 @@ def _text_values(column: Any) -> list[bytes | None]:
 
 def _message_values(column: Any) -> list[list[dict[str, Any] | None] | None]:
   """The lists of messages of a column, their strings as UTF-8 that nothing has checked."""
-  import pyarrow.compute
-
-  lengths, values = pyarrow.compute.list_value_length(column).to_pylist(), column.flatten()
-  fields = [values.type.field(i).name for i in range(values.type.num_fields)]
-  fields = [name for name in fields if name in ("role", "content", "weight", *_MEANT_FIELDS)]
-  parts = [pyarrow.compute.struct_field(values, name) for name in fields]
-  lists = [_text_values(part) if _is_text(part.type) else part.to_pylist() for part in parts]
+  lengths, values = column.value_lengths().to_pylist(), column.flatten()
+  parts = {values.type.field(i).name: part for i, part in enumerate(values.flatten())}
+  fields = [name for name in parts if name in ("role", "content", "weight", *_MEANT_FIELDS)]
+  lists = [_text_values(parts[f]) if _is_text(parts[f].type) else parts[f].to_pylist() for f in fields]
   messages = [dict(zip(fields, row, strict=True)) for row in zip(*lists, strict=True)]
   found, start = [], 0
   for length in lengths:

@@ -101,12 +101,16 @@ class Tokenizer:
     """Ids of each document, EOS last; texts must be valid Unicode (no lone surrogates)."""
     prefix, suffix = self.surroundings()
     control = {self.require_eos(), self.bos_id} - {None}
-    contents = self._encode_texts(texts)
+    contents = self.encode_contents(texts)
     return Encoded(
       ids=[prefix + ids + suffix for ids in contents],
       num_special_text=sum(self.has_special_text(text) for text in texts),
       num_control_ids=sum(any(c in ids for c in control) for ids in contents),
     )
+
+  def encode_contents(self, texts: list[str]) -> list[list[int]]:
+    """Ids of each text, nothing added; special tokens spelt in it stay text."""
+    return self._encode_texts(texts)
 
   def surroundings(self) -> tuple[list[int], list[int]]:
     """The ids that stand before and behind those of a document's text, EOS the last of them."""
