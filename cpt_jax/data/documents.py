@@ -311,7 +311,8 @@ class PartReader:
     except UnicodeDecodeError as error:
       return bad(f"invalid UTF-8 at byte {error.start} of the line")
     except (ValueError, RecursionError) as error:
-      cut = "" if line.endswith(b"\n") else "the last line is cut off: "
+      is_cut = isinstance(error, ValueError) and not line.endswith(b"\n")
+      cut = "the last line is cut off: " if is_cut else ""
       return bad(f"{cut}broken JSON: {str(error)[:100]}")
     if not isinstance(record, dict):
       return bad(f"{_json_type(record)}, expected an object")
