@@ -217,16 +217,17 @@ class Encoder:
         rendered.append(error)
     texts = [r.text for r in rendered if isinstance(r, Rendered)]
     if self._template or self._has_mask:
-      located = iter(self._tokenizer.locate(texts, has_control=self._template is not None))
+      found = self._tokenizer.locate(texts, has_control=self._template is not None, has_begins=self._has_mask)
     else:  # as plain texts, with any tokenizer
-      located = (Located(ids, np.zeros(0, np.int64)) for ids in self._tokenizer.encode_contents(texts))
-    found: list[Encoded | RenderError] = []
+      found = [Located(ids, None) for ids in self._tokenizer.encode_contents(texts)]
+    located = iter(found)
+    encoded: list[Encoded | RenderError] = []
     for messages, r in zip(conversations, rendered, strict=True):
       try:
-        found.append(self._finish(messages, r, next(located)) if isinstance(r, Rendered) else r)
+        encoded.append(self._finish(messages, r, next(located)) if isinstance(r, Rendered) else r)
       except RenderError as error:
-        found.append(error)
-    return found
+        encoded.append(error)
+    return encoded
 
   def _render(self, messages: list[dict[str, str]]) -> Rendered:
     assert self._template is not None
@@ -252,7 +253,7 @@ class Encoder:
       has_special_text = self._tokenizer.has_special_text(rendered.text)
       has_control_ids = any(i in control for i in ids)
     mask, num_bytes = None, len(rendered.text.encode("utf-8"))
-    if self._has_mask:
+    if located.begins is not None:
       counts = loss_mask(located.begins, rendered.answers)
       if not counts.any():
         raise RenderError("no token of it begins in an answer")
@@ -265,7 +266,7 @@ class Encoder:
     """The special ids of a conversation of such turns, in which nothing is said that could become one."""
     assert self._template is not None
     messages = [{"role": role, "content": "x" if says_something else ""} for role, says_something in turns]
-    (located,) = self._tokenizer.locate([self._template.render(messages)], has_control=True)
+    (located,) = self._tokenizer.locate([self._template.render(messages)], has_control=True, has_begins=False)
     return [i for i in located.ids if i in self._tokenizer.special_ids]
 
 

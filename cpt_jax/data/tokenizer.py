@@ -38,7 +38,7 @@ class Located(NamedTuple):
   """The ids of a text, and where each begins in it."""
 
   ids: list[int]
-  begins: np.ndarray  # int64 [num_ids], in characters; several ids may share a character of many bytes
+  begins: np.ndarray | None  # int64 [num_ids], in characters; several ids may share a character of many bytes
 
 
 class Tokenizer:
@@ -61,7 +61,7 @@ class Tokenizer:
     chat_template: str,
     special_ids: Sequence[int],
     encode_texts: Callable[[list[str]], list[list[int]]],
-    locate_texts: Callable[[list[str], bool], list[Located]] | None,
+    locate_texts: Callable[[list[str], bool, bool], list[Located]] | None,
     decode_ids: Callable[[list[int]], str],
   ):
     self.path = path
@@ -129,13 +129,14 @@ class Tokenizer:
     """Does the text spell a special token?"""
     return self._special_search.first_in(text) != ""
 
-  def locate(self, texts: list[str], *, has_control: bool) -> list[Located]:
+  def locate(self, texts: list[str], *, has_control: bool, has_begins: bool = True) -> list[Located]:
     """Ids of each text and where they begin; nothing is added. `has_control`: special tokens spelt in it become their ids.
 
-    Only where `can_locate`: a tokenizer.json says what begins where, a SentencePiece model alone does not.
+    Only where `can_locate`: a tokenizer.json says what begins where, a SentencePiece model alone does not. Without
+    `has_begins` it is a quarter faster.
     """
     assert self._locate_texts is not None
-    return self._locate_texts(texts, has_control)
+    return self._locate_texts(texts, has_control, has_begins)
 
 
 class Spellings:
@@ -325,9 +326,11 @@ def _load_fast(file: Path, raw: bytes, side: dict[str, dict], eos_token: str) ->
     bare.no_padding()
     return bare
 
-  def locate_texts(texts: list[str], has_control: bool) -> list[Located]:
+  def locate_texts(texts: list[str], has_control: bool, has_begins: bool) -> list[Located]:
     bare = locating_model()
     bare.encode_special_tokens = not has_control
+    if not has_begins:
+      return [Located(e.ids, None) for e in bare.encode_batch_fast(texts, add_special_tokens=False)]
     found = bare.encode_batch(texts, add_special_tokens=False)
     return [Located(e.ids, np.fromiter((begin for begin, _ in e.offsets), np.int64, len(e))) for e in found]
 
