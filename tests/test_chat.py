@@ -402,6 +402,17 @@ def test_bad_ones_do_not_disturb_their_neighbours(encoders):
 # Small things.
 
 
+@pytest.fixture(scope="module")
+def normalised(directory):
+  found = {}
+  for name, normalizer in ("plain", None), ("nfkc", {"type": "NFKC"}), ("lower", {"type": "Lowercase"}):
+    path = directory("")
+    content = json.loads((path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps({**content, "normalizer": normalizer}))
+    found[name] = tokenizer.load(path)
+  return found
+
+
 @hypothesis.given(
   begins=st.lists(st.integers(0, 30)),
   cuts=st.lists(st.integers(0, 30), unique=True, max_size=8).filter(lambda c: len(c) % 2 == 0),
@@ -409,8 +420,19 @@ def test_bad_ones_do_not_disturb_their_neighbours(encoders):
 def test_loss_mask_is_that_of_a_loop(begins, cuts):
   cuts.sort()
   answers = list(zip(cuts[::2], cuts[1::2], strict=True))
-  expected = [any(start <= b < end for start, end in answers) for b in begins]
-  assert chat.loss_mask(np.asarray(begins, np.int64), answers).tolist() == expected
+  expected = [any(start <= b < end for start, end in answers) for b in sorted(begins)]
+  assert chat.loss_mask(len(begins), sorted(begins).__getitem__, answers).tolist() == expected
+
+
+@pytest.mark.parametrize("has_control", [True, False])
+@pytest.mark.parametrize("edit", ["plain", "nfkc", "lower", "llama"])
+@hypothesis.given(texts=st.lists(CONTENTS, max_size=6))
+def test_places_of_tokens_never_fall(fixtures, normalised, edit, has_control, texts):
+  text = "<s>".join(texts)
+  located = tokenizer.load(fixtures / "tokenizer") if edit == "llama" else normalised[edit]
+  (found,) = located.locate([text], has_control=has_control)
+  begins = [found.begin(i) for i in range(len(found.ids))]
+  assert begins == sorted(begins) and all(0 <= b < len(text) for b in begins)
 
 
 def test_canonical_is_of_roles_and_contents():

@@ -8,10 +8,12 @@ what it rendered: render(messages before an answer, with the generation prompt) 
 the answer), the difference is the answer with its end of turn, and both are prefixes of the whole.
 """
 
+import bisect
 import datetime
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jinja2
@@ -253,8 +255,8 @@ class Encoder:
       has_special_text = self._tokenizer.has_special_text(rendered.text)
       has_control_ids = any(i in control for i in ids)
     mask, num_bytes = None, len(rendered.text.encode("utf-8"))
-    if located.begins is not None:
-      counts = loss_mask(located.begins, rendered.answers)
+    if located.begin is not None:
+      counts = loss_mask(len(ids), located.begin, rendered.answers)
       if not counts.any():
         raise RenderError("no token of it begins in an answer")
       ends_in_answer = messages[-1]["role"] == "assistant"
@@ -276,7 +278,10 @@ def _joined(messages: list[dict[str, str]]) -> Rendered:
   return Rendered(prompt + answer, [(len(prompt), len(prompt) + len(answer))])
 
 
-def loss_mask(begins: np.ndarray, answers: list[tuple[int, int]]) -> np.ndarray:
-  """Which tokens begin in an answer, bool [num_tokens]; `[0, 4, 9]` with answers at [(4, 9)] -> `[False, True, False]`."""
-  edges = np.asarray(answers, np.int64).reshape(-1)
-  return np.searchsorted(edges, begins, side="right") % 2 == 1
+def loss_mask(num_tokens: int, begin: Callable[[int], int], answers: list[tuple[int, int]]) -> np.ndarray:
+  """Which tokens begin in an answer, bool [num_tokens]; tokens at 0, 4, 9 and answers [(4, 9)] -> `[False, True, False]`."""
+  mask = np.zeros(num_tokens, bool)
+  for start, end in answers:
+    first, last = (bisect.bisect_left(range(num_tokens), edge, key=begin) for edge in (start, end))
+    mask[first:last] = True
+  return mask
