@@ -31,7 +31,9 @@ _EOS_TOKEN = flags.DEFINE_string("eos_token", "", "Token that ends every documen
 _NUM_WORKERS = flags.DEFINE_integer("num_workers", 0, "Processes; 0 = as many as there are cores and work.")
 _ON_BAD = flags.DEFINE_enum("on_bad", "skip", ["skip", "fail"], "A record that cannot be read: skip and report it, or fail.")
 _MAX_BAD = flags.DEFINE_integer("max_bad", -1, "Fail at more bad records than this; -1 = no limit.")
-_MAX_DOCUMENT_MB = flags.DEFINE_float("max_document_mb", 16.0, "A longer document is a bad record. Memory: about 110 times this.")
+_MAX_DOCUMENT_MB = flags.DEFINE_float(
+  "max_document_mb", 16.0, "A longer document is a bad record. Memory: 110 to 400 times this."
+)
 _VERIFY = flags.DEFINE_string("verify", "", "Instead of preparing: read a store whole and check every file against its digest.")
 
 

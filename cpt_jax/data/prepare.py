@@ -142,7 +142,8 @@ def prepare(
     max_bad: fail at more bad records than this; -1 = no limit.
     num_workers: processes; 0 = as many as there are cores and work.
     eos_token: overrides the EOS that the tokenizer's files name.
-    max_document_bytes: a longer document is a bad record; bounds the memory (about 110 bytes for each).
+    max_document_bytes: a longer document is a bad record; bounds the memory: about 110 bytes for each of prose, 400 where each
+      byte is a token.
     unit_bytes: input in a unit of work; 0 = 8 MiB, more where there would be more than 256 units.
     progress: show it.
 
