@@ -187,7 +187,7 @@ def expected_mask(ids, pieces, bytes_of):
 
 
 CONTENTS = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(
-  ["\n\n a", "\u0301e\u0301", " \U0001f469\u200d\U0001f4bb ", "caf\u00e9 \u65e5\u672c", "<|im_", "|>", "</", "[/INST]", "<think>"]
+  ["\n\n a", "\u0301e\u0301", " \U0001f469\u200d\U0001f4bb ", "sum\u00e9 \u65e5\u672c", "<|im_", "|>", "</", "[/INST]", "<think>"]
 )
 
 
@@ -444,7 +444,7 @@ def test_canonical_is_of_roles_and_contents():
 
 _TALKS = [
   messages("Who are you?", "A cat."),
-  messages("Who are you? ", " A cat,\n\n\u732b\u3002 ", "<&'\"> caf\u00e9", "\U0001f469\u200d\U0001f4bb ok"),
+  messages("Who are you? ", " A cat,\n\n\u732b\u3002 ", "<&'\"> sum\u00e9", "\U0001f469\u200d\U0001f4bb ok"),
   messages("a", "b", "c"),
   [{"role": "user", "content": "x " * 500}, {"role": "assistant", "content": "Yes.\n" * 300}],
 ]
