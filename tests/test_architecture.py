@@ -11,7 +11,7 @@ import pytest
 LAYERS = [
   ["durations", "config"],
   ["trees", "mesh"],
-  ["data.batch", "data.documents", "data.tokenizer", "data.store", "data.prepare", "data.sources", "data.selection"]
+  ["data.batch", "data.documents", "data.tokenizer", "data.chat", "data.store", "data.prepare", "data.sources", "data.selection"]
   + ["data.packing", "data.shuffle", "data.mixture", "data.pipeline"],
   ["model.spec", "model.rope", "model.layers", "model.attention", "model.transformer", "model.loss", "model.hf_files"]
   + ["model.pretrained"],

@@ -1,14 +1,18 @@
 """Raw text files -> a token store, by several processes, with a progress bar; interrupted, it goes on where it stopped.
 
-Invariant: what is written depends on the texts, the tokenizer and the text field only, never on the number of processes or
-on interruptions; `store.json` is written last. Called by tools/prepare_data.py and by main for a source with `text`.
+Invariant: what is written depends on the texts, the tokenizer and how records are read only, never on the number of processes
+or on interruptions; `store.json` is written last. Called by tools/prepare_data.py and by main for a source with `text`.
 
 The input is cut into work units (whole small files, or parts of big ones), a token file each. A unit is written under
 names of its own in `in_progress/`, moved into place, and then marked as finished there.
+
+Records are texts, or conversations (`messages`, `prompt`) that data.chat renders; trained on their answers only, they make a
+masked store, see data.store. A chat template that asks for the date is told that of the first start, also after interruptions.
 """
 
 import concurrent.futures
 import contextlib
+import datetime
 import errno
 import fcntl
 import hashlib
@@ -28,7 +32,7 @@ import rich.console
 import rich.progress
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data import documents, store
+from cpt_jax.data import chat, documents, store
 from cpt_jax.data import tokenizer as tokenizers
 from cpt_jax.data.documents import BadRecord, DataError, Document, Part
 
@@ -39,6 +43,8 @@ _MAX_UNITS = 256  # of one store: keeps the number of its files small
 _GROWTH = 4  # a compressed file counts for so many times its size
 _BATCH_BYTES, _BATCH_DOCUMENTS = 1 << 20, 1024
 _SHOWN_BAD = 10
+# What a store says that was made before records had kinds.
+_UNSAID = {"records": "text", "train_on": "all", "answer_field": "", "chat_template": ""}
 
 
 class Piece(NamedTuple):
@@ -55,7 +61,11 @@ class Task(NamedTuple):
   output: str
   tokenizer: str
   eos_token: str
+  records: str  # "text", "messages" or "prompt"
+  train_on: str  # "all" or "answers"
   text_field: str
+  answer_field: str
+  rendered_at: str  # ISO time that chat templates are told
   max_document_bytes: int
   on_bad: str
   max_bad: int  # -1 = no limit
@@ -67,12 +77,13 @@ class PrepareReport(NamedTuple):
   output: str
   num_documents: int
   num_tokens: int
-  num_bytes: int  # of the documents' UTF-8 text
+  num_bytes: int  # of the documents' UTF-8 text, as far as it counts in the loss
   num_bad: int
   bad_records: list[BadRecord]  # the first few
   notes: dict[str, int]
   seconds: float  # 0 where the store was there already
   was_finished: bool
+  num_targets: int  # tokens that count in the loss
 
   def lines(self) -> list[str]:
     """The summary for people."""
@@ -80,8 +91,9 @@ class PrepareReport(NamedTuple):
       f"{self.output}: {'already finished, nothing to do' if self.was_finished else f'written in {self.seconds:.1f} s'}",
       f"  documents    {self.num_documents:>16,}",
       f"  tokens       {self.num_tokens:>16,}",
+      *([f"  in the loss  {self.num_targets:>16,}"] if self.num_targets < self.num_tokens else []),
       f"  text bytes   {self.num_bytes:>16,}",
-      f"  tokens/byte  {self.num_tokens / max(self.num_bytes, 1):>16.4f}",
+      f"  tokens/byte  {self.num_targets / max(self.num_bytes, 1):>16.4f}",
       f"  bad records  {self.num_bad:>16,}",
     ]
     lines += [f"  bad: {bad.file}:{bad.line}: {bad.reason}" for bad in self.bad_records]
@@ -103,7 +115,10 @@ def prepare(
   *,
   tokenizer: str,
   output: str,
-  text_field: str = "text",
+  records: str = "text",
+  train_on: str = "all",
+  text_field: str = "",
+  answer_field: str = "answer",
   on_bad: str = "skip",
   max_bad: int = -1,
   num_workers: int = 0,
@@ -118,12 +133,17 @@ def prepare(
     inputs: paths and globs.
     tokenizer: as `tokenizer.load` takes it.
     output: the store's directory.
-    text_field: field of .jsonl and .parquet records.
+    records: what a record of .jsonl and .parquet files holds: a "text"; "messages", a list of {role, content}; or a "prompt"
+      and its answer, as two messages where the tokenizer has a chat template, else as one text.
+    train_on: which tokens of conversations count in the loss: "all" or those of the "answers".
+    text_field: field of the text, the messages or the prompt; "" = named as `records`.
+    answer_field: field of a prompt's answer.
     on_bad: "skip" bad records, or "fail" at one.
     max_bad: fail at more bad records than this; -1 = no limit.
     num_workers: processes; 0 = as many as there are cores and work.
     eos_token: overrides the EOS that the tokenizer's files name.
-    max_document_bytes: a longer document is a bad record; bounds the memory (about 110 bytes for each).
+    max_document_bytes: a longer document is a bad record; bounds the memory: about 110 bytes for each of prose, 400 where each
+      byte is a token.
     unit_bytes: input in a unit of work; 0 = 8 MiB, more where there would be more than 256 units.
     progress: show it.
 
@@ -134,6 +154,12 @@ def prepare(
   """
   if on_bad not in ("skip", "fail"):
     raise ConfigError(f"--on_bad={on_bad!r}: choose skip or fail")
+  if records not in documents.RECORDS:
+    raise ConfigError(f"--records={records!r}: choose {', '.join(documents.RECORDS)}")
+  if train_on not in chat.TRAIN_ON:
+    raise ConfigError(f"--train_on={train_on!r}: choose {' or '.join(chat.TRAIN_ON)}")
+  if train_on == "answers" and records == "text":
+    raise ConfigError("--train_on answers: a text has no answers; choose --records messages or prompt, or --train_on all")
   if num_workers < 0:
     raise ConfigError(f"--num_workers={num_workers}: must be 1 or more, or 0 for as many as there are cores")
   if not 0 < max_document_bytes < 1 << 31:
@@ -142,22 +168,38 @@ def prepare(
     raise ConfigError(f"--output {output}: is a file; name a directory")
   start_secs = time.monotonic()
   files = documents.find_files(inputs)
+  texts = [f for f in files if (documents.kind_of(f) or ("", ""))[0] == "txt"]
+  if texts and records != "text":
+    raise ConfigError(f"--records {records}: {texts[0]} holds no such records; give .jsonl or .parquet files")
   loaded = tokenizers.load(tokenizer, eos_token=eos_token)
   loaded.require_eos()
-  task = Task(output, tokenizer, eos_token, text_field, max_document_bytes, "fail" if on_bad == "fail" else "skip", max_bad)
+  task = Task(
+    output=output,
+    tokenizer=tokenizer,
+    eos_token=eos_token,
+    records=records,
+    train_on=train_on,
+    text_field=text_field or records,
+    answer_field=answer_field,
+    rendered_at=datetime.datetime.now().isoformat(),
+    max_document_bytes=max_document_bytes,
+    on_bad=on_bad,
+    max_bad=max_bad,
+  )
+  _encoder(task, loaded)  # says what is wrong with the chat template
   settings = _settings(task, loaded, files)
   stats = [_stat(f) for f in files]
   with _plain_disk_errors(output), contextlib.ExitStack() as stack:
     finished = _finished(Path(output), settings, stats)
     if finished is None:
-      stack.enter_context(_locked(Path(output), settings))
+      task = task._replace(rendered_at=stack.enter_context(_locked(Path(output), settings, task.rendered_at)))
       finished = _finished(Path(output), settings, stats)  # by another process, meanwhile
     if finished is not None:
       shutil.rmtree(Path(output) / store.IN_PROGRESS, ignore_errors=True)  # left by a kill after the last step but one
       return _report(output, finished, seconds=0.0, was_finished=True)
     units = plan(files, unit_bytes=unit_bytes)
     markers = _run(task, loaded, units, stats, num_workers=num_workers, progress=progress)
-    manifest = _finish(Path(output), loaded, settings, units, markers, stats)
+    manifest = _finish(Path(output), loaded, settings, units, markers, stats, task.rendered_at)
   return _report(output, manifest, seconds=time.monotonic() - start_secs, was_finished=False)
 
 
@@ -178,6 +220,14 @@ def plan(files: list[str], *, unit_bytes: int = 0) -> list[list[Piece]]:
   return units
 
 
+def _encoder(task: Task, tokenizer: tokenizers.Tokenizer) -> chat.Encoder | None:
+  """None for texts."""
+  if task.records == "text":
+    return None
+  now = datetime.datetime.fromisoformat(task.rendered_at)
+  return chat.Encoder(tokenizer, records=task.records, train_on=task.train_on, now=now)
+
+
 # One unit.
 
 
@@ -185,7 +235,7 @@ class _Worker:
   """Does units of work; one in each process."""
 
   def __init__(self, task: Task, tokenizer: tokenizers.Tokenizer, counters: Any, tick: Callable[[], None]):
-    self._task, self._tokenizer = task, tokenizer
+    self._task, self._tokenizer, self._encoder = task, tokenizer, _encoder(task, tokenizer)
     self._counters = counters  # shared by the processes: input bytes, documents, tokens, bad records, stop
     self._tick = tick
     self._output = Path(task.output)
@@ -203,15 +253,17 @@ class _Worker:
       with open(self._progress / f"{own}.bad", "w", encoding="utf-8") as bad_file:
         for index, piece in enumerate(unit):
           reader = documents.PartReader(
-            piece.part, text_field=self._task.text_field, max_document_bytes=self._task.max_document_bytes
+            piece.part,
+            records=self._task.records,
+            text_field=self._task.text_field,
+            answer_field=self._task.answer_field,
+            max_document_bytes=self._task.max_document_bytes,
           )
           for item in self._batches(reader, piece.digest_end - piece.digest_start):
-            if isinstance(item, BadRecord):
-              bad_file.write(json.dumps([index, *item]) + "\n")
+            for bad in [item] if isinstance(item, BadRecord) else self._write(item, writer, notes):
+              bad_file.write(json.dumps([index, *bad]) + "\n")
               num_bad += 1
-              self._check_bad(item, piece.part)
-            else:
-              self._write(item, writer, notes)
+              self._check_bad(bad, piece.part)
           num_lines.append(reader.num_lines)
           _check_unchanged(piece.part.file, stats[index])
       digests = [_file_digest(p) for p in unit]
@@ -222,7 +274,8 @@ class _Worker:
         writer.abandon()
         (self._progress / f"{own}.bad").unlink(missing_ok=True)
     if info.num_documents:
-      for final, part in zip(store.part_names(name), store.part_names(f"{own}.ds"), strict=True):
+      finals, parts = (store.part_names(n, has_loss_mask=writer.has_loss_mask) for n in (name, f"{own}.ds"))
+      for final, part in zip(finals, parts, strict=True):
         os.replace(self._progress / part, self._output / final)
     else:
       writer.abandon()
@@ -244,6 +297,9 @@ class _Worker:
     batch, batch_bytes, counted = [], 0, 0
     for record in reader:
       if isinstance(record, BadRecord):
+        if batch and self._encoder:  # which may find bad ones in it: they are listed in order
+          yield batch
+          batch, batch_bytes = [], 0
         yield record
         continue
       batch.append(record)
@@ -258,18 +314,38 @@ class _Worker:
       yield batch
     self._count(0, size - counted)
 
-  def _write(self, batch: list[Document], writer: store.TokenFileWriter, notes: dict[str, int]) -> None:
-    encoded = self._tokenizer.encode_documents([d.text for d in batch])
-    for document, ids in zip(batch, encoded.ids, strict=True):
-      writer.add(ids, num_bytes=len(document.utf8), text_hash=store.text_hash(document.utf8))
-      notes["nul"] += "\0" in document.text
-    notes["special_text"] += encoded.num_special_text
-    notes["control_ids"] += encoded.num_control_ids
-    self._count(1, len(batch))
-    self._count(2, sum(map(len, encoded.ids)))
+  def _write(self, batch: list[Document], writer: store.TokenFileWriter, notes: dict[str, int]) -> list[BadRecord]:
+    """Writes documents; returns those that turn out to be bad."""
+    num_before, bad = writer.num_tokens, []
+    if self._encoder is None:
+      encoded = self._tokenizer.encode_documents([d.text for d in batch])
+      for document, ids in zip(batch, encoded.ids, strict=True):
+        writer.add(ids, num_bytes=len(document.utf8), text_hash=store.text_hash(document.utf8))
+        notes["nul"] += "\0" in document.text
+      notes["special_text"] += encoded.num_special_text
+      notes["control_ids"] += encoded.num_control_ids
+    else:
+      bad = self._write_conversations(self._encoder, batch, writer, notes)
+    self._count(1, len(batch) - len(bad))
+    self._count(2, writer.num_tokens - num_before)
     self._tick()
     if self._counters[4]:
       raise KeyboardInterrupt
+    return bad
+
+  def _write_conversations(self, encoder: chat.Encoder, batch, writer, notes) -> list[BadRecord]:
+    bad = []
+    conversations = [document.messages for document in batch]
+    for document, found in zip(batch, encoder.encode(conversations), strict=True):
+      if isinstance(found, chat.RenderError):
+        bad.append(BadRecord(document.file, document.line, document.offset, str(found)))
+        continue
+      text_hash = store.text_hash(chat.canonical(document.messages))  # not of the rendering, which is the tokenizer's
+      writer.add(found.ids, num_bytes=found.num_bytes, text_hash=text_hash, loss_mask=found.loss_mask)
+      notes["nul"] += "\0" in document.text
+      notes["special_text"] += found.has_special_text
+      notes["control_ids"] += found.has_control_ids
+    return bad
 
   def _check_bad(self, bad: BadRecord, part: Part) -> None:
     num_bad = self._count(3, 1)
@@ -405,7 +481,8 @@ def _file_digest(piece: Piece) -> str:
 
 def _differences(manifest: dict[str, Any], settings: dict[str, Any], stats: list[dict[str, Any]]) -> list[str]:
   """In what a finished store differs from what is asked for; reads files only where their time is another."""
-  found = [f"{k}: {manifest[k]!r} in the store, now {v!r}" for k, v in settings.items() if manifest.get(k) != v]
+  before = _UNSAID | manifest
+  found = [f"{k}: {before[k]!r} in the store, now {v!r}" for k, v in settings.items() if before[k] != v]
   old, new = manifest["inputs"], stats
   if len(old) != len(new):
     return [*found, f"inputs: {len(old)} files in the store, now {len(new)}"]
@@ -425,7 +502,11 @@ def _settings(task: Task, loaded: tokenizers.Tokenizer, files: list[str]) -> dic
   return {
     "tokenizer_fingerprint": loaded.fingerprint,
     "eos_id": loaded.require_eos(),
+    "records": task.records,
+    "train_on": task.train_on,
     "text_field": task.text_field if has_fields else "",
+    "answer_field": task.answer_field if task.records == "prompt" else "",
+    "chat_template": "" if task.records == "text" else chat.template_digest(loaded.chat_template),
     "max_document_bytes": task.max_document_bytes,
   }
 
@@ -450,8 +531,8 @@ def _finished(output: Path, settings: dict[str, Any], stats: list[dict[str, Any]
 
 
 @contextlib.contextmanager
-def _locked(output: Path, settings: dict[str, Any]) -> Iterator[None]:
-  """Makes the directory, or takes it up again; holds it against other processes."""
+def _locked(output: Path, settings: dict[str, Any], now: str) -> Iterator[str]:
+  """Makes the directory, or takes it up again; holds it against other processes. Yields when it was made: `now`, or earlier."""
   directory = output / store.IN_PROGRESS
   others = {p.name for p in output.iterdir()} - {BAD_RECORDS, store.MANIFEST} if output.is_dir() else set()
   if others and not directory.exists():
@@ -473,8 +554,9 @@ def _locked(output: Path, settings: dict[str, Any]) -> Iterator[None]:
           f"Different:\n{shown}"
         )
     else:
-      store.write_atomically(plan_file, json.dumps(settings).encode("utf-8"))
-    yield
+      before = {**settings, "rendered_at": now}
+      store.write_atomically(plan_file, json.dumps(before).encode("utf-8"))
+    yield before["rendered_at"]
 
 
 @contextlib.contextmanager
@@ -495,7 +577,7 @@ def _plain_disk_errors(output: str) -> Iterator[None]:
     raise OSError(error.errno, f"{error.filename or output}: {advice[error.errno]}") from error
 
 
-def _finish(output: Path, loaded, settings, units, markers, stats) -> dict[str, Any]:
+def _finish(output: Path, loaded, settings, units, markers, stats, rendered_at: str) -> dict[str, Any]:
   """Gathers the bad records, writes `store.json`, removes what is no longer needed."""
   directory = output / store.IN_PROGRESS
   num_bad = sum(m["num_bad"] for m in markers)
@@ -509,7 +591,7 @@ def _finish(output: Path, loaded, settings, units, markers, stats) -> dict[str, 
   for unit, marker in zip(units, markers, strict=True):
     for piece, digest in zip(unit, marker["digests"], strict=True):
       digests[piece.part.file].append(digest)
-  names = {part for f in files for part in store.part_names(f.name)}
+  names = {part for f in files for part in store.part_names(f.name, has_loss_mask="loss" in f.digests)}
   for path in output.glob("*.ds*"):  # of units that an earlier, interrupted run with other files had
     if path.name not in names:
       path.unlink()
@@ -521,7 +603,8 @@ def _finish(output: Path, loaded, settings, units, markers, stats) -> dict[str, 
     tokenizer_fingerprint=loaded.fingerprint,
     eos_id=loaded.require_eos(),
     extra={
-      "text_field": settings["text_field"],
+      **{key: settings[key] for key in ("records", "train_on", "text_field", "answer_field", "chat_template")},
+      **({"rendered_at": rendered_at} if settings["chat_template"] and "strftime_now" in loaded.chat_template else {}),
       "max_document_bytes": settings["max_document_bytes"],
       "inputs": [{**s, "digests": digests[s["path"]]} for s in stats],
       "bad_records": {"num": num_bad, "first": [b._asdict() for b in first]},
@@ -570,6 +653,7 @@ def _report(output: str, manifest: dict[str, Any], *, seconds: float, was_finish
     notes=manifest["notes"],
     seconds=seconds,
     was_finished=was_finished,
+    num_targets=manifest.get("num_targets", manifest["num_tokens"]),
   )
 
 
