@@ -76,7 +76,9 @@ def _by_flags(given: dict[str, Any]) -> dict[str, Any] | None:
   if not 0 <= process_id < num_processes:
     raise ConfigError(f"--process_id={process_id}: with --num_processes={num_processes} use 0 to {num_processes - 1}")
   if not re.fullmatch(r".+:\d+", coordinator):
-    raise ConfigError(f"--coordinator={coordinator}: write HOST:PORT, e.g. 10.0.0.1:8476; the port must be free on process 0's host")
+    raise ConfigError(
+      f"--coordinator={coordinator}: write HOST:PORT, e.g. 10.0.0.1:8476, a port that is free on process 0's host"
+    )
   if num_processes == 1:
     return None
   where = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
@@ -88,7 +90,9 @@ def _devices(environ: Mapping[str, str], *, alone_here: bool) -> dict[str, Any]:
   return {"local_device_ids": []} if alone_here and "JAX_LOCAL_DEVICE_IDS" not in environ else {}
 
 
-def connect(*, coordinator: str = "", num_processes: int | None = None, process_id: int | None = None, wait_secs: int = 300) -> None:
+def connect(
+  *, coordinator: str = "", num_processes: int | None = None, process_id: int | None = None, wait_secs: int = 300
+) -> None:
   """Joins the run's other processes, if there are any; before anything touches a device.
 
   Ends this process with EXIT_LOST where they have not all come after `wait_secs`.
@@ -222,7 +226,8 @@ def end_all(text: str, code: int) -> None:
 
 def explain(error: BaseException) -> tuple[str, int]:
   """Words and exit code for an error that nobody expected: a broken connection is not this process's own fault."""
-  if isinstance(error, jax.errors.JaxRuntimeError) and re.search(r"gloo|nccl|socket|connection|UNAVAILABLE", str(error), re.IGNORECASE):
+  is_broken = re.search(r"gloo|nccl|socket|connection|unavailable", str(error), re.IGNORECASE)
+  if isinstance(error, jax.errors.JaxRuntimeError) and is_broken:
     cause = str(error).splitlines()[0]
     return f"lost another process: {cause}. The same command on every host goes on from the newest checkpoint.", EXIT_LOST
   return "".join(traceback.format_exception(error)), 1

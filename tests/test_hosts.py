@@ -73,8 +73,8 @@ def by_slurm(port: int, num: int, i: int):
 
 def by_open_mpi(port: int, num: int, i: int):
   uri = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911", "JAX_COORDINATOR_PORT": str(port)}
-  rank = {"OMPI_COMM_WORLD_SIZE": num, "OMPI_COMM_WORLD_RANK": i, "OMPI_COMM_WORLD_LOCAL_RANK": 0, "OMPI_COMM_WORLD_LOCAL_SIZE": 1}
-  return [], {**uri, **{key: str(value) for key, value in rank.items()}}
+  rank = {"SIZE": num, "RANK": i, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
+  return [], {**uri, **{f"OMPI_COMM_WORLD_{key}": str(value) for key, value in rank.items()}}
 
 
 class Fleet:
@@ -328,7 +328,7 @@ def test_a_mistake_on_one_ends_all_with_its_words(fleet, tmp_path, wrong):
 
 @pytest.mark.slow
 def test_rows_that_the_processes_do_not_divide_are_named(fleet, tmp_path):
-  two = refused(fleet, tmp_path, each=dict.fromkeys(range(2), ["--config.train.batch_rows=13"]))
+  two = refused(fleet, tmp_path, each={i: ["--config.train.batch_rows=13"] for i in range(2)})
   assert all("does not divide the 13 rows" in two.err(i) for i in range(2))
 
 

@@ -214,7 +214,8 @@ def _sources_digest() -> str:
 def identity(config: Any, run_dir: pathlib.Path) -> dict[str, str]:
   """What must be the same on every process of a run: each key of the config, the versions, and the claimed directory itself."""
   lock = run_dir / ".lock"
-  claimed = lock.read_text(encoding="utf-8").strip() if lock.exists() else f"not there; {run_dir} must be on a disk that all share"
+  missing = f"not there; {run_dir} must be on a disk that all share"
+  claimed = lock.read_text(encoding="utf-8").strip() if lock.exists() else missing
   keys = {f"config key {key}": value for key, value in _flat_json(json.loads(config.to_json())).items()}
   code = {f"version of {name}": value for name, value in versions().items()}
   return {**keys, **code, "--workdir is claimed by": claimed}
