@@ -10,7 +10,7 @@ import pytest
 # A module imports from its own layer or a lower one; inside a layer only what comes before it.
 LAYERS = [
   ["durations", "config"],
-  ["trees", "mesh"],
+  ["trees", "hosts", "mesh"],
   ["data.batch", "data.documents", "data.tokenizer", "data.chat", "data.store", "data.prepare", "data.sources", "data.selection"]
   + ["data.packing", "data.shuffle", "data.mixture", "data.pipeline"],
   ["model.spec", "model.rope", "model.layers", "model.attention", "model.transformer", "model.loss", "model.hf_files"]

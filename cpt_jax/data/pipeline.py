@@ -20,7 +20,7 @@ from cpt_jax import config as configs
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.data import packing
 from cpt_jax.data import tokenizer as tokenizers
-from cpt_jax.data.batch import Batch, pad_rows
+from cpt_jax.data.batch import Batch
 from cpt_jax.data.mixture import Mixture
 from cpt_jax.data.shuffle import Shuffle
 from cpt_jax.data.sources import Source
@@ -162,8 +162,12 @@ class Loader:
       for source, plan, tally, rows in zip(self.sources, self.plans, self._tallies, rows_M, strict=True)
     ]
 
-  def heldout_rows(self, source_name: str, *, max_tokens: int, batch_rows: int | None = None) -> HeldOut:
+  def heldout_rows(
+    self, source_name: str, *, max_tokens: int, batch_rows: int | None = None, rows: slice | None = None
+  ) -> HeldOut:
     """Held-out documents of a source, in the order of their hashes, with at most `max_tokens` pairs together.
+
+    `rows` is this process's part of each batch, as in `batches`; the counts are those of all rows.
 
     Whole documents only: one that does not fit in what is left is passed over; if none fits at all, the smallest is taken.
     They are packed best_fit, each a segment of its own (also where training crosses documents), so a document no longer than
@@ -174,7 +178,7 @@ class Loader:
     source = self.sources[m]
     documents = _whole_documents(source.heldout_documents, source.store.lengths, max_tokens=max_tokens)
     plan = packing.plan(source.store.lengths, row_len=self.row_len, policy="best_fit", documents=documents, shuffle=False)
-    make = functools.partial(self._heldout_batch, m, plan, batch_rows or self.eval_batch_rows)
+    make = functools.partial(self._heldout_batch, m, plan, batch_rows or self.eval_batch_rows, rows or slice(None))
     batches = _Batches(-(-plan.num_rows // (batch_rows or self.eval_batch_rows)), make)
     return HeldOut(batches, plan.num_tokens, self._num_bytes(source, documents), len(documents))
 
@@ -224,12 +228,13 @@ class Loader:
     content = [FORMAT, packing.FORMAT, sources, self.batch_rows, self.row_len, policy, self.cross_documents, self.seed]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
-  def _heldout_batch(self, m: int, plan: packing.Plan, batch_rows: int, number: int) -> Batch:
-    rows = range(number * batch_rows, min((number + 1) * batch_rows, plan.num_rows))
+  def _heldout_batch(self, m: int, plan: packing.Plan, batch_rows: int, part: slice, number: int) -> Batch:
+    rows = range(number * batch_rows, (number + 1) * batch_rows)[part]
     batch = packing.empty_batch(len(rows), self.row_len)
-    for b, r in enumerate(rows):
-      packing.pack_row(batch, b, self.sources[m].store, plan.pieces(r), source=m)
-    return pad_rows(batch, batch_rows)._replace(source_B=np.full(batch_rows, m, np.int32))
+    for b, row in enumerate(rows):
+      # Past the last row of the plan there is padding, which is a row without pieces.
+      packing.pack_row(batch, b, self.sources[m].store, plan.pieces(row) if row < plan.num_rows else [], source=m)
+    return batch
 
   def _num_bytes(self, source: Source, documents: np.ndarray) -> int:
     num_bytes = source.store.doc_bytes()
