@@ -33,15 +33,18 @@ def _sums(shares_M, num_steps, batch_rows, start_step, limits_M, at_end_M) -> li
   """For each source, its quota after each step; past the run's end too, where that shows when the next rows are due."""
   limits = [math.inf if limit is None else limit * ONE for limit in limits_M]
   margin = ONE // (2 * len(limits) + 1)
-  ended, sums = set(), [[0 for _ in limits]]
+  ended, sums, last_knot = set(), [[0 for _ in limits]], max(knot[0] for knots in shares_M for knot in knots)
+  num_even, even = _even(shares_M, batch_rows, start_step, limits)
   for step in itertools.count(start_step):
-    if step >= num_steps:
-      past = zip(sums[-1], sums[num_steps - start_step], strict=True)
-      if step > num_steps + FORESIGHT or all((now + margin) // ONE > (then + margin) // ONE for now, then in past):
-        break
     shares = [0.0 if m in ended else _share(knots, step + 0.5) for m, knots in enumerate(shares_M)]
+    if step >= num_steps:
+      rises = [(a + margin) // ONE > (b + margin) // ONE for a, b in zip(sums[-1], sums[num_steps - start_step], strict=True)]
+      if step > num_steps + FORESIGHT or all(rise or (step > last_knot and not shares[m]) for m, rise in enumerate(rises)):
+        break
+    if step - start_step < num_even:
+      sums.append(even(step - start_step + 1))
+      continue
     after = [total + part for total, part in zip(sums[-1], _cut(batch_rows * ONE, shares), strict=True)]
-    after = _in_period(shares_M, step, start_step, batch_rows, limits) or after
     over = [m for m, limit in enumerate(limits) if after[m] > limit]
     left = batch_rows * ONE
     exact = [fractions.Fraction(share) for share in shares]
@@ -83,17 +86,18 @@ def _cut(units: int, shares: list) -> list[int]:
   return [high - low for low, high in itertools.pairwise(scaled)]
 
 
-def _in_period(shares_M, step: int, start_step: int, batch_rows: int, limits: list) -> list[int] | None:
-  """The quotas after `step` where shares are constant fractions: whole after each period, until one is the last to fit."""
+def _even(shares_M, batch_rows: int, start_step: int, limits: list):
+  """Where shares are constant fractions: for how many steps whole periods fit in, and the quotas after a number of steps."""
   constant = [{_share(knots, start_step + 0.5), *(float(k[1]) for k in knots if k[0] > start_step + 0.5)} for knots in shares_M]
   exact = [fractions.Fraction(str(max(values))) for values in constant]
   if any(len(values) > 1 for values in constant) or not any(exact):
-    return None
+    return 0, None
   parts = [batch_rows * share / sum(exact) for share in exact]
+  if math.lcm(*((part / batch_rows).denominator for part in parts)) > 1 << 20:
+    return 0, None
   period = math.lcm(*(part.denominator for part in parts))
-  fits = min(limit // (part * period * ONE) for limit, part in zip(limits, parts, strict=True) if part)
-  periods, at = divmod(step - start_step + 1, period)
-  if math.lcm(*((part / batch_rows).denominator for part in parts)) > 1 << 20 or step - start_step >= fits * period:
-    return None
-  one_step = _cut(batch_rows * ONE, exact)
-  return [int(periods * period * part * ONE) + at * quota for part, quota in zip(parts, one_step, strict=True)]
+  counts, one_step = [int(part * period) for part in parts], _cut(batch_rows * ONE, exact)
+  num_periods = min(limit // (count * ONE) for limit, count in zip(limits, counts, strict=True) if count)
+  return num_periods * period, lambda steps: [
+    steps // period * count * ONE + steps % period * quota for count, quota in zip(counts, one_step, strict=True)
+  ]

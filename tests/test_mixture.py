@@ -2,6 +2,7 @@
 
 import math
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import oracle
@@ -167,7 +168,13 @@ def cases(draw):
     action = st.sampled_from(["renormalise", "renormalise", "renormalise", "stop", "error"])
     actions = draw(st.lists(action, min_size=num_sources, max_size=num_sources))
   num_steps = start_step + draw(st.integers(0, 70))
-  options = {"batch_rows": batch_rows, "start_step": start_step, "limits_M": limits, "at_end_M": actions, "num_steps": num_steps}
+  options: dict[str, Any] = {
+    "batch_rows": batch_rows,
+    "start_step": start_step,
+    "limits_M": limits,
+    "at_end_M": actions,
+    "num_steps": num_steps,
+  }
   return shares, options
 
 
@@ -182,8 +189,8 @@ def test_every_row_is_the_oracle_s(case):
 def test_constant_shares_are_the_oracle_s_over_many_periods(shares):
   shares_M = [[(0, share)] for share in shares]
   for limits in (None, [200, *[None] * (len(shares) - 1)]):  # ends in the middle of a period
-    options = {"num_steps": 90, "batch_rows": 4, "start_step": 3, "limits_M": limits}
-    assert all_rows(Mixture(shares_M, **options)) == sum(oracle.rows(shares_M, **options), [])
+    options: dict[str, Any] = {"num_steps": 90, "batch_rows": 4, "start_step": 3, "limits_M": limits}
+    assert all_rows(Mixture(shares_M, **options)) == [row for batch in oracle.rows(shares_M, **options) for row in batch]
 
 
 @given(cases())
@@ -222,9 +229,9 @@ def test_a_longer_run_begins_with_the_rows_of_the_shorter_with_limits_too(case, 
 
 def test_what_happens_at_the_end_of_sources():
   shares = [[(0, 0.5)], [(0, 0.25)], [(0, 0.25)]]
-  options = {"num_steps": 20, "batch_rows": 8, "start_step": 10, "limits_M": [13, None, 9]}
+  options: dict[str, Any] = {"num_steps": 20, "batch_rows": 8, "start_step": 10, "limits_M": [13, None, 9]}
   mixture = Mixture(shares, **options)
-  # Step 13: one row is left of 0, the others take 3.5 each, so 2 ends in step 14; 1 goes on alone.
+  # Step 13: one row is left of 0, and 3 of 2 where 3.5 would be its part; 1 gives the rest, and all that follow.
   assert mixture.ends == (End(0, 13, "renormalise"), End(2, 13, "renormalise"))
   np.testing.assert_array_equal(mixture.counts(13), [12, 6, 6])
   np.testing.assert_array_equal(mixture.counts(14), [13, 10, 9])
