@@ -317,6 +317,17 @@ def test_constant_shares_repeat_however_long_the_run_is():
   assert number == long.counts(10**11)[source] - 1
 
 
+def test_a_short_run_of_a_long_period_begins_as_a_whole_period():
+  rng = np.random.default_rng(3)
+  weights = np.concatenate([rng.integers(1, 40, 6), rng.integers(1000, 3000, 3)])
+  weights[-1] += 2**15 - weights.sum()
+  shares = [[(0, float(weight))] for weight in weights]
+  short, long = (Mixture(shares, num_steps=num_steps, batch_rows=1) for num_steps in (1500, 2**15))
+  assert all_rows(short) == [long[row] for row in range(1500)]
+  np.testing.assert_array_equal(long.counts(2**15), weights)
+  assert len(short._period._sums) == 2  # no more than the run is worked out
+
+
 def test_quotas_of_a_period_are_whole_at_its_end():
   for shares in ([1 / 3, 0.1], [0.1, 0.2, 0.7], [1.0, 1048574.0, 1.0]):
     period = Period.of(shares, batch_rows=3)
