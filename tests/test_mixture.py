@@ -251,6 +251,17 @@ def test_what_happens_at_the_end_of_sources():
   assert {end.action for end in nothing.ends} == {"stop"}
 
 
+def test_a_run_stops_where_only_a_source_that_has_ended_has_a_share():
+  mixture = Mixture([[(0, 1.0)], [(10, 1.0), (10, 0.0)]], num_steps=20, batch_rows=2, limits_M=[4, None])
+  assert mixture.ends == (End(0, 4, "renormalise"), End(0, 10, "stop"))
+  assert len(mixture) == 20
+
+
+def test_a_ramp_down_to_0_is_never_rounded_below():
+  curves = Curves([[(38.36819269552376, 0.9828543762795893), (777.5000000000001, 0.0)]], batch_rows=1)
+  assert curves.shares(0, 1000).min() == 0  # -1e-16 at step 777 if it were not held at 0
+
+
 def test_a_source_that_may_give_no_row_gives_none():
   mixture = Mixture([[(0, 1.0)], [(0, 9.0)]], num_steps=5, batch_rows=3, limits_M=[None, 0])
   assert all_rows(mixture) == [(0, i) for i in range(15)]
@@ -350,6 +361,12 @@ def test_a_large_batch_is_laid_out_in_parts():
   num_M = mixture.counts(2) - mixture.counts(1)
   order = sorted(((2 * n + 1) / (2 * num), m, n) for m, num in enumerate(num_M.tolist()) for n in range(num))
   np.testing.assert_array_equal(rows, [(m, mixture.counts(1)[m] + n) for _, m, n in order])
+
+
+def test_rows_at_the_border_of_two_parts_of_a_batch():
+  mixture = Mixture([[(0, 8132.0)], *[[(0, 1.0)] for _ in range(40)]], num_steps=1, batch_rows=8172)
+  # The 40 rows at the middle take the places 4066 to 4105, across the border at 4096.
+  assert all_rows(mixture) == [(0, n) for n in range(4066)] + [(m, 0) for m in range(1, 41)] + [(0, n) for n in range(4066, 8132)]
 
 
 def test_a_run_of_10_to_the_12_rows_is_reached_anywhere():

@@ -56,8 +56,7 @@ class End(NamedTuple):
 class Schedule(Protocol):
   """What each source is owed in each step."""
 
-  settled: int  # the quotas of this step are those of every later one before `last_step`
-  last_step: int
+  settled: int  # a source whose next row is due in a later step is due as if the quotas of this step went on for ever
 
   def shares(self, start: int, stop: int) -> np.ndarray:
     """float64 [M, steps], not normalised."""
@@ -83,7 +82,7 @@ class Curves:
     self._batch_rows = batch_rows
     # Between two of these steps every share keeps to one line.
     self._borders = sorted({_first_behind(time) for times in self._times_M for time in times})
-    self.settled, self.last_step = self._borders[-1], NEVER
+    self.settled = self._borders[-1]
     self._lines = functools.lru_cache(8)(self._lines_behind)
     self._log_ramp = functools.lru_cache(256)(_LogRamp)
 
@@ -167,7 +166,7 @@ class Period:
 
   def __init__(self, parts: list[fractions.Fraction], *, batch_rows: int):
     self.num_steps = math.lcm(*((batch_rows * part).denominator for part in parts))
-    self.settled, self.last_step = 0, self.num_steps - 1
+    self.settled = 0  # what rounding leaves to the last step is less than the margin, so it makes no row due
     counts = [int(batch_rows * self.num_steps * part) for part in parts]
     edges = [(batch_rows << FRAC_BITS) * part // 1 for part in itertools.accumulate(parts, initial=fractions.Fraction(0))]
     quotas = [high - low for low, high in itertools.pairwise(edges)]
@@ -258,7 +257,7 @@ class Quotas:
       step += num_steps
       last = self._last_rows(step, sums) if step < NEVER and max(rises) == NEVER else None
       if last is None:
-        return np.minimum(rises, self._schedule.last_step)  # by when all that will come due is
+        return np.array(rises)
       for m, quota in enumerate(last):
         if sums[m] % _ONE + quota >= _ONE:
           rises[m] = min(rises[m], step)
