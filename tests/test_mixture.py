@@ -82,6 +82,13 @@ def test_shares_after_the_end_of_a_run_count_as_they_will_be():
     assert [short[i] for i in range(57)] == [long[i] for i in range(57)]
 
 
+def test_deadlines_behind_the_last_block_count_as_they_will_be():
+  for seed in range(5):  # the run ends with a block of steps, and the shares go on to move
+    shares = [[(1000, a), (1020, b), (1040, c)] for a, b, c in (np.random.default_rng(seed).uniform(0, 1, (6, 3)) ** 4).tolist()]
+    short, long = (Mixture(shares, num_steps=num_steps, batch_rows=1) for num_steps in (1024, 1100))
+    assert all_rows(short) == [long[i] for i in range(1024)]
+
+
 def test_rows_of_a_batch_are_spread_evenly():
   mixture = Mixture([[(0, 3.0)], [(0, 1.0)]], num_steps=2, batch_rows=8)
   assert [mixture[i] for i in range(8)] == [(0, 0), (0, 1), (1, 0), (0, 2), (0, 3), (0, 4), (1, 1), (0, 5)]
