@@ -12,7 +12,7 @@ LAYERS = [
   ["durations", "config"],
   ["trees", "hosts", "mesh"],
   ["data.batch", "data.documents", "data.tokenizer", "data.chat", "data.store", "data.prepare", "data.sources", "data.selection"]
-  + ["data.packing", "data.shuffle", "data.quotas", "data.mixture", "data.pipeline"],
+  + ["data.packing", "data.shuffle", "data.quotas", "data.mixture", "data.order", "data.pipeline"],
   ["model.spec", "model.rope", "model.layers", "model.attention", "model.transformer", "model.loss", "model.hf_files"]
   + ["model.pretrained"],
   ["evals.perplexity", "evals.drift"],

@@ -18,7 +18,7 @@ def test_a_good_config_resolves_to_a_locked_copy_that_is_json():
   c = good()
   resolved = config.resolve(c)
   assert resolved.is_locked and not resolved.data.sources.domain.is_type_safe
-  assert json.loads(resolved.to_json())["data"]["sources"]["domain"]["share"] == [[0, 0.05], ["20%", 0.75]]
+  assert json.loads(resolved.to_json())["data"]["sources"]["domain"]["share"] == [[0, 0.05, "linear"], ["20%", 0.75, "linear"]]
 
 
 def test_the_surface_stays_under_a_hundred_keys():

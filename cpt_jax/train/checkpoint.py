@@ -225,6 +225,8 @@ def identity(config: Any, run_dir: pathlib.Path) -> dict[str, str]:
 # eval.tokens: the base was measured on those held-out documents.
 _FREE = ("log.", "checkpoint.", "debug.", "eval.every", "eval.batch_rows", "mesh.", "data.prefetch")
 _FREE += ("model.remat", "model.attention", "model.loss_chunk")
+# Those that may change what lies ahead; data.order keeps the past as it was, or refuses.
+_FREE += ("train.length", "data.sources.", "data.stages", "data.on_bad", "data.max_bad")
 
 
 def check_same_run(saved: dict, config: dict) -> None:

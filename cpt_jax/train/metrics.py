@@ -46,12 +46,15 @@ class Writer:
 
   def __init__(self, run_dir: pathlib.Path | None, *, start_step: int, tensorboard: bool):
     self._files, self._events = {}, None
+    self._last_read: dict[str, dict] = {}
     if run_dir is None:
       return
     for name in ("metrics.jsonl", "ledger.jsonl"):
       drop_after(run_dir / name, start_step)
       # Line buffered: a run that is killed has its last full record on disk.
       self._files[name] = open(run_dir / name, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by close)
+    if ledger := read(run_dir / "ledger.jsonl"):
+      self._last_read = {entry["source"]: entry for entry in ledger[-1]["sources"]}
     self._events = _event_writer(run_dir, start_step) if tensorboard else None
 
   def train(self, reading: "Reading") -> None:
@@ -65,8 +68,14 @@ class Writer:
     self._write(step, "eval", {"sources": sources, "drift": moved})
 
   def ledger(self, step: int, sources: list[dict]) -> None:
-    """One record of ledger.jsonl: what was consumed of each source before `step`."""
-    self._append("ledger.jsonl", {"step": step, "sources": sources})
+    """One record of ledger.jsonl: what was read of each source before `step`, and in the `window` since the record before."""
+    entries = []
+    for entry in sources:
+      before = self._last_read.get(entry["source"], {})
+      window = {key: entry[key] - before.get(key, 0) for key in ("rows", "tokens", "documents", "epochs")}
+      entries.append({**entry, "window": window})
+    self._last_read = {entry["source"]: entry for entry in sources}
+    self._append("ledger.jsonl", {"step": step, "sources": entries})
 
   def _write(self, step: int, kind: str, values: dict[str, Any]) -> None:
     self._append("metrics.jsonl", {"step": step, "kind": kind, **values})
@@ -178,8 +187,14 @@ def summary(
   step: int, base_losses: dict[str, SourceLoss], losses: dict[str, SourceLoss], ledger: list[dict], checkpoint: str, exported: str
 ) -> dict[str, Any]:
   """What the run came to: summary.json, and the table at the end."""
-  sources = [{**row, "base": base_losses[row["source"]]._asdict(), "result": losses[row["source"]]._asdict()} for row in ledger]
+  measured = [row for row in ledger if row["source"] in losses]  # sources that the run has given up are not evaluated
+  sources = [{**row, "base": base_losses[row["source"]]._asdict(), "result": losses[row["source"]]._asdict()} for row in measured]
   return {"step": step, "sources": sources, "checkpoint": checkpoint, "exported": exported}
+
+
+def write_segments(run_dir: pathlib.Path, record: dict) -> None:
+  """Keeps which rows the run reads, segment by segment, as `data.pipeline.from_record` takes it."""
+  write_atomically(run_dir / "segments.json", json.dumps(record, indent=1).encode())
 
 
 def write_summary(run_dir: pathlib.Path, result: dict[str, Any]) -> None:
