@@ -147,7 +147,11 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     last_step = max(first_step, min(num_steps, config.debug.stop_after or num_steps))
     eval_every, save_every = config_lib.steps_of(config, "eval.every"), config_lib.steps_of(config, "checkpoint.every")
     batches = loader.batches(first_step, rows=my_rows)
-    writer = metrics.Writer(workdir if hosts.is_main() else None, start_step=first_step, tensorboard=config.log.tensorboard)
+    evaluates_first = not base_losses.keys() >= set(loader.names) or first_step % eval_every == 0 or first_step == last_step
+    record_dir = workdir if hosts.is_main() else None
+    writer = metrics.Writer(
+      record_dir, start_step=first_step, evaluates_first=evaluates_first, tensorboard=config.log.tensorboard
+    )
     meter = metrics.from_config(config, loader.names, spec, mesh)
     bar = console.TrainProgress(start_step=first_step, num_steps=num_steps)
     losses = dict(base_losses)
@@ -169,8 +173,8 @@ def run(config: Any, workdir: pathlib.Path) -> int:
         # ORDER: evaluate, save, and only then fetch rows; a resume begins at exactly this line.
         stopping = stop.reached(now) and now < last_step
         save_due = stopping or now == last_step or (now % save_every == 0 and now > first_step)
-        is_new = not base_losses.keys() >= set(loader.names)
-        eval_due = is_new or now % eval_every == 0 or now == last_step or (save_due and config.checkpoint.best_metric)
+        eval_due = now % eval_every == 0 or now == last_step or (save_due and config.checkpoint.best_metric)
+        eval_due = evaluates_first if now == first_step else eval_due
         if eval_due and not stopping:
           report()
           meter.pause()

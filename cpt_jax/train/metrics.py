@@ -44,13 +44,13 @@ def peak_flops(device_kind: str) -> float | None:
 class Writer:
   """The metric files of one run; without a `run_dir` it writes nothing (the processes beside the first)."""
 
-  def __init__(self, run_dir: pathlib.Path | None, *, start_step: int, tensorboard: bool):
+  def __init__(self, run_dir: pathlib.Path | None, *, start_step: int, evaluates_first: bool, tensorboard: bool):
     self._files, self._events = {}, None
     self._last_read: dict[str, dict] = {}
     if run_dir is None:
       return
     for name in ("metrics.jsonl", "ledger.jsonl"):
-      drop_after(run_dir / name, start_step)
+      drop_after(run_dir / name, start_step, evaluates_first=evaluates_first)
       # Line buffered: a run that is killed has its last full record on disk.
       self._files[name] = open(run_dir / name, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by close)
     if ledger := read(run_dir / "ledger.jsonl"):
@@ -108,9 +108,10 @@ def read(path: pathlib.Path) -> list[dict]:
   return records
 
 
-def drop_after(path: pathlib.Path, step: int) -> None:
-  """Removes what lies after `step`: a resumed run does those steps again, and evaluates at `step` again."""
-  kept = [r for r in read(path) if r["step"] < step or (r["step"] == step and r.get("kind") == "train")]
+def drop_after(path: pathlib.Path, step: int, *, evaluates_first: bool) -> None:
+  """Removes what lies after `step`: a resumed run does those steps again, and may evaluate at `step` again."""
+  stay = ("train",) if evaluates_first else ("train", "eval", None)  # the ledger's records have no kind
+  kept = [r for r in read(path) if r["step"] < step or (r["step"] == step and r.get("kind") in stay)]
   if path.exists():
     write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
