@@ -1,0 +1,175 @@
+"""Contamination: shared runs of words are found exactly, in any script, and nothing else is."""
+
+import json
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from cpt_jax.config import ConfigError
+from cpt_jax.data import decontaminate, documents
+
+# What each piece of text is to the rule, written down by hand.
+FOLDED = {
+  **{c: c for c in "abe2"},
+  **{"A": "a", "E": "e", "\u00e9": "e", "e\u0301": "e", "\u00c9": "e", "\uff22": "b", "\uff12": "2", "\u00b2": "2"},
+  **{"\u00ad": "", "\u200d": "", "\ufe0f": ""},  # soft hyphen, joiner, variation selector
+  **dict.fromkeys(" \n-_,'\u3002\uff0c\u0000", " "),
+  **{c: f" {c} " for c in "\u4e2d\u6587\u3042\u0e01\u0e34\U00020000"},  # Han, Kana, Thai letter and vowel, Han beyond 16 bits
+  "\u0939\u093f": "\u0939\u093f",  # a Devanagari letter and its vowel
+  "\u1e9e": "\u00df",  # capital sharp s
+}
+PIECES = st.lists(st.sampled_from(sorted(FOLDED)), max_size=40)
+NUM_WORDS = 9
+
+
+def of(texts, ngram_words=NUM_WORDS):
+  return decontaminate.from_texts(texts, files=["f0", "f1"], file_T=np.arange(len(texts)) % 2, ngram_words=ngram_words)
+
+
+def reference(texts, document, ngram_words=NUM_WORDS):
+  """The first shared run of words of a document, by sets of tuples."""
+  words, runs = document.split(), set()
+  for text in map(str.split, texts):
+    length = min(len(text), ngram_words)
+    if length >= 8:
+      runs |= {tuple(text[i : i + length]) for i in range(len(text) - length + 1)}
+  for i in range(len(words)):
+    for length in range(8, ngram_words + 1):
+      if tuple(words[i : i + length]) in runs and i + length <= len(words):
+        return " ".join(words[i : i + length])
+  return None
+
+
+def joined(pieces):
+  return "".join(pieces), "".join(FOLDED[p] for p in pieces)
+
+
+@hypothesis.given(texts=st.lists(PIECES, max_size=4), others=st.lists(PIECES, max_size=4), cut=st.integers(0, 30))
+@hypothesis.settings(max_examples=300)
+def test_against_sets_of_tuples(texts, others, cut):
+  documents_ = [*others, *(t[cut:] + ["-"] + o for t, o in zip(texts, others, strict=False))]
+  found = of([joined(t)[0] for t in texts]).find([joined(d)[0] for d in documents_])
+  expected = [reference([joined(t)[1] for t in texts], joined(d)[1]) for d in documents_]
+  assert [m.ngram if m else None for m in found] == expected
+
+
+WORDS = st.lists(st.sampled_from(["one", "two", "\u4e2d"]), max_size=40)
+
+
+@hypothesis.given(texts=st.lists(WORDS, max_size=5), others=st.lists(WORDS, max_size=30))
+@hypothesis.settings(max_examples=200)
+def test_many_matches_in_batches_and_with_equal_hashes(texts, others):
+  texts, others = [[" ".join(words) for words in each] for each in (texts, others)]
+  expected = [reference([t.replace("\u4e2d", " \u4e2d ") for t in texts], d) for d in others]
+  contamination = of(texts)
+  assert [m.ngram if m else None for m in contamination.find(others)] == expected
+  hashes = decontaminate._hashes
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(decontaminate, "_BATCH_CHARACTERS", 20)
+    assert of(texts).digest == contamination.digest
+    assert contamination.find(others) == of(texts).find(others) == [contamination.found(d) for d in others]
+    patch.setattr(decontaminate, "_hashes", lambda *a: (h & np.uint64(3 << 62) for h in hashes(*a)))
+    coarse = of(texts).find(others)
+  assert [m.ngram if m else None for m in coarse] == expected
+
+
+def test_runs_do_not_cross_texts():
+  words = [f"w{i}" for i in range(20)]
+  contamination = of([" ".join(words)])
+  assert contamination.found(" ".join(words[3:12])) == (" ".join(words[3:12]), "f0")
+  assert contamination.find([" ".join(words[3:8]), " ".join(words[8:12])]) == [None, None]
+  split = of([" ".join(words[:10]), " ".join(words[10:])])
+  assert split.found(" ".join(words[5:15])) is None
+  assert split.found("x " + " ".join(words[10:19]) + " y").file == "f1"
+
+
+def test_short_texts_are_matched_whole_down_to_eight_words():
+  words = [f"w{i}" for i in range(30)]
+  contamination = of([" ".join(words[:10]), " ".join(words[10:18]), " ".join(words[18:25])], ngram_words=13)
+  assert (contamination.num_texts, contamination.num_short, contamination.num_ngrams) == (3, 1, 2)
+  assert contamination.found("so " + " ".join(words[:10])).ngram == " ".join(words[:10])
+  assert contamination.found(" ".join(words[:9])) is None
+  assert contamination.found(", ".join(words[10:18]).upper()).file == "f1"
+  assert contamination.found(" ".join(words[18:30])) is None
+
+
+def test_long_words_are_told_apart():
+  """Beyond 64 letters the hash does not see the order of letters; the match does."""
+  left, right = "a" + "x" * 63 + "b", "b" + "x" * 63 + "a"
+  rest = " c d e f g h i j"
+  contamination = of([left + rest])
+  hashes = [next(decontaminate._hashes(decontaminate._words([word]), [1])) for word in (left, right)]
+  assert hashes[0] == hashes[1]
+  assert contamination.found(left + rest) and contamination.found(right + rest) is None
+
+
+def test_nothing_to_compare_with():
+  for texts in [], [""], ["one two"], ["\u3002"]:
+    assert of(texts).find(["one two three four five six seven eight nine", "", "\n"]) == [None] * 3
+
+
+@pytest.fixture
+def evals(tmp_path):
+  """Two small benchmarks."""
+  question = "Which of the four giant planets is the one with the largest number of known moons"
+  lines = [{"question": f"{question} in year {i}?", "choices": f"saturn and {i}"} for i in range(3)]
+  (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  table = pyarrow.table({"question": ["It was the best of times it was the worst of times it was"], "note": ["x"]})
+  pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+  return tmp_path
+
+
+def test_build_reads_fields_and_names_the_file(evals):
+  built = decontaminate.build([str(evals / "*")], fields=["question", "choices"])
+  assert (built.num_texts, built.num_short) == (7, 3)
+  assert built.found("The best of times, it was the worst of times. It was") is None  # 12 words
+  match = built.found("[IT WAS\tTHE BEST OF TIMES]; IT WAS THE WORST OF...TIMES, it")
+  assert match == ("it was the best of times it was the worst of times it", str(evals / "b.parquet"))
+  assert built.found("He said: which of the four giant planets is the one with the largest number?").file == str(
+    evals / "a.jsonl"
+  )
+  assert built.found("Which of the four giant planets is the one with the largest moon?") is None
+  (evals / "c.txt").write_text("a b c d e f g h i j k l m n\n\f\na b\n")
+  assert (
+    decontaminate.build([str(evals / "c.txt")], fields=["question"]).found("b c d e f g h i j k l m n").file.endswith("c.txt")
+  )
+
+
+def test_digest_is_of_the_runs_of_words(evals, tmp_path):
+  built = decontaminate.build([str(evals / "*")], fields=["question"])
+  swapped = decontaminate.build([str(evals / "b*"), str(evals / "a*")], fields=["question"])
+  longer = decontaminate.build([str(evals / "*")], fields=["question"], ngram_words=14)
+  fewer = decontaminate.build([str(evals / "a*")], fields=["question"])
+  assert built.digest == swapped.digest
+  assert len({built.digest, longer.digest, fewer.digest}) == 3
+  # ...and the same on every machine and with every version of numpy.
+  assert of(["a b c d e f g h i j"]).digest == "2f8d287a5e63b05b50511eb330c2bd1c"
+
+
+def test_saved_and_loaded(evals, tmp_path):
+  built = decontaminate.build([str(evals / "*")], fields=["question", "choices"])
+  built.save(tmp_path / "c.npz")
+  loaded = decontaminate.load(tmp_path / "c.npz")
+  assert (loaded.digest, loaded.num_texts, loaded.num_short, loaded.ngram_words) == (built.digest, 7, 3, 13)
+  text = "Which of the four giant planets is the one with the largest number"
+  assert loaded.found(text) == built.found(text) is not None
+
+
+def test_what_cannot_be_compared_with_is_an_error(evals):
+  for inputs, arguments, kind, words in (
+    (
+      ["a.jsonl"],
+      {"fields": ["text"]},
+      documents.DataError,
+      r"a\.jsonl:1: field 'text' is missing.*--decontaminate_field.*3 rec",
+    ),
+    (["none*"], {"fields": ["text"]}, ConfigError, "--decontaminate .*no file matches"),
+    (["a.jsonl"], {"fields": ["choices"]}, ConfigError, "no text of 8 words or more"),
+    (["a.jsonl"], {"fields": ["question"], "ngram_words": 5}, ConfigError, "--ngram_words=5"),
+  ):
+    with pytest.raises(kind, match=words):
+      decontaminate.build([str(evals / name) for name in inputs], **arguments)
