@@ -1,6 +1,9 @@
 """Contamination: shared runs of words are found exactly, in any script, and nothing else is."""
 
 import json
+import os
+import subprocess
+import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -10,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data import decontaminate, documents
+from cpt_jax.data import decontaminate, documents, prepare, store
 
 # What each piece of text is to the rule, written down by hand.
 FOLDED = {
@@ -173,3 +176,94 @@ def test_what_cannot_be_compared_with_is_an_error(evals):
   ):
     with pytest.raises(kind, match=words):
       decontaminate.build([str(evals / name) for name in inputs], **arguments)
+
+
+# In the preparation of a store.
+
+
+@pytest.fixture(autouse=True)
+def no_sync(monkeypatch):
+  """What the operating system keeps over a power cut cannot be tested here, and waiting for it takes most of the time."""
+  monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, fixtures):
+  """Documents of which some spell an evaluation text; returns (glob, evaluation file, numbers of the contaminated)."""
+  path = tmp_path_factory.mktemp("corpus")
+  texts = [json.loads(line)["text"] for line in (fixtures / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
+  evals = [f"Planted question number {i}: what do {i} people say when they meet the other {i + 7} of them?" for i in range(30)]
+  (path / "evals.jsonl").write_text("".join(json.dumps({"question": t}) + "\n" for t in evals))
+  planted = set(range(3, 200, 7))
+  mixed = [t + (" " + evals[i % 30].upper() if i in planted else "") + " The end." for i, t in enumerate(texts)]
+  lines = [json.dumps({"text": t}) for t in mixed]
+  lines[50:50] = ["", "[]"]
+  (path / "a.jsonl").write_text("\n".join(lines[:150]))
+  (path / "b.jsonl").write_text("\n".join(lines[150:]))
+  return str(path / "[ab].jsonl"), str(path / "evals.jsonl"), [(t, i in planted) for i, t in enumerate(mixed)]
+
+
+def run(inputs, output, fixtures, contamination, **kwargs):
+  arguments = {"tokenizer": str(fixtures / "tokenizer"), "num_workers": 1, "unit_bytes": 9000, "progress": False} | kwargs
+  return prepare.prepare([inputs], output=str(output), contamination=contamination, **arguments)
+
+
+def test_prepared_store_is_that_of_the_clean_documents(tmp_path, fixtures, corpus):
+  inputs, evals, documents_ = corpus
+  contamination = decontaminate.build([evals], fields=["question"])
+  report = run(inputs, tmp_path / "s", fixtures, contamination)
+  clean = [t for t, is_planted in documents_ if not is_planted]
+  opened = store.open_store(tmp_path / "s")
+  assert opened.doc_hashes().tolist() == [store.text_hash(t) for t in clean]
+  assert report.left_out == {"contaminated": len(documents_) - len(clean)} and report.num_bad == 1
+  listed = [json.loads(line) for line in (tmp_path / "s" / prepare.CONTAMINATED).read_text().splitlines()]
+  places = {}
+  for file in documents.find_files([inputs]):
+    with open(file, encoding="utf-8") as f:
+      places |= {json.loads(line)["text"]: (file, n) for n, line in enumerate(f, 1) if line.startswith("{")}
+  planted = [t for t, is_planted in documents_ if is_planted]
+  assert [(c["file"], c["line"]) for c in listed] == [places[t] for t in planted]
+  assert all(c["eval_file"] == evals for c in listed)
+  assert [c["ngram"][:26] for c in listed] == [f"planted question number {n:<2}" for n in [i % 30 for i in range(3, 200, 7)]]
+  assert report.frequent[0].num_documents == 1
+  assert [line.split() for line in report.lines() if "left out" in line] == [["left", "out", "29", "contaminated"]]
+
+
+@pytest.mark.parametrize("changes", [{"num_workers": 2}, {"unit_bytes": 1 << 20}])
+def test_number_of_processes_and_units_change_nothing(tmp_path, fixtures, corpus, changes):
+  inputs, evals, _ = corpus
+  contamination = decontaminate.build([evals], fields=["question"])
+  reports = [run(inputs, tmp_path / str(i), fixtures, contamination, **c) for i, c in enumerate(({}, changes))]
+  stores = [store.open_store(tmp_path / str(i)) for i in range(2)]
+  assert stores[0].doc_hashes().tolist() == stores[1].doc_hashes().tolist()
+  for name in prepare.CONTAMINATED, prepare.BAD_RECORDS:
+    assert (tmp_path / "0" / name).read_text() == (tmp_path / "1" / name).read_text()
+  again = run(inputs, tmp_path / "0", fixtures, contamination)
+  assert again.was_finished and again[1:7] == reports[0][1:7] and again[9:] == reports[1][9:]
+
+
+def test_other_evaluation_texts_are_noticed(tmp_path, fixtures, corpus, evals):
+  inputs, planted, _ = corpus
+  run(inputs, tmp_path / "s", fixtures, decontaminate.build([planted], fields=["question"]))
+  other = decontaminate.build([planted, str(evals / "a*")], fields=["question"])
+  longer = decontaminate.build([planted], fields=["question"], ngram_words=14)
+  for contamination in other, longer, None:
+    with pytest.raises(ConfigError, match=r"choose another --output(.|\n)*decontaminate: "):
+      run(inputs, tmp_path / "s", fixtures, contamination)
+
+
+def test_all_contaminated_is_an_error(tmp_path, fixtures, corpus):
+  _, planted, _ = corpus
+  (tmp_path / "in.txt").write_text("Planted question number 3: what do 3 people say when they meet the other 10 of them")
+  with pytest.raises(documents.DataError, match=r"no document in 1 files: 0 bad records, 1 left out \(contaminated\)"):
+    run(str(tmp_path / "in.txt"), tmp_path / "s", fixtures, decontaminate.build([planted], fields=["question"]))
+
+
+def test_command(tmp_path, root, fixtures, corpus):
+  inputs, planted, _ = corpus
+  call = ["tools/prepare_data.py", "--input", inputs, "--tokenizer", fixtures / "tokenizer", "--output", tmp_path / "s"]
+  call += ["--decontaminate", planted, "--decontaminate_field", "question", "--num_workers", "1"]
+  done = subprocess.run([sys.executable, *map(str, call)], cwd=root, capture_output=True, text=True)
+  assert done.returncode == 0 and "29  contaminated" in done.stdout, done
+  done = subprocess.run([sys.executable, *map(str, call), "--ngram_words", "3"], cwd=root, capture_output=True, text=True)
+  assert done.returncode == 78 and "--ngram_words=3" in done.stderr

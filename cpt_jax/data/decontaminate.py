@@ -12,22 +12,23 @@ let runs of words pass that are in more than ten documents, where here they are 
 
 import functools
 import hashlib
+import io
 import itertools
 import os
 import unicodedata
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data import documents
+from cpt_jax.data import documents, store
 
 NGRAM_WORDS = 13
 MIN_WORDS = 8  # a text of fewer than `ngram_words` words is matched as a whole down to this; below it GPT-3 saw matches by chance
 _SEPARATOR, _IGNORED, _ALONE = 0, 1, 1 << 31  # in place of a character: between words; nothing; flag: it is a word by itself
 # Thai and Lao, Myanmar, Khmer, Kana and other signs of Chinese and Japanese, Han, and Han of the planes 2 and 3.
-_SPACELESS = (
+SPACELESS = (
   *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3005, 0x3007), (0x3021, 0x312F), (0x31A0, 0x31BF)),
   *((0x31F0, 0x31FF), (0x3400, 0x9FFF), (0xF900, 0xFAFF), (0x1B000, 0x1B16F), (0x20000, 0x323AF)),
 )
@@ -126,10 +127,13 @@ class Contamination:
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes what `load` reads, so that many processes need not read the evaluation texts."""
-    arrays = {f"{kind}_{g.num_words}": array for g in self._grams for kind, array in (("hash", g.hash_G), ("first", g.first_G))}
-    counts = np.array([self.ngram_words, self.num_short])
-    with open(path, "wb") as f:
-      np.savez(f, **self._words._asdict(), **arrays, files=np.array(self._files), file_T=self._file_T, counts=counts)
+    arrays: dict[str, Any] = {**self._words._asdict(), "files": np.array(self._files), "file_T": self._file_T}
+    arrays["counts"] = np.array([self.ngram_words, self.num_short])
+    for grams in self._grams:
+      arrays |= {f"hash_{grams.num_words}": grams.hash_G, f"first_{grams.num_words}": grams.first_G}
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    store.write_atomically(path, content.getvalue())
 
 
 def load(path: str | os.PathLike) -> Contamination:
@@ -261,7 +265,7 @@ def _folded() -> np.ndarray:
     elif category[0] in "LMN":  # marks that are left are vowels of Indic scripts
       table[code] = ord(_fold(char))
   table[0xE0100:0xE01F0] = _IGNORED  # variation selectors of Han
-  for first, last in _SPACELESS:
+  for first, last in SPACELESS:
     part = table[first : last + 1]
     part[part > _IGNORED] |= np.uint32(_ALONE)
   table.flags.writeable = False
@@ -289,7 +293,7 @@ _LETTER_FACTORS = np.array([_mixed(i + 1) for i in range(_LETTERS)], np.uint64)
 
 
 def _hashes(words: _Words, lengths: list[int]) -> Iterator[np.ndarray]:
-  """Hashes of the runs of so many words (rising numbers) that start at each word; each array is used before the next is asked for."""
+  """Hashes of the runs of so many words (rising) that start at each word; each array is used before the next is asked for."""
   start_W, num_words = words.start_W[:-1], len(words.text_W)
   letter_C = np.arange(len(words.char_C)) - np.repeat(start_W, np.diff(words.start_W))
   product_C = words.char_C * _LETTER_FACTORS[letter_C & (_LETTERS - 1)]
