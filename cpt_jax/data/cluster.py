@@ -8,6 +8,7 @@ The stages: with deduplication `signatures` (a task for each unit), `buckets` (a
 `OUTPUT.work/STAGE/completions`. The end of it, `store.json`, is written by the caller, or under Slurm by one more stage.
 """
 
+import itertools
 import json
 import os
 import re
@@ -47,7 +48,7 @@ class Words(WordTokenizer):
 
   _ALONE = "".join(f"{chr(first)}-{chr(last)}" for first, last in decontaminate.SPACELESS)
   _WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+|[^\w\s]")
-  _SENTENCE = re.compile(r"[^.!?\u2026\u3002\uff01\uff1f]+(?:[.!?\u2026\u3002\uff01\uff1f]+[\"')\]\u201d\u300d]*|$)")
+  _SENTENCE_END = re.compile(r"[.!?\u2026]+[\"')\]\u201d]*(?=\s|$)|[\u3002\uff01\uff1f]+[\"'\u201d\u300d\u300f]*")
 
   def word_tokenize(self, text: str) -> list[str]:
     """The words."""
@@ -59,7 +60,8 @@ class Words(WordTokenizer):
 
   def span_tokenize(self, text: str) -> list[tuple[int, int]]:
     """The sentences as (first character, end)."""
-    return [match.span() for match in self._SENTENCE.finditer(text) if not match.group().isspace()]
+    edges = [0, *(match.end() for match in self._SENTENCE_END.finditer(text)), len(text)]
+    return [(a, b) for a, b in itertools.pairwise(edges) if text[a:b].strip()]
 
 
 WORDS = Words()
@@ -260,6 +262,7 @@ def prepare_on(
   """
   arguments = {"inputs": inputs, "task": task, "contamination": contamination, "selection": selection.settings()}
   arguments |= {"unit_bytes": unit_bytes, "max_units": max_units}
+  handed_in: list[PipelineExecutor] = []
 
   def run_units(job: Job, loaded: Any) -> bool:
     directory = work_directory(task.output)
@@ -269,13 +272,16 @@ def prepare_on(
       found.append(Stage("store", 1, [Close(arguments)]))
     executors = _executors(machines, found, directory, job_name=Path(task.output).name)
     if machines.executor == "slurm":
-      executors[-1].run()  # hands in those before it first
+      handed_in.append(executors[-1])
       return False
     for executor in executors:
       executor.run()
     return _check_done(job)
 
-  return prepare.prepare_with(run_units, **arguments)
+  report = prepare.prepare_with(run_units, **arguments)
+  for executor in handed_in:  # ORDER: after the store is unlocked, since the last job, which locks it, may start at once
+    executor.run()  # hands in those that it depends on first
+  return report
 
 
 def describe(
@@ -351,7 +357,7 @@ def _executors(machines: Machines, found: list[Stage], directory: Path, *, job_n
       environment = {"env_vars": {"PYTHONPATH": root}}
       executors.append(RayPipelineExecutor(**common, ray_remote_kwargs={"runtime_env": environment}))
       continue
-    activate = f"source {sys.prefix}/bin/activate" if sys.prefix != sys.base_prefix else ""
+    activate = f"source {sys.prefix}/bin/activate" if sys.prefix != sys.base_prefix else "true"
     executors.append(
       SlurmPipelineExecutor(
         **common,
@@ -359,7 +365,7 @@ def _executors(machines: Machines, found: list[Stage], directory: Path, *, job_n
         partition=machines.partition,
         time=machines.time,
         qos=machines.qos,
-        env_command=f"{machines.env_command or activate}\nexport PYTHONPATH={root}:$PYTHONPATH",
+        env_command=f"{machines.env_command or activate}; export PYTHONPATH={root}:$PYTHONPATH",
         sbatch_args=machines.sbatch_args,
         depends=executors[-1] if executors else None,
       )
