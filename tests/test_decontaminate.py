@@ -18,7 +18,17 @@ from cpt_jax.data import decontaminate, documents, prepare, store
 # What each piece of text is to the rule, written down by hand.
 FOLDED = {
   **{c: c for c in "abe2"},
-  **{"A": "a", "E": "e", "\u00e9": "e", "e\u0301": "e", "\u00c9": "e", "\uff22": "b", "\uff12": "2", "\u00b2": "2"},
+  **{
+    "A": "a",
+    "E": "e",
+    "\u00e9": "e",
+    "e\u0301": "e",
+    "\u00c9": "e",
+    "\uff22": "b",
+    "\uff12": "2",
+    "\u00b2": "2",
+    "\U0001d400": "a",
+  },
   **{"\u00ad": "", "\u200d": "", "\ufe0f": ""},  # soft hyphen, joiner, variation selector
   **dict.fromkeys(" \n-_,'\u3002\uff0c\u0000", " "),
   **{c: f" {c} " for c in "\u4e2d\u6587\u3042\u0e01\u0e34\U00020000"},  # Han, Kana, Thai letter and vowel, Han beyond 16 bits
@@ -98,6 +108,8 @@ def test_short_texts_are_matched_whole_down_to_eight_words():
   assert contamination.found(" ".join(words[:9])) is None
   assert contamination.found(", ".join(words[10:18]).upper()).file == "f1"
   assert contamination.found(" ".join(words[18:30])) is None
+  both = of([" ".join(words[:20]), " ".join(words[20:28])], ngram_words=13)  # of several matches the first, whatever its length
+  assert both.found(" ".join(words[2:28])).ngram == " ".join(words[2:15])
 
 
 def test_long_words_are_told_apart():
@@ -199,12 +211,13 @@ def corpus(tmp_path_factory, fixtures):
   lines = [json.dumps({"text": t}) for t in mixed]
   lines[50:50] = ["", "[]"]
   (path / "a.jsonl").write_text("\n".join(lines[:150]))
-  (path / "b.jsonl").write_text("\n".join(lines[150:]))
-  return str(path / "[ab].jsonl"), str(path / "evals.jsonl"), [(t, i in planted) for i, t in enumerate(mixed)]
+  (path / "b.jsonl").write_text("\n".join(lines[150:195]))
+  (path / "c.jsonl").write_text("\n".join(lines[195:]))
+  return str(path / "[abc].jsonl"), str(path / "evals.jsonl"), [(t, i in planted) for i, t in enumerate(mixed)]
 
 
 def run(inputs, output, fixtures, contamination, **kwargs):
-  arguments = {"tokenizer": str(fixtures / "tokenizer"), "num_workers": 1, "unit_bytes": 9000, "progress": False} | kwargs
+  arguments = {"tokenizer": str(fixtures / "tokenizer"), "num_workers": 1, "unit_bytes": 10_000, "progress": False} | kwargs
   return prepare.prepare([inputs], output=str(output), contamination=contamination, **arguments)
 
 
@@ -239,6 +252,8 @@ def test_number_of_processes_and_units_change_nothing(tmp_path, fixtures, corpus
   for name in prepare.CONTAMINATED, prepare.BAD_RECORDS:
     assert (tmp_path / "0" / name).read_text() == (tmp_path / "1" / name).read_text()
   again = run(inputs, tmp_path / "0", fixtures, contamination)
+  units = prepare.plan(documents.find_files([inputs]), unit_bytes=10_000)  # a unit with the end of one file and another file
+  assert any(len(unit) == 2 and unit[0].part.start for unit in units)
   assert again.was_finished and again[1:7] == reports[0][1:7] and again[9:] == reports[1][9:]
 
 

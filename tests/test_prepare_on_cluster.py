@@ -133,10 +133,10 @@ def test_interrupted_it_goes_on_and_finished_it_does_nothing(tmp_path, cluster, 
 
 
 @pytest.mark.parity
-def test_changed_texts_are_read_again(tmp_path, cluster, fixtures, texts, monkeypatch):
+def test_near_duplicates_are_looked_for_again_when_texts_change(tmp_path, cluster, fixtures, texts, monkeypatch):
   for i in range(4):
-    (tmp_path / f"{i}.txt").write_text("\n\f\n".join(texts[10 * i : 10 * i + 40]))
-  run_unit = prepare.run_unit
+    (tmp_path / f"{i}.txt").write_text("\n\f\n".join([*texts[40 * i : 40 * i + 40], " ".join(texts[170:185])]))
+  inputs, dedup, run_unit = [str(tmp_path / "*.txt")], cluster.Selection([], True, ""), prepare.run_unit
 
   def fail_at_2(job, number, select):
     if number == 2:
@@ -145,12 +145,28 @@ def test_changed_texts_are_read_again(tmp_path, cluster, fixtures, texts, monkey
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(prepare, "run_unit", fail_at_2)
-    run(cluster, [str(tmp_path / "*.txt")], tmp_path / "s", fixtures)
-  text = (tmp_path / "0.txt").read_text()
-  (tmp_path / "0.txt").write_text(text.replace("the", "teh"))  # of the same size
-  run(cluster, [str(tmp_path / "*.txt")], tmp_path / "s", fixtures)
-  run(cluster, [str(tmp_path / "*.txt")], tmp_path / "again", fixtures)
+    run(cluster, inputs, tmp_path / "s", fixtures, selection=dedup)
+  for i in range(1, 4):
+    text = (tmp_path / f"{i}.txt").read_text()
+    (tmp_path / f"{i}.txt").write_text(text[:-2000] + text[:-2001:-1])  # of the same size
+  report = run(cluster, inputs, tmp_path / "s", fixtures, selection=dedup)
+  again = run(cluster, inputs, tmp_path / "again", fixtures, selection=dedup)
   assert content(tmp_path / "s") == content(tmp_path / "again")
+  assert report.left_out == again.left_out
+
+
+@pytest.mark.parity
+def test_units_that_are_not_done_and_too_many_bad_records(tmp_path, cluster, inputs, fixtures, monkeypatch):
+  with (
+    monkeypatch.context() as patch,
+    pytest.raises(ConfigError, match=r"units are not done \(the first: 0\).*s\.work/tokens/logs"),
+  ):
+    patch.setattr(prepare, "run_unit", lambda *arguments: None)  # as when the disk is not shared
+    run(cluster, inputs, tmp_path / "s", fixtures)
+  limited = task(tmp_path / "s", fixtures)._replace(max_bad=2001)
+  arguments = {"contamination": None, "selection": cluster.Selection([], False, ""), "max_units": 256, "unit_bytes": UNIT_BYTES}
+  with pytest.raises(documents.DataError, match=r"2004 bad records, more than --max_bad=2001"):
+    cluster.prepare_on(machines(cluster), inputs, task=limited, **arguments)
 
 
 # Filters, near-duplicates, contamination.

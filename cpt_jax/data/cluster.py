@@ -354,7 +354,8 @@ def _executors(machines: Machines, found: list[Stage], directory: Path, *, job_n
       continue
     common |= {"workers": _workers(machines), "cpus_per_task": machines.cpus_per_task, "mem_per_cpu_gb": machines.mem_per_cpu_gb}
     if machines.executor == "ray":
-      environment = {"env_vars": {"PYTHONPATH": root}}
+      paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+      environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
       executors.append(RayPipelineExecutor(**common, ray_remote_kwargs={"runtime_env": environment}))
       continue
     activate = f"source {sys.prefix}/bin/activate" if sys.prefix != sys.base_prefix else "true"
