@@ -85,7 +85,7 @@ def _check() -> None:
   missing = [f"--{name}" for name in ("input", "tokenizer", "output") if not getattr(values, name)]
   if missing:
     problems.add(f"{' and '.join(missing)} missing, e.g. --input 'texts/*.jsonl' --tokenizer path/to/base --output store/name")
-  for name in set(_FILTERS.value) - set(_FILTER_NAMES):
+  for name in [n for n in _FILTERS.value if n not in _FILTER_NAMES]:
     problems.add(f"--filters: {name!r} is none of {', '.join(_FILTER_NAMES)}.{did_you_mean(name, list(_FILTER_NAMES))}")
   for name in "max_tasks", "cpus_per_task", "mem_per_cpu_gb":
     if values[name].value < 1:
