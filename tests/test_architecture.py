@@ -11,8 +11,8 @@ import pytest
 LAYERS = [
   ["durations", "config"],
   ["trees", "mesh"],
-  ["data.batch", "data.documents", "data.tokenizer", "data.store", "data.decontaminate", "data.prepare", "data.cluster"]
-  + ["data.sources", "data.packing", "data.shuffle", "data.mixture", "data.pipeline"],
+  ["data.batch", "data.documents", "data.tokenizer", "data.chat", "data.store", "data.decontaminate", "data.prepare"]
+  + ["data.cluster", "data.sources", "data.packing", "data.shuffle", "data.mixture", "data.pipeline"],
   ["model.spec", "model.rope", "model.layers", "model.attention", "model.transformer", "model.loss", "model.hf_files"]
   + ["model.pretrained"],
   ["evals.perplexity", "evals.drift"],

@@ -271,6 +271,129 @@ def test_invalid_utf8_in_parquet(tmp_path):
   assert outcome(read(tmp_path / "a.parquet")) == ["a", "invalid UTF-8 at byte 0 ", "c"]
 
 
+# Conversations.
+
+CONVERSATIONS = st.lists(
+  st.fixed_dictionaries({"role": st.sampled_from(documents.ROLES), "content": TEXTS}), min_size=1, max_size=5
+)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".parquet"])
+@hypothesis.given(conversations=st.lists(CONVERSATIONS, min_size=1, max_size=6))
+def test_messages_round_trip(tmp_path_factory, suffix, conversations):
+  path = tmp_path_factory.mktemp("d") / f"a{suffix}"
+  if suffix == ".parquet":
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(len(conversations)), "chat": conversations}), path, row_group_size=2)
+  else:
+    save(path, "".join(json.dumps({"chat": c}) + "\n" for c in conversations).encode())
+  found = read(path, records="messages", text_field="chat")
+  assert [d.messages for d in found] == conversations
+  assert [d.text for d in found] == ["\n\n".join(m["content"] for m in c) for c in conversations]
+  assert [(d.line, d.utf8) for d in found] == [(i + 1, d.text.encode()) for i, d in enumerate(found)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_prompts_become_two_messages(tmp_path, suffix):
+  path, rows = tmp_path / f"a{suffix}", [{"q": "a", "a": "b"}, {"q": "", "a": "c"}, {"q": "d", "a": " "}, {"q": None, "a": "e"}]
+  if suffix == ".parquet":
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+  else:
+    save(path, "".join(json.dumps(r) + "\n" for r in rows).encode())
+  first, second, empty, null = read(path, records="prompt", text_field="q", answer_field="a")
+  assert first.messages == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+  assert second.messages[0]["content"] == "" and first.text == "a\n\nb"
+  assert empty.reason == "empty answer in 'a'" and " is null" in null.reason
+  (*_, missing) = read(path, records="prompt", text_field="q", answer_field="aa")
+  assert missing.reason.startswith("field 'aa' is missing. Did you mean a?") and "(--answer_field)" in missing.reason
+
+
+def message(**kwargs):
+  return {"role": "user", "content": "a", **kwargs}
+
+
+BAD_MESSAGES = [
+  ("a", "field 'messages' is a string, expected a list of messages"),
+  (None, "field 'messages' is null"),
+  ({"role": "user"}, "field 'messages' is an object"),
+  ([], "field 'messages' holds no message"),
+  (["a"], "message 1 is a string, expected an object"),
+  ([message(), [[]]], "message 2 is a list"),
+  ([{"from": "human", "value": "a"}], "message 1 has the fields 'from' and 'value' (ShareGPT's form), expected 'role' and"),
+  ([{"role": "user", "text": "a"}], "message 1 has no 'content'; its fields: role, text"),
+  ([{"content": "a"}], "message 1 has no 'role'"),
+  ([message(role="human")], "message 1 has the role 'human', expected one of system, developer, user, assistant"),
+  ([message(role=["user"])], "the role of message 1 is a list"),
+  ([message(role=None)], "the role of message 1 is null"),
+  ([message(content=None)], "the content of message 1 is null"),
+  ([message(content=[{"type": "text", "text": "a"}])], "the content of message 1 is a list of parts, expected a string; join"),
+  ([message(content={})], "the content of message 1 is an object"),
+  ([message(), message(tool_calls=[{}])], "message 2 has 'tool_calls', which would be lost"),
+  ([message(thinking="hm")], "message 1 has 'thinking', which would be lost"),
+  ([message(weight=0)], "message 1 has 'weight', which would be lost"),
+  ([message(content="\ud800")], "lone surrogate U+D800"),
+  ([message(content=" "), message(content="")], "empty text"),
+  ([message(content="x" * 900), message(content="x" * 200)], "1102 bytes, more than the 1000"),
+]
+
+
+@pytest.mark.parametrize(("value", "reason"), BAD_MESSAGES)
+def test_bad_messages_are_reported(tmp_path, value, reason):
+  path = tmp_path / "a.jsonl"
+  good = [message(name="Emma", weight=1, tool_calls=None), message(role="assistant", thinking="")]
+  path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (good, value, good)))
+  before, bad, after = read(path, records="messages", text_field="messages", max_document_bytes=1000)
+  assert before.messages == after.messages == [message(), message(role="assistant")]
+  assert isinstance(bad, BadRecord) and bad.line == 2 and bad.reason.startswith(reason), bad
+
+
+def test_deep_messages_are_reported(tmp_path):
+  deep = b'{"messages": ' + b'[{"content": ' * 50_000 + b"1" + b"}]" * 50_000 + b"}"
+  (bad,) = read(save(tmp_path / "a.jsonl", deep), records="messages", text_field="messages")
+  assert bad.reason.startswith("broken JSON")
+
+
+def test_messages_in_parquet_that_are_bad(tmp_path):
+  path = tmp_path / "a.parquet"
+  rows = [[message()], None, [], [message(role="bot")], [None], [message(content=None)], [message(), message(role="assistant")]]
+  rows += [[message(content="x" * 2000)], [{**message(), "tool_calls": ["f"]}]]
+  kind = pyarrow.list_(
+    pyarrow.struct([("role", "string"), ("content", "string"), ("tool_calls", pyarrow.list_(pyarrow.string()))])
+  )
+  pyarrow.parquet.write_table(pyarrow.table({"messages": pyarrow.array(rows, kind)}), path, row_group_size=4)
+  found = read(path, records="messages", text_field="messages", max_document_bytes=1000)
+  assert [r.messages and len(r.messages) if isinstance(r, Document) else r.reason[:30] for r in found] == [
+    1,
+    "column 'messages' is null",
+    "field 'messages' holds no mess",
+    "message 1 has the role 'bot', ",
+    "the role of message 1 is null,",
+    "the content of message 1 is nu",
+    2,
+    "2000 bytes, more than the 1000",
+    "message 1 has 'tool_calls', wh",
+  ]
+  assert [r.line for r in found] == list(range(1, 10))
+  for column, words in (
+    (["a"], "is string, expected list<struct<role: string"),
+    ([["a"]], "expected list<struct<role: string"),
+    ([[{"role": 1, "content": "a"}]], "expected list<struct<role: string"),
+    ([[{"from": "human", "value": "a"}]], "these are 'from' and 'value' (ShareGPT's form)"),
+  ):
+    pyarrow.parquet.write_table(pyarrow.table({"messages": column}), path)
+    (bad,) = read(path, records="messages", text_field="messages")
+    assert words in bad.reason and bad.reason.endswith("none of its 1 rows is read")
+
+
+def test_invalid_utf8_in_messages_in_parquet(tmp_path):
+  raw = pyarrow.array([b"a", b"\xff", b"c"], pyarrow.binary())
+  text = pyarrow.Array.from_buffers(pyarrow.string(), 3, raw.buffers())
+  structs = pyarrow.StructArray.from_arrays([pyarrow.array(["user"] * 3), text], ["role", "content"])
+  column = pyarrow.ListArray.from_arrays(pyarrow.array([0, 1, 2, 3], pyarrow.int32()), structs)
+  pyarrow.parquet.write_table(pyarrow.table({"messages": column}), tmp_path / "a.parquet")
+  found = read(tmp_path / "a.parquet", records="messages", text_field="messages")
+  assert outcome(found) == ["a", "invalid UTF-8 at byte 0 ", "c"]
+
+
 def test_find_files(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   os.makedirs("d/e")

@@ -193,7 +193,7 @@ def test_finished_units_are_not_done_again(tmp_path, inputs, fixtures, monkeypat
     names.append((batch[0].file, batch[0].offset, batch[0].line))
     if len(names) == 5:
       raise KeyboardInterrupt
-    write(self, batch, writer, notes)
+    return write(self, batch, writer, notes)
 
   monkeypatch.setattr(prepare._Worker, "_write", stop_in_the_middle)
   with pytest.raises(KeyboardInterrupt):
@@ -203,7 +203,7 @@ def test_finished_units_are_not_done_again(tmp_path, inputs, fixtures, monkeypat
   assert "units of work are finished" in capsys.readouterr().err
 
 
-def interrupted(inputs, output, fixtures, monkeypatch, num_units=3):
+def interrupted(inputs, output, fixtures, monkeypatch, num_units=3, **kwargs):
   """Leaves an unfinished store with so many finished units."""
   work, calls = prepare._Worker.run, []
 
@@ -215,7 +215,7 @@ def interrupted(inputs, output, fixtures, monkeypatch, num_units=3):
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(prepare._Worker, "run", stop)
-    run(inputs, output, fixtures)
+    run(inputs, output, fixtures, **kwargs)
 
 
 def test_unfinished_store_takes_up_changed_inputs(tmp_path, fixtures, texts, monkeypatch):
@@ -249,9 +249,9 @@ def test_unfinished_store_of_another_tokenizer_is_refused(tmp_path, inputs, fixt
 
 def test_two_at_once_are_refused(tmp_path, inputs, fixtures):
   with (
-    prepare._locked(tmp_path / "s", {}),
+    prepare._locked(tmp_path / "s", {}, "now"),
     pytest.raises(ConfigError, match="another process is preparing"),
-    prepare._locked(tmp_path / "s", {}),
+    prepare._locked(tmp_path / "s", {}, "now"),
   ):
     pass
 
@@ -384,7 +384,7 @@ def test_file_that_changes_meanwhile(tmp_path, small, fixtures, monkeypatch):
   def append(self, *args):
     with open(small, "a") as f:
       f.write('{"text": "more"}\n')
-    write(self, *args)
+    return write(self, *args)
 
   monkeypatch.setattr(prepare._Worker, "_write", append)
   with pytest.raises(documents.DataError, match="was changed while it was read"):
@@ -405,6 +405,181 @@ def test_plan_depends_on_sizes_only_and_covers_every_byte(tmp_path):
   assert [p.part.file for unit in units for p in unit] == sorted(p.part.file for unit in units for p in unit)
 
 
+# Conversations.
+
+TEMPLATE = (
+  "{% for m in messages %}{{ bos_token if loop.first }}[{{ m.role }}] {{ m.content }}{{ eos_token if m.role == 'assistant' }}"
+  "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.fixture
+def chatty(tmp_path, fixtures):
+  """A tokenizer's directory with a chat template."""
+  path = shutil.copytree(fixtures / "tokenizer", tmp_path / "chatty")
+  (path / "chat_template.jinja").write_text(TEMPLATE)
+  return path
+
+
+@pytest.fixture
+def talks(tmp_path, texts):
+  """Files of messages, some of them bad, as .jsonl and .parquet; returns the globs, the good ones and the bad lines."""
+  good = [[{"role": ("user", "assistant")[k % 2], "content": t} for k, t in enumerate(texts[i : i + 4])] for i in range(60)]
+  lines = [json.dumps({"messages": c}) for c in good]
+  bad = {
+    10: "[]",
+    11: '{"messages": [{"role": "user", "content": "a</s>"}]}',
+    30: '{"messages": [{"from": "human", "value": "a"}]}',
+  }
+  bad[31] = '{"messages": [{"role": "user", "content": "alone"}]}'
+  for at, line in bad.items():
+    lines.insert(at, line)
+  (tmp_path / "a.jsonl").write_text("\n".join(lines))
+  pyarrow.parquet.write_table(pyarrow.table({"messages": good[:7]}), tmp_path / "b.parquet", row_group_size=3)
+  return [tmp_path / "a.jsonl", tmp_path / "b.parquet"], [*good, *good[:7]], [at + 1 for at in bad]
+
+
+def without_spaces(text):
+  """This tokenizer's normaliser puts one behind every special token."""
+  return text.replace(" ", "")
+
+
+@pytest.mark.parametrize("train_on", ["all", "answers"])
+def test_messages_make_a_store(tmp_path, fixtures, chatty, talks, train_on):
+  inputs, good, bad_lines = talks
+  arguments = {"tokenizer": str(chatty), "records": "messages", "train_on": train_on}
+  report = run(inputs, tmp_path / "s", fixtures, **arguments)
+  opened, loaded = store.open_store(tmp_path / "s"), tokenizer.load(chatty)
+  is_alone = train_on == "all"  # a lone question is no fault then
+  assert opened.num_documents == report.num_documents == len(good) + is_alone
+  assert opened.has_loss_mask == (not is_alone)
+  found = [json.loads(line) for line in (tmp_path / "s" / prepare.BAD_RECORDS).read_text().splitlines()]
+  assert [(b["file"], b["line"]) for b in found] == [(str(inputs[0]), line) for line in bad_lines[: 4 - is_alone]]
+  assert "spells the control token '</s>'" in found[1]["reason"]
+  lone = store.text_hash('[["user","alone"]]')
+  documents_found = [i for i, found_hash in enumerate(opened.doc_hashes()) if found_hash != lone]
+  for i, talk in zip(documents_found, good, strict=True):
+    ids, said = opened.document(i), "".join(f"[{m['role']}] {m['content']}" for m in talk)
+    assert without_spaces(loaded.decode(ids)) == without_spaces(said) and (ids[0], ids[-1], (ids == 2).sum()) == (1, 2, 2)
+    answers = "".join(m["content"] for m in talk if m["role"] == "assistant")
+    if not is_alone:
+      counted = opened.loss_mask(i, 0, ids.size)
+      assert without_spaces(loaded.decode(ids[counted])) == without_spaces(answers) and counted[ids == 2].all()
+      assert opened.doc_bytes()[i] == len(answers.encode()) + 2 * len("</s>")
+    pairs = json.dumps([[m["role"], m["content"]] for m in talk], ensure_ascii=False, separators=(",", ":"))
+    assert opened.doc_hashes()[i] == store.text_hash(pairs)
+  manifest = opened.manifest
+  assert (manifest["records"], manifest["train_on"], manifest["text_field"]) == ("messages", train_on, "messages")
+  assert (
+    manifest["num_targets"]
+    == report.num_targets
+    == sum(opened.loss_mask(i, 0, opened.document(i).size).sum() for i in range(opened.num_documents))
+  )
+  assert any("in the loss" in line for line in report.lines()) == (not is_alone)
+  run(inputs, tmp_path / "t", fixtures, num_workers=2, unit_bytes=3000, **arguments)
+  run(inputs, tmp_path / "u", fixtures, num_workers=1, unit_bytes=3000, **arguments)
+  assert content(tmp_path / "t") == content(tmp_path / "u")
+  assert (store.open_store(tmp_path / "t").doc_hashes() == opened.doc_hashes()).all()
+
+
+def test_hashes_of_conversations_do_not_depend_on_the_tokenizer(tmp_path, fixtures, chatty, talks):
+  run(talks[0], tmp_path / "a", fixtures, tokenizer=str(chatty), records="messages", train_on="answers")
+  (chatty / "chat_template.jinja").write_text(
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+  )
+  run(talks[0], tmp_path / "b", fixtures, tokenizer=str(chatty), records="messages", train_on="answers")
+  a, b = (store.open_store(tmp_path / name) for name in "ab")
+  assert (a.doc_hashes() == b.doc_hashes()).all() and a.fingerprint != b.fingerprint
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_prompts_make_a_store(tmp_path, fixtures, chatty, has_template):
+  rows = [{"question": f"How many? {i}", "answer": f"{i} of them"} for i in range(9)]
+  (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+  arguments = {"records": "prompt", "train_on": "answers", "text_field": "question"}
+  directory = chatty if has_template else fixtures / "tokenizer"
+  run([tmp_path / "a.jsonl"], tmp_path / "s", fixtures, tokenizer=str(directory), **arguments)
+  opened, loaded = store.open_store(tmp_path / "s"), tokenizer.load(directory)
+  for i, row in enumerate(rows):
+    ids = opened.document(i)
+    said = loaded.decode(ids[opened.loss_mask(i, 0, ids.size)])
+    assert said.strip() == row["answer"] or (not has_template and row["answer"].endswith(said))
+    expected = f"[user] {row['question']}[assistant] {row['answer']}" if has_template else row["question"] + row["answer"]
+    assert loaded.decode(ids) == expected
+
+
+def test_stores_of_other_records_are_told_apart(tmp_path, fixtures, chatty, talks, monkeypatch):
+  inputs, *_ = talks
+  same = {"tokenizer": str(chatty), "records": "messages", "train_on": "answers"}
+  run(inputs, tmp_path / "s", fixtures, **same)
+  assert run(inputs, tmp_path / "s", fixtures, **same).was_finished
+  for change, words in (
+    ({"train_on": "all"}, "train_on: 'answers' in the store, now 'all'"),
+    ({"records": "text", "train_on": "all", "text_field": "messages"}, "records: 'messages' in the store, now 'text'"),
+    ({"records": "prompt", "text_field": "messages"}, "answer_field: '' in the store, now 'answer'"),
+  ):
+    with pytest.raises(ConfigError, match=words):
+      run(inputs, tmp_path / "s", fixtures, **(same | change))
+  interrupted(inputs, tmp_path / "u", fixtures, monkeypatch, **same)
+  with pytest.raises(ConfigError, match=r"unfinished store with other settings(.|\n)*train_on: 'answers' before, now 'all'"):
+    run(inputs, tmp_path / "u", fixtures, **(same | {"train_on": "all"}))
+  run(inputs, tmp_path / "u", fixtures, **same)
+  (chatty / "chat_template.jinja").write_text(TEMPLATE.replace("[", "("))
+  with pytest.raises(ConfigError, match=r"chat_template: '[0-9a-f]{32}' in the store, now"):
+    run(inputs, tmp_path / "s", fixtures, **same)
+
+
+def test_stores_made_before_records_had_kinds_are_taken(tmp_path, small, fixtures):
+  run([small], tmp_path / "s", fixtures)
+  file = tmp_path / "s" / store.MANIFEST
+  manifest = json.loads(file.read_text())
+  for key in "records", "train_on", "answer_field", "chat_template", "num_targets":
+    del manifest[key]
+  for entry in manifest["files"]:
+    del entry["num_targets"]
+  manifest["digest"] = store._manifest_digest(manifest)
+  file.write_text(json.dumps(manifest))
+  assert run([small], tmp_path / "s", fixtures).was_finished
+  assert store.open_store(tmp_path / "s").verify() == []
+
+
+def test_template_is_told_the_date_of_the_first_start(tmp_path, fixtures, chatty, talks, monkeypatch):
+  (chatty / "chat_template.jinja").write_text("{{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }}" + TEMPLATE)
+  same = {"tokenizer": str(chatty), "records": "messages", "train_on": "answers"}
+  interrupted(talks[0], tmp_path / "s", fixtures, monkeypatch, **same)
+  run(talks[0], tmp_path / "s", fixtures, num_workers=2, **same)
+  opened, loaded = store.open_store(tmp_path / "s"), tokenizer.load(chatty)
+  dates = {loaded.decode(opened.document(i)).split("[user]")[0].strip() for i in range(opened.num_documents)}
+  assert dates == {opened.manifest["rendered_at"].replace("T", " ")}
+  assert run(talks[0], tmp_path / "s", fixtures, **same).was_finished
+
+
+def test_wrong_settings_of_records(tmp_path, small, fixtures, chatty):
+  (tmp_path / "a.txt").write_text("a")
+  for change, words in (
+    ({"records": "chat"}, "--records='chat': choose text, messages, prompt"),
+    ({"records": "prompt", "train_on": "some"}, "--train_on='some'"),
+    ({"train_on": "answers"}, "a text has no answers"),
+    ({"records": "messages"}, "has no chat template"),
+  ):
+    with pytest.raises(ConfigError, match=words):
+      run([small], tmp_path / "s", fixtures, **change)
+  with pytest.raises(ConfigError, match=r"a\.txt holds no such records"):
+    run([small, tmp_path / "a.txt"], tmp_path / "s", fixtures, records="messages", tokenizer=str(chatty))
+  with pytest.raises(documents.DataError, match=r"20 bad records; .*in.jsonl:1: field 'messages' is missing"):
+    run([small], tmp_path / "s", fixtures, records="messages", tokenizer=str(chatty))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_bad_conversation_fails_by_file_and_line(tmp_path, fixtures, chatty, talks, num_workers):
+  same = {"tokenizer": str(chatty), "records": "messages", "num_workers": num_workers, "unit_bytes": 1 << 20}
+  (tmp_path / "a.jsonl").write_text("\n".join((tmp_path / "a.jsonl").read_text().splitlines()[11:]))
+  with pytest.raises(documents.DataError, match=r"a\.jsonl:1: message 1 spells the control token '</s>'.*--on_bad skip"):
+    run(talks[0], tmp_path / "s", fixtures, on_bad="fail", **same)
+  with pytest.raises(documents.DataError, match=r"2 bad records, more than --max_bad=1; the last is .*a\.jsonl:20"):
+    run(talks[0], tmp_path / "t", fixtures, max_bad=1, train_on="answers", **same)
+
+
 # The command.
 
 TOKENIZER = ("--tokenizer", "tests/fixtures/tokenizer")
@@ -414,6 +589,14 @@ def command(fixtures, *arguments):
   root = fixtures.parent.parent
   call = [sys.executable, "tools/prepare_data.py", *map(str, arguments)]
   return subprocess.run(call, cwd=root, capture_output=True, text=True)
+
+
+def test_command_for_messages(tmp_path, fixtures, chatty, talks):
+  flags = ("--records", "messages", "--train_on", "answers", "--tokenizer", chatty, "--output", tmp_path / "s")
+  done = command(fixtures, "--input", talks[0][0], "--input", talks[0][1], *flags)
+  assert done.returncode == 0 and "documents                  67" in done.stdout and "in the loss" in done.stdout, done.stderr
+  refused = command(fixtures, "--input", talks[0][0], *flags[2:])
+  assert refused.returncode == 78 and "--train_on answers: a text has no answers" in refused.stderr
 
 
 def test_command(tmp_path, small, fixtures):

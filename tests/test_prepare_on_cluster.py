@@ -57,7 +57,7 @@ def inputs(tmp_path_factory, texts):
 
 def task(output, fixtures):
   tokenizer = str(fixtures / "tokenizer")
-  return prepare.Task(str(output), tokenizer, "", "text", documents.MAX_DOCUMENT_BYTES, "skip", -1)
+  return prepare.Task(str(output), tokenizer, "", "text", "all", "text", "answer", documents.MAX_DOCUMENT_BYTES, "skip", -1)
 
 
 def machines(cluster, **changes):
@@ -167,6 +167,32 @@ def test_units_that_are_not_done_and_too_many_bad_records(tmp_path, cluster, inp
   arguments = {"contamination": None, "selection": cluster.Selection([], False, ""), "max_units": 256, "unit_bytes": UNIT_BYTES}
   with pytest.raises(documents.DataError, match=r"2004 bad records, more than --max_bad=2001"):
     cluster.prepare_on(machines(cluster), inputs, task=limited, **arguments)
+
+
+@pytest.mark.parity
+def test_masked_conversations_are_the_local_tools_too(tmp_path, cluster, fixtures, texts):
+  chatty = shutil.copytree(fixtures / "tokenizer", tmp_path / "chatty")
+  (chatty / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}")
+  talks = [[{"role": ("user", "assistant")[k % 2], "content": t} for k, t in enumerate(texts[i : i + 4])] for i in range(90)]
+  lines = [json.dumps({"messages": t}) for t in talks]
+  lines[30:30] = ["[]", json.dumps({"messages": [{"role": "user", "content": "alone"}]})]
+  (tmp_path / "a.jsonl").write_text("\n".join(lines))
+  evals = tmp_path / "evals.txt"
+  evals.write_text(texts[50])
+  contamination, inputs = decontaminate.build([str(evals)], fields=["text"]), [str(tmp_path / "a.jsonl")]
+  kwargs = {"tokenizer": str(chatty), "records": "messages", "train_on": "answers", "unit_bytes": UNIT_BYTES}
+  local = prepare.prepare(
+    inputs, output=str(tmp_path / "l"), contamination=contamination, num_workers=1, progress=False, **kwargs
+  )
+  work = task(tmp_path / "s", fixtures)._replace(
+    tokenizer=str(chatty), records="messages", train_on="answers", text_field="messages"
+  )
+  arguments = {"contamination": contamination, "selection": cluster.Selection([], False, ""), "max_units": 256}
+  report = cluster.prepare_on(machines(cluster), inputs, task=work, unit_bytes=UNIT_BYTES, **arguments)
+  assert content(tmp_path / "s") == content(tmp_path / "l")
+  assert any(name.endswith(".loss") for name in content(tmp_path / "s"))
+  assert report.num_targets < report.num_tokens and report.left_out == {"contaminated": 4} == local.left_out
+  assert report.num_bad == local.num_bad == 2
 
 
 # Filters, near-duplicates, contamination.

@@ -209,10 +209,137 @@ def test_stores_of_datatrove_that_do_not_fit_are_refused(tmp_path):
   (path / "00000_unshuffled.ds.metadata").write_text("gpt2|3\n")
   with pytest.raises(ConfigError, match="expected 'tokenizer"):
     store.open_store(path)
-  path = write_as_datatrove(tmp_path / "e", [[1, 2, 0]])
-  (path / "00000_unshuffled.ds.loss").write_bytes(b"\1\1\1")
-  with pytest.raises(ConfigError, match="loss masks"):
+
+
+# Loss masks.
+
+
+MASKED = [([5, 7, 0], [0, 1, 1]), ([1, 0], [0, 0]), ([9, 8, 7, 0], [1, 0, 1, 0]), ([0], [1])]
+
+
+def write_masked(path, docs=MASKED, **kwargs):
+  with store.StoreWriter(path, vocab_size=300, eos_id=0, **kwargs) as writer:
+    for ids, mask in docs:
+      writer.add(ids, text="ab", loss_mask=np.asarray(mask, bool))
+  return path
+
+
+@hypothesis.given(
+  docs=st.lists(st.lists(st.tuples(st.integers(0, 299), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=12),
+  max_file_tokens=st.integers(1, 40),
+  data=st.data(),
+)
+def test_masks_round_trip(tmp_path_factory, docs, max_file_tokens, data):
+  path = tmp_path_factory.mktemp("s") / "store"
+  docs = [tuple(zip(*pairs, strict=True)) for pairs in docs]
+  opened = store.open_store(write_masked(path, docs, max_file_tokens=max_file_tokens))
+  assert opened.has_loss_mask and opened.verify() == []
+  i = data.draw(st.integers(0, len(docs) - 1))
+  start = data.draw(st.integers(0, len(docs[i][0])))
+  length = data.draw(st.integers(0, len(docs[i][0]) - start))
+  found = opened.loss_mask(i, start, length)
+  assert found.dtype == bool and found.tolist() == list(docs[i][1])[start : start + length]
+  assert opened.tokens(i, start, length).tolist() == list(docs[i][0])[start : start + length]
+  assert opened.manifest["num_targets"] == sum(sum(mask) for _, mask in docs)
+  for wrong in (i, start, len(docs[i][0]) - start + 1), (len(docs), 0, 0), (i, -1, 1):
+    with pytest.raises(IndexError):
+      opened.loss_mask(*wrong)
+
+
+def test_a_store_without_masks_counts_everything(tmp_path):
+  opened = store.open_store(write(tmp_path / "s"))
+  assert not opened.has_loss_mask and opened.loss_mask(2, 1, 3).tolist() == [True] * 3
+  assert opened.manifest["num_targets"] == opened.num_tokens
+  assert not list((tmp_path / "s").glob("*.loss"))
+  with pytest.raises(IndexError):
+    opened.loss_mask(2, 1, 4)
+
+
+def test_mask_enters_the_fingerprint(tmp_path):
+  changed = [*MASKED[:-1], ([0], [0])]
+  found = {store.open_store(write_masked(tmp_path / name, docs)).fingerprint for name, docs in (("a", MASKED), ("b", changed))}
+  found |= {store.open_store(write(tmp_path / "c", [(ids, "ab") for ids, _ in MASKED])).fingerprint}
+  assert len(found) == 3
+
+
+def test_masks_that_do_not_fit_are_refused(tmp_path):
+  for mask in [1, 1], [[1, 1, 1]], []:
+    with pytest.raises(ValueError, match="a loss mask of shape"):
+      write_masked(tmp_path / str(mask), [([1, 2, 0], mask)])
+  for first, second in (None, [True]), ([True], None):
+    for max_file_tokens in 1, 100:
+      path = tmp_path / f"{first}{max_file_tokens}"
+      with (
+        pytest.raises(ValueError, match="a store has one kind"),
+        store.StoreWriter(path, vocab_size=300, eos_id=0, max_file_tokens=max_file_tokens) as writer,
+      ):
+        writer.add([0], text="a", loss_mask=first)
+        writer.add([0], text="a", loss_mask=second)
+
+
+@pytest.mark.parametrize("content", [b"", b"\1\1\1", bytes(11)])
+def test_cut_masks_are_refused_by_name(tmp_path, content):
+  (write_masked(tmp_path / "s") / "00000.ds.loss").write_bytes(content)
+  with pytest.raises(ConfigError, match=rf"00000\.ds\.loss: {len(content)} bytes, expected 10"):
+    store.open_store(tmp_path / "s")
+
+
+def test_missing_stray_and_changed_masks(tmp_path):
+  (write_masked(tmp_path / "a", max_file_tokens=4) / "00001.ds.loss").unlink()
+  with pytest.raises(ConfigError, match=r"00001\.ds\.loss: missing"):
+    store.open_store(tmp_path / "a")
+  (write(tmp_path / "b") / "00000.ds.loss").write_bytes(b"\1" * 10)
+  with pytest.raises(ConfigError, match=r"00000\.ds\.loss: not listed"):
+    store.open_store(tmp_path / "b")
+  file = write_masked(tmp_path / "c") / "00000.ds.loss"
+  file.write_bytes(bytes([1 - file.read_bytes()[0]]) + file.read_bytes()[1:])
+  (line,) = store.open_store(tmp_path / "c").verify()
+  assert "00000.ds.loss: digest" in line
+
+
+def test_store_of_datatrove_with_masks_opens(tmp_path):
+  docs = [ids for ids, _ in MASKED]
+  path = write_as_datatrove(tmp_path / "d", docs, files=2)
+  plain = store.open_store(path).fingerprint
+  (path / "00000_unshuffled.ds.loss").write_bytes(bytes([0, 1, 1, 1, 0, 1, 0]))
+  with pytest.raises(ConfigError, match=r"00001_unshuffled\.ds\.loss: missing"):
     store.open_store(path)
+  (path / "00001_unshuffled.ds.loss").write_bytes(bytes([0, 0, 1]))
+  opened = store.open_store(path)
+  assert opened.has_loss_mask and opened.fingerprint != plain
+  assert [opened.loss_mask(i, 0, len(opened.document(i))).tolist() for i in range(4)] == [
+    [False, True, True],
+    [True, False, True, False],
+    [False, False],
+    [True],
+  ]
+  (path / "00001_unshuffled.ds.loss").write_bytes(bytes([0, 0]))
+  with pytest.raises(ConfigError, match=r"00001_unshuffled\.ds\.loss: 2 bytes, expected 3"):
+    store.open_store(path)
+
+
+@pytest.mark.parity
+def test_datatrove_writes_the_same_masks(tmp_path, fixtures):
+  data = pytest.importorskip("datatrove.data")
+  tokens = pytest.importorskip("datatrove.pipeline.tokens.tokenizer")
+  file = str(fixtures / "tokenizer" / "tokenizer.json")
+  step = tokens.DocumentTokenizer(
+    str(tmp_path / "theirs"), file, eos_token="</s>", shuffle_documents=False, save_loss_metadata=True
+  )
+  texts = ["Emma Woodhouse, handsome, clever", "and rich"]
+  ranges = [[(0, 5)], [(4, 6)]]
+  step.run(iter([data.Document(text=t, id=t, metadata={"no_loss_ranges": r}) for t, r in zip(texts, ranges, strict=True)]))
+  theirs = store.open_store(tmp_path / "theirs")
+  assert theirs.has_loss_mask
+  masks = [theirs.loss_mask(i, 0, len(theirs.document(i))) for i in range(2)]
+  assert all(0 < mask.sum() < mask.size for mask in masks)
+  with store.StoreWriter(tmp_path / "ours", vocab_size=300, eos_id=2) as writer:
+    for i in range(2):
+      writer.add(theirs.document(i), text=texts[i], loss_mask=masks[i])
+  for part in "", ".index", ".loss":
+    assert (tmp_path / "ours" / f"00000.ds{part}").read_bytes() == (
+      tmp_path / "theirs" / f"00000_unshuffled.ds{part}"
+    ).read_bytes()
 
 
 @pytest.mark.parity

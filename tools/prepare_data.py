@@ -15,17 +15,26 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone that is not installed
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data import decontaminate, documents, prepare, store
+from cpt_jax.data import chat, decontaminate, documents, prepare, store
 
 _INPUT = flags.DEFINE_multi_string("input", [], "Path or quoted glob of .txt, .jsonl or .parquet (.gz, .zst too); repeatable.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "Directory of the base model, or its tokenizer.json or SentencePiece model.")
 _OUTPUT = flags.DEFINE_string("output", "", "Directory of the store to make.")
-_TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Field of .jsonl and .parquet records that holds the text.")
+_RECORDS = flags.DEFINE_enum(
+  "records", "text", documents.RECORDS, "What .jsonl and .parquet records hold; prompt: and its answer."
+)
+_TRAIN_ON = flags.DEFINE_enum("train_on", "all", chat.TRAIN_ON, "Which tokens of messages and prompts count in the loss.")
+_TEXT_FIELD = flags.DEFINE_string(
+  "text_field", "", "Field of the text, the messages or the prompt; empty = as --records is named."
+)
+_ANSWER_FIELD = flags.DEFINE_string("answer_field", "answer", "Field of the answer, for --records prompt.")
 _EOS_TOKEN = flags.DEFINE_string("eos_token", "", "Token that ends every document; empty = as the tokenizer's files say.")
 _NUM_WORKERS = flags.DEFINE_integer("num_workers", 0, "Processes; 0 = as many as there are cores and work.")
 _ON_BAD = flags.DEFINE_enum("on_bad", "skip", ["skip", "fail"], "A record that cannot be read: skip and report it, or fail.")
 _MAX_BAD = flags.DEFINE_integer("max_bad", -1, "Fail at more bad records than this; -1 = no limit.")
-_MAX_DOCUMENT_MB = flags.DEFINE_float("max_document_mb", 16.0, "A longer document is a bad record. Memory: about 110 times this.")
+_MAX_DOCUMENT_MB = flags.DEFINE_float(
+  "max_document_mb", 16.0, "A longer document is a bad record. Memory: 110 to 400 times this."
+)
 _DECONTAMINATE = flags.DEFINE_multi_string(
   "decontaminate",
   [],
@@ -59,7 +68,10 @@ def run() -> list[str]:
     _INPUT.value,
     tokenizer=_TOKENIZER.value,
     output=_OUTPUT.value,
+    records=_RECORDS.value,
+    train_on=_TRAIN_ON.value,
     text_field=_TEXT_FIELD.value,
+    answer_field=_ANSWER_FIELD.value,
     eos_token=_EOS_TOKEN.value,
     num_workers=_NUM_WORKERS.value,
     on_bad=_ON_BAD.value,

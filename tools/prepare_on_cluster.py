@@ -60,7 +60,10 @@ def run() -> list[str]:
     output=values.output,
     tokenizer=values.tokenizer,
     eos_token=values.eos_token,
-    text_field=values.text_field,
+    records=values.records,
+    train_on=values.train_on,
+    text_field=values.text_field or values.records,
+    answer_field=values.answer_field,
     max_document_bytes=int(values.max_document_mb * (1 << 20)),
     on_bad=values.on_bad,
     max_bad=values.max_bad,
@@ -87,6 +90,8 @@ def _check() -> None:
     problems.add(f"{' and '.join(missing)} missing, e.g. --input 'texts/*.jsonl' --tokenizer path/to/base --output store/name")
   for name in [n for n in _FILTERS.value if n not in _FILTER_NAMES]:
     problems.add(f"--filters: {name!r} is none of {', '.join(_FILTER_NAMES)}.{did_you_mean(name, list(_FILTER_NAMES))}")
+  if "c4" in _FILTERS.value and values.records != "text":
+    problems.add(f"--filters=c4: takes lines out of texts, which --records={values.records} do not have; leave it out")
   for name in "max_tasks", "cpus_per_task", "mem_per_cpu_gb":
     if values[name].value < 1:
       problems.add(f"--{name}={values[name].value}: must be 1 or more")

@@ -6,6 +6,9 @@ by `max_document_bytes`, whatever the file holds. Called by data.prepare.
 A .txt file is one document, or several with a line holding one form feed between them; the line break before such a line,
 and that at the end of the file, are no part of the text. A .jsonl line is an object with the text in one field; blank
 lines are no records. A byte order mark at the start of a file is dropped. Otherwise text is taken as it is.
+
+Instead of a text a record may hold a conversation: a list of {role, content} in one field, or a prompt and its answer in
+two. Of a message only role and content are read; one with a field that would be lost with meaning is a bad record.
 """
 
 import glob
@@ -24,6 +27,8 @@ from cpt_jax.config import ConfigError, Problems, did_you_mean
 
 KINDS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
+RECORDS = ("text", "messages", "prompt")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
 MAX_DOCUMENT_BYTES = 16 << 20
 # A compressed file may grow this many times, once it has given so much: text shrinks 3 to 20 times, logs up to 100.
 _BOMB_RATIO, _BOMB_BYTES = 250, 256 << 20
@@ -31,6 +36,8 @@ _ZSTD_WINDOW_BYTES = 128 << 20  # what the zstd program accepts unless told othe
 _JSON_GROWTH = 4  # bytes of a JSON line for a byte of its text: escapes double Chinese, other fields take room
 _READ_BYTES = 1 << 20
 _PARQUET_ROWS = 128
+# Fields of a message beside role and content that change what is said; the rest (names, times, ids) may go.
+_MEANT_FIELDS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 class DataError(ConfigError):
@@ -40,13 +47,14 @@ class DataError(ConfigError):
 
 
 class Document(NamedTuple):
-  """A text; `line` is that of its first character (.txt, .jsonl), or the row (.parquet), from 1."""
+  """A text or a conversation; `line` is that of its first character (.txt, .jsonl), or the row (.parquet), from 1."""
 
-  text: str
+  text: str  # of a conversation: what is said in it, the messages' contents with a blank line between them
   utf8: bytes
   file: str
   line: int
   offset: int  # byte in the (decompressed) file where the record starts; -1 in .parquet
+  messages: list[dict[str, str]] | None = None  # {role, content} each; None for a text
 
 
 class BadRecord(NamedTuple):
@@ -162,11 +170,21 @@ def lines_before(part: Part) -> int:
 class PartReader:
   """Iterates a part's records. Lines are counted from the part's start; `num_lines` says how many started in it."""
 
-  def __init__(self, part: Part, *, text_field: str = "text", max_document_bytes: int = MAX_DOCUMENT_BYTES):
+  def __init__(
+    self,
+    part: Part,
+    *,
+    records: str = "text",
+    text_field: str = "text",
+    answer_field: str = "answer",
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
+  ):
+    assert records in RECORDS
     self.part = part
     self.num_lines = 0
     self.consumed_bytes = 0  # of the file as it lies on disk
-    self._text_field = text_field
+    self._records = records
+    self._fields = [text_field, answer_field] if records == "prompt" else [text_field]
     self._max_bytes = max_document_bytes
     kind, self._compression = kind_of(part.file) or ("", "")
     self._read = {"txt": self._read_txt, "jsonl": self._read_jsonl}.get(kind)
@@ -293,29 +311,54 @@ class PartReader:
     except UnicodeDecodeError as error:
       return bad(f"invalid UTF-8 at byte {error.start} of the line")
     except (ValueError, RecursionError) as error:
-      cut = "" if line.endswith(b"\n") else "the last line is cut off: "
+      is_cut = isinstance(error, ValueError) and not line.endswith(b"\n")
+      cut = "the last line is cut off: " if is_cut else ""
       return bad(f"{cut}broken JSON: {str(error)[:100]}")
     if not isinstance(record, dict):
       return bad(f"{_json_type(record)}, expected an object")
-    if self._text_field not in record:
-      return bad(missing_field(self._text_field, list(record)))
-    text = record[self._text_field]
-    if not isinstance(text, str):
-      return bad(f"field {self._text_field!r} is {_json_type(text)}, expected a string")
+    for field in self._fields:
+      if field not in record:
+        return bad(self._missing(field, list(record)))
     try:
-      data = text.encode("utf-8")
-    except UnicodeEncodeError as error:
-      return bad(f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start} of {self._text_field!r}")
+      return self._record([record[field] for field in self._fields], offset)
+    except _RecordError as error:
+      return bad(str(error))
+
+  def _missing(self, field: str, found: list[str]) -> str:
+    names, flag = ", ".join(name[:40] for name in found[:10]) or "none", "--text_field"
+    if field != self._fields[0]:
+      flag = "--answer_field"
+    return f"field {field!r} is missing.{did_you_mean(field, [name[:40] for name in found])} Its fields: {names} ({flag})"
+
+  def _record(self, values: list[Any], offset: int) -> Document | BadRecord:
+    """A record of the values of its fields; strings may be given as UTF-8."""
+    if self._records == "messages":
+      return self._conversation(_messages(values[0], self._fields[0]), offset)
+    texts = [_string(value, f"field {field!r}") for value, field in zip(values, self._fields, strict=True)]
+    if self._records == "prompt":
+      if not texts[1] or texts[1].isspace():
+        raise _RecordError(f"empty answer in {self._fields[1]!r}")
+      return self._conversation([_message("user", texts[0]), _message("assistant", texts[1])], offset)
+    data = _utf8(texts[0], f"{self._fields[0]!r}")
     if len(data) > self._max_bytes:
-      return bad(self._too_long(len(data)))
+      raise _RecordError(self._too_long(len(data)))
     return self._document(data, self.num_lines, offset)
+
+  def _conversation(self, messages: list[dict[str, str]], offset: int) -> Document:
+    text = "\n\n".join(message["content"] for message in messages)
+    data = _utf8(text, "what is said")
+    if len(data) > self._max_bytes:
+      raise _RecordError(self._too_long(len(data)))
+    if not text or text.isspace():
+      raise _RecordError("empty text")
+    return Document(text, data, self.part.file, self.num_lines, offset, messages)
 
   def _read_parquet(self) -> Iterator[Document | BadRecord]:
     import pyarrow
 
     try:
       yield from self._parquet_rows()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: in a part of a message
       if isinstance(error, OSError) and error.errno is not None:  # the disk or the path, not the content
         raise
       reason = f"corrupt .parquet: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}"
@@ -329,37 +372,114 @@ class PartReader:
       metadata, schema = file.metadata, file.schema_arrow
       groups = range(self.part.start, metadata.num_row_groups if self.part.end < 0 else self.part.end)
       self.num_lines = sum(metadata.row_group(g).num_rows for g in range(self.part.start))
-      problem = _column_problem(schema, self._text_field)
+      problem = next(filter(None, (self._column_problem(schema, field) for field in self._fields)), "")
       if problem:
         yield BadRecord(self.part.file, self.num_lines + 1, -1, f"{problem}; none of its {metadata.num_rows} rows is read")
         return
-      if _parquet_ratio(metadata, groups, self._text_field) > _BOMB_RATIO:
+      if _parquet_ratio(metadata, groups, self._fields) > _BOMB_RATIO:
         raise pyarrow.ArrowException(f"decompresses to more than {_BOMB_RATIO} times its size")
       total = max(sum(metadata.row_group(g).num_rows for g in groups), 1)
       size = os.path.getsize(self.part.file) * len(groups) // max(metadata.num_row_groups, 1)
       first = self.num_lines
-      columns = [self._text_field]
-      for batch in file.iter_batches(_PARQUET_ROWS, row_groups=list(groups), columns=columns, use_threads=False):
-        column = batch.column(0)
-        if isinstance(column, pyarrow.DictionaryArray):
-          column = column.dictionary_decode()
-        for data in column.cast(pyarrow.large_binary()).to_pylist():
+      to_values = _message_values if self._records == "messages" else _text_values
+      for batch in file.iter_batches(_PARQUET_ROWS, row_groups=list(groups), columns=self._fields, use_threads=False):
+        for values in zip(*(to_values(batch.column(field)) for field in self._fields), strict=True):
           self.num_lines += 1
-          yield self._parquet_record(data)
+          yield self._parquet_record(values)
         self.consumed_bytes = size * (self.num_lines - first) // total
 
-  def _parquet_record(self, data: bytes | None) -> Document | BadRecord:
-    if data is None:
-      return BadRecord(self.part.file, self.num_lines, -1, f"column {self._text_field!r} is null")
-    if len(data) > self._max_bytes:
-      return BadRecord(self.part.file, self.num_lines, -1, self._too_long(len(data)))
-    return self._document(data, self.num_lines, -1)
+  def _column_problem(self, schema: Any, field: str) -> str:
+    """What is wrong with the column of a field, "" where it can be read."""
+    import pyarrow
+
+    if field not in schema.names:
+      return self._missing(field, schema.names)
+    kind = schema.field(field).type
+    if self._records != "messages":
+      return "" if _is_text(kind) else f"column {field!r} is {kind}, expected strings"
+    expected = f"column {field!r} is {str(kind)[:200]}, expected list<struct<role: string, content: string>>"
+    is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+    value = kind.value_type if is_list else None
+    if value is None or not pyarrow.types.is_struct(value):
+      return expected
+    names = [value.field(i).name for i in range(value.num_fields)]
+    if "content" not in names and "value" in names:
+      return f"{expected}; these are 'from' and 'value' (ShareGPT's form): rename them, and human to user, gpt to assistant"
+    is_right = all(names.count(key) == 1 and _is_text(value.field(key).type) for key in ("role", "content"))
+    return "" if is_right else expected
+
+  def _parquet_record(self, values: tuple[Any, ...]) -> Document | BadRecord:
+    try:
+      for value, field in zip(values, self._fields, strict=True):
+        if value is None:
+          raise _RecordError(f"column {field!r} is null")
+        if isinstance(value, bytes) and len(value) > self._max_bytes:
+          raise _RecordError(self._too_long(len(value)))
+      if self._records == "text":
+        return self._document(values[0], self.num_lines, -1)
+      return self._record(list(values), -1)
+    except _RecordError as error:
+      return BadRecord(self.part.file, self.num_lines, -1, str(error))
 
 
-def missing_field(field: str, found: list[str]) -> str:
-  """What to say when the text field is not there."""
-  names = ", ".join(str(name)[:40] for name in found[:10]) or "none"
-  return f"field {field!r} is missing.{did_you_mean(field, [str(f)[:40] for f in found])} Its fields: {names} (--text_field)"
+class _RecordError(Exception):
+  """A record is bad; the text is the reason."""
+
+
+def _string(value: Any, what: str) -> str:
+  if isinstance(value, bytes):  # of a .parquet file, where nothing has checked it
+    try:
+      return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+      raise _RecordError(f"invalid UTF-8 at byte {error.start} of {what}") from None
+  if not isinstance(value, str):
+    raise _RecordError(f"{what} is {_json_type(value)}, expected a string")
+  return value
+
+
+def _utf8(text: str, what: str) -> bytes:
+  try:
+    return text.encode("utf-8")
+  except UnicodeEncodeError as error:
+    found = f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start} of {what}"
+    raise _RecordError(found) from None
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+  return {"role": role, "content": content}
+
+
+def _messages(value: Any, field: str) -> list[dict[str, str]]:
+  if not isinstance(value, list):
+    raise _RecordError(f"field {field!r} is {_json_type(value)}, expected a list of messages")
+  if not value:
+    raise _RecordError(f"field {field!r} holds no message")
+  return [_checked_message(item, f"message {i}") for i, item in enumerate(value, 1)]
+
+
+def _checked_message(item: Any, what: str) -> dict[str, str]:
+  if not isinstance(item, dict):
+    raise _RecordError(f"{what} is {_json_type(item)}, expected an object with role and content")
+  if "content" not in item and "value" in item:
+    raise _RecordError(
+      f"{what} has the fields 'from' and 'value' (ShareGPT's form), expected 'role' and 'content'; "
+      "rename them, and human to user, gpt to assistant"
+    )
+  for key in "role", "content":
+    if key not in item:
+      names = ", ".join(str(name)[:40] for name in list(item)[:10]) or "none"
+      raise _RecordError(f"{what} has no {key!r}; its fields: {names}")
+  # A weight of 0 takes a message out of the loss in OpenAI's form.
+  lost = [key for key in _MEANT_FIELDS if item.get(key)] + ["weight"] * (item.get("weight") not in (None, 1))
+  if lost:
+    raise _RecordError(f"{what} has {lost[0]!r}, which would be lost: only role and content are read; remove or rewrite it")
+  role = _string(item["role"], f"the role of {what}")
+  if role not in ROLES:
+    raise _RecordError(f"{what} has the role {role[:40]!r}, expected one of {', '.join(ROLES)}; rename it")
+  content = item["content"]
+  if isinstance(content, list):
+    raise _RecordError(f"the content of {what} is a list of parts, expected a string; join its texts")
+  return _message(role, _string(content, f"the content of {what}"))
 
 
 def _json_type(value: Any) -> str:
@@ -367,24 +487,44 @@ def _json_type(value: Any) -> str:
   return names.get(type(value), "a number")
 
 
-def _column_problem(schema: Any, field: str) -> str:
+def _is_text(kind: Any) -> bool:
   import pyarrow
 
-  if field not in schema.names:
-    return missing_field(field, schema.names)
-  kind = schema.field(field).type
   value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-  is_text = pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value) or pyarrow.types.is_string_view(value)
-  return "" if is_text else f"column {field!r} is {kind}, expected strings"
+  return pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value) or pyarrow.types.is_string_view(value)
 
 
-def _parquet_ratio(metadata: Any, groups: range, field: str) -> float:
-  """How many times the text column grows, 0 where it is small."""
+def _text_values(column: Any) -> list[bytes | None]:
+  """The strings of a column as UTF-8 that nothing has checked."""
+  import pyarrow
+
+  if isinstance(column, pyarrow.DictionaryArray):
+    column = column.dictionary_decode()
+  return column.cast(pyarrow.large_binary()).to_pylist()
+
+
+def _message_values(column: Any) -> list[list[dict[str, Any] | None] | None]:
+  """The lists of messages of a column, their strings as UTF-8 that nothing has checked."""
+  lengths, values = column.value_lengths().to_pylist(), column.flatten()
+  parts = {values.type.field(i).name: part for i, part in enumerate(values.flatten())}
+  fields = [name for name in parts if name in ("role", "content", "weight", *_MEANT_FIELDS)]
+  lists = [_text_values(parts[f]) if _is_text(parts[f].type) else parts[f].to_pylist() for f in fields]
+  messages = [dict(zip(fields, row, strict=True)) for row in zip(*lists, strict=True)]
+  found, start = [], 0
+  for length in lengths:
+    found.append(None if length is None else messages[start : start + length])
+    start += length or 0
+  return found
+
+
+def _parquet_ratio(metadata: Any, groups: range, fields: list[str]) -> float:
+  """How many times the read columns grow, 0 where they are small."""
   compressed = uncompressed = 0
   for g in groups:
     group = metadata.row_group(g)
     for c in range(group.num_columns):
-      if group.column(c).path_in_schema == field:
+      path = group.column(c).path_in_schema  # of a list: "messages.list.element.content"
+      if any(path == field or path.startswith(f"{field}.") for field in fields):
         compressed += group.column(c).total_compressed_size
         uncompressed += group.column(c).total_uncompressed_size
   return uncompressed / max(compressed, 1) if uncompressed > _BOMB_BYTES else 0.0

@@ -1,15 +1,19 @@
 """Raw text files -> a token store, by several processes, with a progress bar; interrupted, it goes on where it stopped.
 
-Invariant: what is written depends on the texts, the tokenizer and the text field only, never on the number of processes or
-on interruptions; `store.json` is written last. Called by tools/prepare_data.py, data.cluster, and main for a source with `text`.
+Invariant: what is written depends on the texts, the tokenizer and how records are read only, never on the number of processes
+or on interruptions; `store.json` is written last. Called by tools/prepare_data.py, data.cluster and main.
 
 The input is cut into work units (whole small files, or parts of big ones), a token file each. A unit is written under
 names of its own in `in_progress/`, moved into place, and then marked as finished there.
+
+Records are texts, or conversations (`messages`, `prompt`) that data.chat renders; trained on their answers only, they make a
+masked store, see data.store. A chat template that asks for the date is told that of the first start, also after interruptions.
 """
 
 import collections
 import concurrent.futures
 import contextlib
+import datetime
 import errno
 import fcntl
 import hashlib
@@ -30,7 +34,7 @@ import rich.console
 import rich.progress
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data import decontaminate, documents, store
+from cpt_jax.data import chat, decontaminate, documents, store
 from cpt_jax.data import tokenizer as tokenizers
 from cpt_jax.data.documents import BadRecord, DataError, Document, Part
 
@@ -44,6 +48,8 @@ _BATCH_BYTES, _BATCH_DOCUMENTS = 1 << 20, 1024
 _COUNTED_BYTES = 1 << 20  # of input, before the display hears of them
 _LISTS = ("bad", "contaminated")  # of records that a unit left out
 _SHOWN_BAD, _SHOWN_FREQUENT = 10, 5
+# What a store says that was made before records had kinds.
+_UNSAID = {"records": "text", "train_on": "all", "answer_field": "", "chat_template": ""}
 
 # (number of the unit, its documents, counts to fill) -> the documents that are kept; counts are of those left out, by reason.
 Select = Callable[[int, Iterable[Document], dict[str, int]], Iterable[Document]]
@@ -63,10 +69,14 @@ class Task(NamedTuple):
   output: str
   tokenizer: str
   eos_token: str
+  records: str  # "text", "messages" or "prompt"
+  train_on: str  # "all" or "answers"
   text_field: str
+  answer_field: str
   max_document_bytes: int
   on_bad: str
   max_bad: int  # -1 = no limit
+  rendered_at: str = ""  # ISO time that chat templates are told; set at the first start
   contamination: str = ""  # file of the evaluation texts' runs of words (decontaminate.load)
 
 
@@ -103,7 +113,7 @@ class PrepareReport(NamedTuple):
   output: str
   num_documents: int
   num_tokens: int
-  num_bytes: int  # of the documents' UTF-8 text
+  num_bytes: int  # of the documents' UTF-8 text, as far as it counts in the loss
   num_bad: int
   bad_records: list[BadRecord]  # the first few
   notes: dict[str, int]
@@ -111,6 +121,7 @@ class PrepareReport(NamedTuple):
   was_finished: bool
   left_out: dict[str, int]  # documents, by reason
   frequent: list[Frequent]  # of the contaminated
+  num_targets: int  # tokens that count in the loss
 
   def lines(self) -> list[str]:
     """The summary for people."""
@@ -118,8 +129,9 @@ class PrepareReport(NamedTuple):
       f"{self.output}: {'already finished, nothing to do' if self.was_finished else f'written in {self.seconds:.1f} s'}",
       f"  documents    {self.num_documents:>16,}",
       f"  tokens       {self.num_tokens:>16,}",
+      *([f"  in the loss  {self.num_targets:>16,}"] if self.num_targets < self.num_tokens else []),
       f"  text bytes   {self.num_bytes:>16,}",
-      f"  tokens/byte  {self.num_tokens / max(self.num_bytes, 1):>16.4f}",
+      f"  tokens/byte  {self.num_targets / max(self.num_bytes, 1):>16.4f}",
       f"  bad records  {self.num_bad:>16,}",
     ]
     lines += [f"  bad: {bad.file}:{bad.line}: {bad.reason}" for bad in self.bad_records]
@@ -145,7 +157,10 @@ def prepare(
   *,
   tokenizer: str,
   output: str,
-  text_field: str = "text",
+  records: str = "text",
+  train_on: str = "all",
+  text_field: str = "",
+  answer_field: str = "answer",
   on_bad: str = "skip",
   max_bad: int = -1,
   num_workers: int = 0,
@@ -161,12 +176,17 @@ def prepare(
     inputs: paths and globs.
     tokenizer: as `tokenizer.load` takes it.
     output: the store's directory.
-    text_field: field of .jsonl and .parquet records.
+    records: what a record of .jsonl and .parquet files holds: a "text"; "messages", a list of {role, content}; or a "prompt"
+      and its answer, as two messages where the tokenizer has a chat template, else as one text.
+    train_on: which tokens of conversations count in the loss: "all" or those of the "answers".
+    text_field: field of the text, the messages or the prompt; "" = named as `records`.
+    answer_field: field of a prompt's answer.
     on_bad: "skip" bad records, or "fail" at one.
     max_bad: fail at more bad records than this; -1 = no limit.
     num_workers: processes; 0 = as many as there are cores and work.
     eos_token: overrides the EOS that the tokenizer's files name.
-    max_document_bytes: a longer document is a bad record; bounds the memory (about 110 bytes for each).
+    max_document_bytes: a longer document is a bad record; bounds the memory: about 110 bytes for each of prose, 400 where each
+      byte is a token.
     contamination: leave out documents that share words with these evaluation texts.
     unit_bytes: input in a unit of work; 0 = 8 MiB, more where there would be more than 256 units.
     progress: show it.
@@ -181,7 +201,18 @@ def prepare(
   report = prepare_with(
     lambda job, loaded: _run(job, loaded, num_workers=num_workers, progress=progress),
     inputs,
-    task=Task(output, tokenizer, eos_token, text_field, max_document_bytes, on_bad, max_bad),
+    task=Task(
+      output=output,
+      tokenizer=tokenizer,
+      eos_token=eos_token,
+      records=records,
+      train_on=train_on,
+      text_field=text_field or records,
+      answer_field=answer_field,
+      max_document_bytes=max_document_bytes,
+      on_bad=on_bad,
+      max_bad=max_bad,
+    ),
     contamination=contamination,
     selection=None,
     unit_bytes=unit_bytes,
@@ -220,14 +251,25 @@ def prepare_with(
   output = task.output
   if task.on_bad not in ("skip", "fail"):
     raise ConfigError(f"--on_bad={task.on_bad!r}: choose skip or fail")
+  if task.records not in documents.RECORDS:
+    raise ConfigError(f"--records={task.records!r}: choose {', '.join(documents.RECORDS)}")
+  if task.train_on not in chat.TRAIN_ON:
+    raise ConfigError(f"--train_on={task.train_on!r}: choose {' or '.join(chat.TRAIN_ON)}")
+  if task.train_on == "answers" and task.records == "text":
+    raise ConfigError("--train_on answers: a text has no answers; choose --records messages or prompt, or --train_on all")
   if not 0 < task.max_document_bytes < 1 << 31:
     raise ConfigError(f"--max_document_mb: {task.max_document_bytes} bytes; must be above 0 and below 2 GiB")
   if os.path.exists(output) and not os.path.isdir(output):
     raise ConfigError(f"--output {output}: is a file; name a directory")
   start_secs = time.monotonic()
   files = documents.find_files(inputs)
+  texts = [f for f in files if (documents.kind_of(f) or ("", ""))[0] == "txt"]
+  if texts and task.records != "text":
+    raise ConfigError(f"--records {task.records}: {texts[0]} holds no such records; give .jsonl or .parquet files")
   loaded = tokenizers.load(task.tokenizer, eos_token=task.eos_token)
   loaded.require_eos()
+  task = task._replace(rendered_at=datetime.datetime.now().isoformat())
+  _encoder(task, loaded)  # says what is wrong with the chat template
   settings = _settings(task, loaded, files)
   settings["decontaminate"] = {"words": contamination.ngram_words, "digest": contamination.digest} if contamination else None
   settings["selection"] = selection
@@ -235,7 +277,7 @@ def prepare_with(
   with _plain_disk_errors(output), contextlib.ExitStack() as stack:
     finished = _finished(Path(output), settings, stats)
     if finished is None:
-      stack.enter_context(_locked(Path(output), settings))
+      task = task._replace(rendered_at=stack.enter_context(_locked(Path(output), settings, task.rendered_at)))
       finished = _finished(Path(output), settings, stats)  # by another process, meanwhile
     if finished is not None:
       shutil.rmtree(Path(output) / store.IN_PROGRESS, ignore_errors=True)  # left by a kill after the last step but one
@@ -253,7 +295,7 @@ def prepare_with(
     num_bad = sum(m["num_bad"] for m in markers)
     if 0 <= task.max_bad < num_bad:  # by tasks that do not know of each other
       raise DataError(f"{num_bad} bad records, more than --max_bad={task.max_bad}")
-    manifest = _finish(Path(output), loaded, settings, units, markers, stats)
+    manifest = _finish(Path(output), loaded, settings, units, markers, stats, task.rendered_at)
   return _report(output, manifest, seconds=time.monotonic() - start_secs, was_finished=False)
 
 
@@ -277,7 +319,41 @@ def plan(files: list[str], *, unit_bytes: int = 0, max_units: int = _MAX_UNITS) 
   return units
 
 
+def _encoder(task: Task, tokenizer: tokenizers.Tokenizer) -> chat.Encoder | None:
+  """None for texts."""
+  if task.records == "text":
+    return None
+  now = datetime.datetime.fromisoformat(task.rendered_at)
+  return chat.Encoder(tokenizer, records=task.records, train_on=task.train_on, now=now)
+
+
 # One unit.
+
+
+class _BadRecords:
+  """Writes down a unit's bad records in order, though rendering may find one bad after reading has found later ones."""
+
+  _MAX_HELD = 1024  # a file of nothing else is not kept in memory
+
+  def __init__(self, file: TextIO, unit: list[Piece], check: Callable[[BadRecord, Part], None]):
+    self._file, self._unit, self._check = file, unit, check
+    self._held: list[tuple[int, BadRecord]] = []
+    self.is_held = False  # are there documents that may turn out to be bad?
+    self.num = 0
+
+  def add(self, index: int, bad: BadRecord) -> None:
+    """Notes a bad record of piece `index`."""
+    self._held.append((index, bad))
+    if not self.is_held or len(self._held) >= self._MAX_HELD:
+      self.flush()
+
+  def flush(self) -> None:
+    """Writes what is held."""
+    held, self._held, self.is_held = sorted(self._held, key=lambda item: (item[0], item[1].line)), [], False
+    for index, bad in held:
+      self._file.write(json.dumps([index, *bad]) + "\n")
+      self.num += 1
+      self._check(bad, self._unit[index].part)
 
 
 class _Worker:
@@ -292,6 +368,7 @@ class _Worker:
     select: Select = lambda number, found, left_out: found,
   ):
     self._task, self._tokenizer, self._select = task, tokenizer, select
+    self._encoder = _encoder(task, tokenizer)
     self._contamination = decontaminate.load(task.contamination) if task.contamination else None
     self._counters = counters  # shared by the processes: input bytes, documents, tokens, bad records, stop
     self._tick = tick
@@ -309,9 +386,12 @@ class _Worker:
     lists = [self._progress / f"{own}.{kind}" for kind in _LISTS]
     try:
       with open(lists[0], "w", encoding="utf-8") as bad_file, open(lists[1], "w", encoding="utf-8") as contaminated_file:
-        found = self._documents(unit, bad_file, num_lines)
-        for batch in _batches(self._select(number, found, left_out)):
-          self._write(self._clean(batch, unit, contaminated_file, left_out), writer, notes)
+        bad = _BadRecords(bad_file, unit, self._check_bad)
+        for batch in _batches(self._select(number, self._documents(unit, bad, num_lines), left_out)):
+          for record in self._write(self._clean(batch, unit, contaminated_file, left_out), writer, notes):
+            bad.add(_piece_of(record, unit), record)
+          bad.flush()
+        bad.flush()
       digests = [_file_digest(p) for p in unit]
       for piece, stat in zip(unit, stats, strict=True):  # ORDER: after all reading, that of the digests too
         _check_unchanged(piece.part.file, stat)
@@ -323,7 +403,8 @@ class _Worker:
         for path in lists:
           path.unlink(missing_ok=True)
     if info.num_documents:
-      for final, part in zip(store.part_names(name), store.part_names(f"{own}.ds"), strict=True):
+      finals, parts = (store.part_names(n, has_loss_mask=writer.has_loss_mask) for n in (name, f"{own}.ds"))
+      for final, part in zip(finals, parts, strict=True):
         os.replace(self._progress / part, self._output / final)
     else:
       writer.abandon()
@@ -334,31 +415,30 @@ class _Worker:
       "unit": unit_key(unit, stats),
       "info": info._replace(name=name)._asdict(),
       "digests": digests,
-      "num_lines": [n for n, _ in num_lines],
-      "num_bad": sum(n for _, n in num_lines),
+      "num_lines": num_lines,
+      "num_bad": bad.num,
       "notes": notes,
       "left_out": left_out,
     }
     # ORDER: the marker after the files, or an interruption between them would count a unit that is not there.
     store.write_atomically(self._progress / f"{number:05d}.json", json.dumps(marker).encode("utf-8"))
 
-  def _documents(self, unit, bad_file: TextIO, num_lines: list[tuple[int, int]]) -> Iterator[Document]:
-    """The unit's documents; writes down bad records, and the lines and bad records of each piece, and counts what was read."""
+  def _documents(self, unit: list[Piece], bad: _BadRecords, num_lines: list[int]) -> Iterator[Document]:
+    """The unit's documents; notes bad records and the lines of each piece, and counts what was read."""
     for index, piece in enumerate(unit):
-      reader, num_bad = open_part(self._task, piece.part), 0
+      reader = open_part(self._task, piece.part)
       size, counted = piece.digest_end - piece.digest_start, 0
       for record in reader:
         if isinstance(record, Document):
+          bad.is_held = self._encoder is not None
           yield record
         else:
-          bad_file.write(json.dumps([index, *record]) + "\n")
-          num_bad += 1
-          self._check_bad(record, piece.part)
+          bad.add(index, record)
         consumed = min(reader.consumed_bytes, size)
         if consumed > counted + _COUNTED_BYTES:
           self._count(0, consumed - counted)
           counted = consumed
-      num_lines.append((reader.num_lines, num_bad))
+      num_lines.append(reader.num_lines)
       self._count(0, size - counted)
 
   def _clean(self, batch: list[Document], unit: list[Piece], file: TextIO, left_out: dict[str, int]) -> list[Document]:
@@ -376,18 +456,38 @@ class _Worker:
         left_out["contaminated"] += 1
     return kept
 
-  def _write(self, batch: list[Document], writer: store.TokenFileWriter, notes: dict[str, int]) -> None:
-    encoded = self._tokenizer.encode_documents([d.text for d in batch])
-    for document, ids in zip(batch, encoded.ids, strict=True):
-      writer.add(ids, num_bytes=len(document.utf8), text_hash=store.text_hash(document.utf8))
-      notes["nul"] += "\0" in document.text
-    notes["special_text"] += encoded.num_special_text
-    notes["control_ids"] += encoded.num_control_ids
-    self._count(1, len(batch))
-    self._count(2, sum(map(len, encoded.ids)))
+  def _write(self, batch: list[Document], writer: store.TokenFileWriter, notes: dict[str, int]) -> list[BadRecord]:
+    """Writes documents; returns those that turn out to be bad."""
+    num_before, bad = writer.num_tokens, []
+    if self._encoder is None:
+      encoded = self._tokenizer.encode_documents([d.text for d in batch])
+      for document, ids in zip(batch, encoded.ids, strict=True):
+        writer.add(ids, num_bytes=len(document.utf8), text_hash=store.text_hash(document.utf8))
+        notes["nul"] += "\0" in document.text
+      notes["special_text"] += encoded.num_special_text
+      notes["control_ids"] += encoded.num_control_ids
+    else:
+      bad = self._write_conversations(self._encoder, batch, writer, notes)
+    self._count(1, len(batch) - len(bad))
+    self._count(2, writer.num_tokens - num_before)
     self._tick()
     if self._counters[4]:
       raise KeyboardInterrupt
+    return bad
+
+  def _write_conversations(self, encoder: chat.Encoder, batch, writer, notes) -> list[BadRecord]:
+    bad = []
+    conversations = [document.messages for document in batch]
+    for document, found in zip(batch, encoder.encode(conversations), strict=True):
+      if isinstance(found, chat.RenderError):
+        bad.append(BadRecord(document.file, document.line, document.offset, str(found)))
+        continue
+      text_hash = store.text_hash(chat.canonical(document.messages))  # not of the rendering, which is the tokenizer's
+      writer.add(found.ids, num_bytes=found.num_bytes, text_hash=text_hash, loss_mask=found.loss_mask)
+      notes["nul"] += "\0" in document.text
+      notes["special_text"] += found.has_special_text
+      notes["control_ids"] += found.has_control_ids
+    return bad
 
   def _check_bad(self, bad: BadRecord, part: Part) -> None:
     num_bad = self._count(3, 1)
@@ -406,7 +506,13 @@ class _Worker:
 
 def open_part(task: Task, part: Part) -> documents.PartReader:
   """The reader of a part, as the task reads it."""
-  return documents.PartReader(part, text_field=task.text_field, max_document_bytes=task.max_document_bytes)
+  return documents.PartReader(
+    part,
+    records=task.records,
+    text_field=task.text_field,
+    answer_field=task.answer_field,
+    max_document_bytes=task.max_document_bytes,
+  )
 
 
 def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
@@ -421,8 +527,8 @@ def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
     yield batch
 
 
-def _piece_of(document: Document, unit: list[Piece]) -> int:
-  """The number of the piece in which the document starts."""
+def _piece_of(document: Document | BadRecord, unit: list[Piece]) -> int:
+  """The number of the piece in which a record starts."""
   for index, (part, _, _) in enumerate(unit):
     if part.file == document.file and (part.end < 0 or document.offset < 0 or part.start <= document.offset < part.end):
       return index
@@ -560,7 +666,8 @@ def _file_digest(piece: Piece) -> str:
 
 def _differences(manifest: dict[str, Any], settings: dict[str, Any], stats: list[dict[str, Any]]) -> list[str]:
   """In what a finished store differs from what is asked for; reads files only where their time is another."""
-  found = [f"{k}: {manifest.get(k)!r} in the store, now {v!r}" for k, v in settings.items() if manifest.get(k) != v]
+  before = _UNSAID | manifest
+  found = [f"{k}: {before.get(k)!r} in the store, now {v!r}" for k, v in settings.items() if before.get(k) != v]
   old, new = manifest["inputs"], stats
   if len(old) != len(new):
     return [*found, f"inputs: {len(old)} files in the store, now {len(new)}"]
@@ -580,7 +687,11 @@ def _settings(task: Task, loaded: tokenizers.Tokenizer, files: list[str]) -> dic
   return {
     "tokenizer_fingerprint": loaded.fingerprint,
     "eos_id": loaded.require_eos(),
+    "records": task.records,
+    "train_on": task.train_on,
     "text_field": task.text_field if has_fields else "",
+    "answer_field": task.answer_field if task.records == "prompt" else "",
+    "chat_template": "" if task.records == "text" else chat.template_digest(loaded.chat_template),
     "max_document_bytes": task.max_document_bytes,
   }
 
@@ -605,8 +716,8 @@ def _finished(output: Path, settings: dict[str, Any], stats: list[dict[str, Any]
 
 
 @contextlib.contextmanager
-def _locked(output: Path, settings: dict[str, Any]) -> Iterator[None]:
-  """Makes the directory, or takes it up again; holds it against other processes."""
+def _locked(output: Path, settings: dict[str, Any], now: str) -> Iterator[str]:
+  """Makes the directory, or takes it up again; holds it against other processes. Yields when it was made: `now`, or earlier."""
   directory = output / store.IN_PROGRESS
   others = {p.name for p in output.iterdir()} - {BAD_RECORDS, CONTAMINATED, store.MANIFEST} if output.is_dir() else set()
   if others and not directory.exists():
@@ -628,8 +739,9 @@ def _locked(output: Path, settings: dict[str, Any]) -> Iterator[None]:
           f"Different:\n{shown}"
         )
     else:
-      store.write_atomically(plan_file, json.dumps(settings).encode("utf-8"))
-    yield
+      before = {**settings, "rendered_at": now}
+      store.write_atomically(plan_file, json.dumps(before).encode("utf-8"))
+    yield before["rendered_at"]
 
 
 @contextlib.contextmanager
@@ -650,7 +762,7 @@ def _plain_disk_errors(output: str) -> Iterator[None]:
     raise OSError(error.errno, f"{error.filename or output}: {advice[error.errno]}") from error
 
 
-def _finish(output: Path, loaded, settings, units, markers, stats) -> dict[str, Any]:
+def _finish(output: Path, loaded, settings, units, markers, stats, rendered_at: str) -> dict[str, Any]:
   """Gathers the records that were left out, writes `store.json`, removes what is no longer needed."""
   directory = output / store.IN_PROGRESS
   num_bad, left_out, frequent = sum(m["num_bad"] for m in markers), {}, collections.Counter()
@@ -672,7 +784,7 @@ def _finish(output: Path, loaded, settings, units, markers, stats) -> dict[str, 
   for unit, marker in zip(units, markers, strict=True):
     for piece, digest in zip(unit, marker["digests"], strict=True):
       digests[piece.part.file].append(digest)
-  names = {part for f in files for part in store.part_names(f.name)}
+  names = {part for f in files for part in store.part_names(f.name, has_loss_mask="loss" in f.digests)}
   for path in output.glob("*.ds*"):  # of units that an earlier, interrupted run with other files had
     if path.name not in names:
       path.unlink()
@@ -684,7 +796,8 @@ def _finish(output: Path, loaded, settings, units, markers, stats) -> dict[str, 
     tokenizer_fingerprint=loaded.fingerprint,
     eos_id=loaded.require_eos(),
     extra={
-      "text_field": settings["text_field"],
+      **{key: settings[key] for key in ("records", "train_on", "text_field", "answer_field", "chat_template")},
+      **({"rendered_at": rendered_at} if settings["chat_template"] and "strftime_now" in loaded.chat_template else {}),
       "max_document_bytes": settings["max_document_bytes"],
       "inputs": [{**s, "digests": digests[s["path"]]} for s in stats],
       "bad_records": {"num": num_bad, "first": [b._asdict() for b in first]},
@@ -740,6 +853,7 @@ def _report(output: str, manifest: dict[str, Any], *, seconds: float, was_finish
     was_finished=was_finished,
     left_out=manifest.get("left_out", {}),  # not in stores of before there was a reason to leave documents out
     frequent=[Frequent(*f) for f in manifest.get("frequent", [])],
+    num_targets=manifest.get("num_targets", manifest["num_tokens"]),
   )
 
 

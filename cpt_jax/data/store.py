@@ -7,6 +7,10 @@ Files of a store, for each NNNNN: `NNNNN.ds` tokens (little-endian uint16 or uin
 ends in tokens, `NNNNN.ds.metadata` text, as datatrove's DocumentTokenizer writes them (0.10.1); and, by us only,
 `NNNNN.ds.bytes` uint32 UTF-8 bytes of each document, `NNNNN.ds.hash` uint64 hash of each document's text, and one
 `store.json`. While a store is being made it holds a directory `in_progress` and no `store.json`.
+
+A masked store has `NNNNN.ds.loss` too, datatrove's: a byte for each token, 1 where the token counts in the loss (as a
+target), 0 where it is only read. Its `.bytes` are those of the text that counts, so that bits per byte, the sum of the loss
+over the bytes, stays a measure of the text that the loss is about. The `.hash` of a conversation is of its messages.
 """
 
 import bisect
@@ -25,6 +29,7 @@ FORMAT = 1
 MANIFEST = "store.json"
 IN_PROGRESS = "in_progress"
 _PARTS = {"ds": "", "index": ".index", "bytes": ".bytes", "hash": ".hash", "metadata": ".metadata"}
+_LOSS = ".loss"
 _FLUSH_BYTES = 1 << 20
 _MAX_MAPS = 400  # each map holds a file descriptor, of which a process commonly has 1024
 
@@ -35,9 +40,10 @@ class FileInfo(NamedTuple):
   name: str  # "00000.ds"
   num_documents: int
   num_tokens: int
-  num_bytes: int  # UTF-8 bytes of the documents' texts
+  num_bytes: int  # UTF-8 bytes of the documents' texts, as far as they count in the loss
   max_token_id: int  # -1 where there is no token
-  digests: dict[str, str]  # part ("ds", "index", ...) -> BLAKE2b of the file's bytes
+  digests: dict[str, str]  # part ("ds", "index", ...; "loss" in a masked store only) -> BLAKE2b of the file's bytes
+  num_targets: int  # tokens that count in the loss: all of them where there is no mask
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -118,14 +124,27 @@ class TokenFileWriter:
     except OSError:
       self.abandon()
       raise
-    self.num_documents = self.num_tokens = self.num_bytes = 0
+    self.num_documents = self.num_tokens = self.num_bytes = self.num_targets = 0
     self.max_token_id = -1
 
-  def add(self, tokens: np.ndarray | list[int], *, num_bytes: int, text_hash: int) -> None:
+  @property
+  def has_loss_mask(self) -> bool:
+    """The first document decides."""
+    return "loss" in self._parts
+
+  def add(
+    self, tokens: np.ndarray | list[int], *, num_bytes: int, text_hash: int, loss_mask: np.ndarray | list[bool] | None = None
+  ) -> None:
     """Appends a document.
 
+    Args:
+      tokens: ids.
+      num_bytes: of the text, as far as it counts in the loss.
+      text_hash: of the text, or of the conversation.
+      loss_mask: for each id, whether it counts in the loss; all documents of a store have one, or none has.
+
     Raises:
-      ValueError: for ids that the dtype cannot hold, or a document with no token.
+      ValueError: for ids that the dtype cannot hold, a document with no token, or a mask that does not fit.
     """
     ids = np.asarray(tokens)
     if ids.size == 0:
@@ -133,6 +152,18 @@ class TokenFileWriter:
     largest = int(ids.max())
     if int(ids.min()) < 0 or largest > np.iinfo(self._dtype).max:
       raise ValueError(f"token ids {int(ids.min())}..{largest} do not fit in {self._dtype.name}")
+    if self.num_documents == 0 and loss_mask is not None:
+      self._parts["loss"] = _Part(Path(f"{self._path}{_LOSS}"))
+    if (loss_mask is not None) != self.has_loss_mask:
+      raise ValueError("a document without a loss mask among documents with one, or the other way round; a store has one kind")
+    if loss_mask is not None:
+      mask = np.asarray(loss_mask, bool)
+      if mask.shape != ids.shape:
+        raise ValueError(f"a loss mask of shape {mask.shape} for {ids.size} tokens")
+      self._parts["loss"].write(mask.tobytes())
+      self.num_targets += int(mask.sum())
+    else:
+      self.num_targets += ids.size
     self._parts["ds"].write(ids.astype(self._dtype).tobytes())
     self.num_tokens += ids.size
     self.num_documents += 1
@@ -149,7 +180,9 @@ class TokenFileWriter:
     for part in self._parts.values():
       part.close()
     digests = {name: part.digest.hexdigest() for name, part in self._parts.items()}
-    return FileInfo(self._path.name, self.num_documents, self.num_tokens, self.num_bytes, self.max_token_id, digests)
+    return FileInfo(
+      self._path.name, self.num_documents, self.num_tokens, self.num_bytes, self.max_token_id, digests, self.num_targets
+    )
 
   def abandon(self) -> None:
     """Removes what was written."""
@@ -157,9 +190,9 @@ class TokenFileWriter:
       part.abandon()
 
 
-def part_names(name: str) -> list[str]:
+def part_names(name: str, *, has_loss_mask: bool = False) -> list[str]:
   """The files that belong to token file `name`, itself included."""
-  return [name + suffix for suffix in _PARTS.values()]
+  return [name + suffix for suffix in _PARTS.values()] + [name + _LOSS] * has_loss_mask
 
 
 def _metric(number: int) -> str:
@@ -198,6 +231,7 @@ def write_manifest(
     "num_documents": sum(f.num_documents for f in files),
     "num_tokens": sum(f.num_tokens for f in files),
     "num_bytes": sum(f.num_bytes for f in files),
+    "num_targets": sum(f.num_targets for f in files),
     **extra,
     "files": [f._asdict() for f in files],
   }
@@ -260,15 +294,17 @@ class StoreWriter:
       raise ConfigError(f"{path}: holds a finished store already; choose another directory or remove it")
     (self._path / IN_PROGRESS).mkdir(parents=True)
 
-  def add(self, tokens: np.ndarray | list[int], *, text: str) -> None:
-    """Appends a document: its ids, EOS included, and the text that they are of."""
+  def add(self, tokens: np.ndarray | list[int], *, text: str, loss_mask: np.ndarray | list[bool] | None = None) -> None:
+    """Appends a document: its ids, EOS included, the text that they are of (that counts, with a mask), and the loss mask."""
     if self._writer is not None and self._writer.num_tokens >= self._max_file_tokens:
       self._close_file()
     if self._writer is None:
       name = f"{len(self._files):05d}.ds"
       self._writer = TokenFileWriter(self._path / name, dtype=token_dtype(self._vocab_size), tokenizer_name=self._name)
+    if self._files and ("loss" in self._files[0].digests) != (loss_mask is not None):
+      raise ValueError("documents with a loss mask and documents without one; a store has one kind")
     data = text.encode("utf-8")
-    self._writer.add(tokens, num_bytes=len(data), text_hash=text_hash(data))
+    self._writer.add(tokens, num_bytes=len(data), text_hash=text_hash(data), loss_mask=loss_mask)
 
   def _close_file(self) -> None:
     if self._writer is not None:
@@ -306,13 +342,16 @@ class _TokenFile(NamedTuple):
   num_documents: int
   num_tokens: int
   is_ours: bool
+  has_loss_mask: bool
 
   def map(self, part: str) -> np.ndarray:
-    dtype = {"ds": self.dtype, "index": np.dtype("<u8"), "bytes": np.dtype("<u4"), "hash": np.dtype("<u8")}[part]
-    if (self.num_tokens if part == "ds" else self.num_documents) == 0:
+    dtypes = {"index": np.dtype("<u8"), "bytes": np.dtype("<u4"), "hash": np.dtype("<u8"), "loss": np.dtype("u1")}
+    dtype = dtypes.get(part, self.dtype)
+    if (self.num_tokens if part in ("ds", "loss") else self.num_documents) == 0:
       return np.zeros(0, dtype)  # an empty file cannot be mapped
+    suffix = _LOSS if part == "loss" else _PARTS[part]
     # A plain array over the map: slices of the subclass np.memmap are slow.
-    return np.asarray(np.memmap(f"{self.path}{_PARTS[part]}", dtype=dtype, mode="r"))
+    return np.asarray(np.memmap(f"{self.path}{suffix}", dtype=dtype, mode="r"))
 
 
 class TokenStore:
@@ -330,6 +369,7 @@ class TokenStore:
     self.vocab_size: int | None = manifest["vocab_size"] if manifest else None
     self.eos_id: int | None = manifest["eos_id"] if manifest else None
     self.max_token_id: int | None = manifest["max_token_id"] if manifest else None
+    self.has_loss_mask = any(f.has_loss_mask for f in files)
     self._files = files
     self._starts = [0, *itertools.accumulate(f.num_documents for f in files)]
     self._maps: dict[tuple[int, str], np.ndarray] = {}
@@ -363,21 +403,32 @@ class TokenStore:
       self._lengths = lengths
     return self._lengths
 
-  def document(self, i: int) -> np.ndarray:
-    """All tokens of document `i`, without a copy."""
+  def _of_document(self, i: int, part: str) -> np.ndarray:
+    """What a part with an entry for each token holds for document `i`."""
     if not 0 <= i < self.num_documents:
       raise IndexError(f"document {i} of a store of {self.num_documents}")
     number = bisect.bisect_right(self._starts, i) - 1
     local = i - self._starts[number]
     index = self._part(number, "index")
-    return self._part(number, "ds")[(int(index[local - 1]) if local else 0) : int(index[local])]
+    return self._part(number, part)[(int(index[local - 1]) if local else 0) : int(index[local])]
+
+  def document(self, i: int) -> np.ndarray:
+    """All tokens of document `i`, without a copy."""
+    return self._of_document(i, "ds")
 
   def tokens(self, i: int, start: int, length: int) -> np.ndarray:
     """Tokens [start, start + length) of document `i`; IndexError where it does not have them."""
-    document = self.document(i)
-    if start < 0 or length < 0 or start + length > document.size:
-      raise IndexError(f"tokens [{start}, {start + length}) of document {i}, which has {document.size}")
-    return document[start : start + length]
+    return _cut(self.document(i), i, start, length)
+
+  def loss_mask(self, i: int, start: int, length: int) -> np.ndarray:
+    """Whether tokens [start, start + length) of document `i` count in the loss, bool [length]; all do in an unmasked store.
+
+    Raises:
+      IndexError: the document does not have them.
+    """
+    if not self.has_loss_mask:
+      return np.ones(self.tokens(i, start, length).size, bool)
+    return _cut(self._of_document(i, "loss"), i, start, length) != 0
 
   def doc_hashes(self) -> np.ndarray:
     """A hash of each document, uint64 [num_documents]: of its text, or of its token ids in a store made by datatrove."""
@@ -388,7 +439,7 @@ class TokenStore:
     return self._hashes
 
   def doc_bytes(self) -> np.ndarray | None:
-    """UTF-8 bytes of each document's text, int64 [num_documents]; None in a store made by datatrove."""
+    """UTF-8 bytes of each document's text that counts in the loss, int64 [num_documents]; None in a store of datatrove's."""
     if self.manifest is None:
       return None
     return np.concatenate([np.zeros(0, np.int64), *(f.map("bytes").astype(np.int64) for f in self._files)])
@@ -404,12 +455,18 @@ class TokenStore:
     damaged = []
     for entry in self.manifest["files"]:
       for part, digest in entry["digests"].items():
-        file = self.path / (entry["name"] + _PARTS[part])
+        file = self.path / (entry["name"] + (_LOSS if part == "loss" else _PARTS[part]))
         with open(file, "rb") as f:
           found = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         if found != digest:
           damaged.append(f"{file}: digest {found}, written with {digest}")
     return damaged
+
+
+def _cut(document: np.ndarray, i: int, start: int, length: int) -> np.ndarray:
+  if start < 0 or length < 0 or start + length > document.size:
+    raise IndexError(f"tokens [{start}, {start + length}) of document {i}, which has {document.size}")
+  return document[start : start + length]
 
 
 def _token_hashes(file: _TokenFile) -> np.ndarray:
@@ -438,12 +495,25 @@ def open_store(path: str | os.PathLike) -> TokenStore:
   if not names and manifest is None:
     raise ConfigError(f"{path}: holds no token file (*.ds); make the store with tools/prepare_data.py --output {path}")
   dtype = np.dtype(manifest["dtype"]).newbyteorder("<") if manifest else _datatrove_dtype(path, names)
-  files = [_open_file(path / name, dtype=dtype, is_ours=manifest is not None) for name in names]
+  if manifest:
+    masked = ["loss" in entry["digests"] for entry in manifest["files"]]
+  else:
+    masked = [os.path.exists(path / f"{name}{_LOSS}") for name in names]
+    if any(masked) and not all(masked):
+      missing = path / f"{names[masked.index(False)]}{_LOSS}"
+      raise ConfigError(f"{missing}: missing from the store, other token files have one; copy it again or remove them all")
+  files = [
+    _open_file(path / name, dtype=dtype, is_ours=manifest is not None, has_loss_mask=has_mask)
+    for name, has_mask in zip(names, masked, strict=True)
+  ]
   if manifest:
     _check_against(manifest, path, files)
     content = [sorted(e["digests"].items()) for e in manifest["files"]]
   else:
-    content = [[f.num_tokens, hashlib.blake2b(f.map("index").tobytes(), digest_size=16).hexdigest()] for f in files]
+    content = [
+      [f.num_tokens, hashlib.blake2b(f.map("index").tobytes(), digest_size=16).hexdigest(), *(["loss"] * f.has_loss_mask)]
+      for f in files
+    ]
   fingerprint = hashlib.blake2b(json.dumps([dtype.name, content]).encode(), digest_size=16).hexdigest()
   return TokenStore(path, files=files, dtype=dtype, manifest=manifest, fingerprint=fingerprint)
 
@@ -464,11 +534,9 @@ def _last_end(index: str) -> int:
     return int.from_bytes(f.read(8), "little")
 
 
-def _open_file(path: Path, *, dtype: np.dtype, is_ours: bool) -> _TokenFile:
+def _open_file(path: Path, *, dtype: np.dtype, is_ours: bool, has_loss_mask: bool) -> _TokenFile:
   index_bytes, token_bytes = _size(f"{path}.index"), _size(str(path))
   num_documents, num_tokens = index_bytes // 8, token_bytes // dtype.itemsize
-  if os.path.exists(f"{path}.loss"):
-    raise ConfigError(f"{path}.loss: datatrove's loss masks are not applied here; make the store with save_loss_metadata=False")
   if index_bytes % 8:
     raise ConfigError(f"{path}.index: {index_bytes} bytes is no whole number of uint64; the file is cut off")
   last_end = _last_end(f"{path}.index")
@@ -477,11 +545,15 @@ def _open_file(path: Path, *, dtype: np.dtype, is_ours: bool) -> _TokenFile:
       f"{path}: {token_bytes} bytes, but its index ends at {last_end} tokens = {last_end * dtype.itemsize} bytes; "
       "one of the two is cut off or of another store"
     )
+  if has_loss_mask and _size(f"{path}{_LOSS}") != num_tokens:
+    raise ConfigError(f"{path}{_LOSS}: {_size(f'{path}{_LOSS}')} bytes, expected {num_tokens}, one for each token; it is cut off")
+  if not has_loss_mask and os.path.exists(f"{path}{_LOSS}"):
+    raise ConfigError(f"{path}{_LOSS}: not listed in {MANIFEST}, which knows of no loss mask; remove it or make the store again")
   for suffix, width in (".bytes", 4), (".hash", 8):
     expected = num_documents * width
     if is_ours and _size(f"{path}{suffix}") != expected:
       raise ConfigError(f"{path}{suffix}: {_size(f'{path}{suffix}')} bytes, expected {expected} for {num_documents} documents")
-  return _TokenFile(path, dtype=dtype, num_documents=num_documents, num_tokens=num_tokens, is_ours=is_ours)
+  return _TokenFile(path, dtype, num_documents, num_tokens, is_ours, has_loss_mask)
 
 
 def _check_against(manifest: dict[str, Any], path: Path, files: list[_TokenFile]) -> None:

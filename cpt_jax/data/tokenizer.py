@@ -1,9 +1,10 @@
 """Tokenizer files of a base model (tokenizer.json or a SentencePiece model) -> token ids of documents.
 
 Invariant: a document's ids are the tokenizer's own, with what it adds itself (BOS), and end in EOS exactly once; text
-that spells a special token, such as "<|endoftext|>", stays text. Called by data.prepare, data.sources and vocab.
+that spells a special token, such as "<|endoftext|>", stays text. Called by data.prepare, data.chat, data.sources and vocab.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -19,6 +20,8 @@ from cpt_jax.config import ConfigError, did_you_mean
 
 MAX_FILE_BYTES = 256 << 20  # the largest in use (Gemma's) has 33 MB; a bigger file is not a tokenizer
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json")
+_CHAT_TEMPLATE = "chat_template.jinja"
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _PROBES = ("a", "The cat sat on 12 mats.")
 
 
@@ -28,6 +31,13 @@ class Encoded(NamedTuple):
   ids: list[list[int]]
   num_special_text: int  # documents whose text spells a special token; it was encoded as plain text
   num_control_ids: int  # documents whose own text gave the id of EOS or BOS
+
+
+class Located(NamedTuple):
+  """The ids of a text, and where each begins in it."""
+
+  ids: list[int]
+  begin: Callable[[int], int] | None  # number of an id -> the character where it begins; never falls, ids may share one
 
 
 class Tokenizer:
@@ -45,7 +55,12 @@ class Tokenizer:
     prefix: Sequence[int],
     suffix: Sequence[int],
     special_tokens: Sequence[str],
+    added_tokens: Sequence[str],
+    named_tokens: dict[str, str],
+    chat_template: str,
+    special_ids: Sequence[int],
     encode_texts: Callable[[list[str]], list[list[int]]],
+    locate_texts: Callable[[list[str], bool, bool], list[Located]] | None,
     decode_ids: Callable[[list[int]], str],
   ):
     self.path = path
@@ -53,12 +68,17 @@ class Tokenizer:
     self.vocab_size = vocab_size  # largest id + 1
     self.bos_id = bos_id
     self.eos_id = eos_id  # None where neither the files nor the caller name one
+    self.special_tokens = list(special_tokens)
+    self.added_tokens = list(added_tokens)  # besides the special ones: always found in a text as they are
+    self.named_tokens = named_tokens  # "bos_token" -> "<s>", ...: those that the files name
+    self.chat_template = chat_template  # jinja source; "" where there is none
+    self.special_ids = frozenset(special_ids)
+    self.can_locate = locate_texts is not None
+    self._locate_texts = locate_texts
     self._eos_problem = eos_problem
     self._prefix, self._suffix = list(prefix), list(suffix)
     self._encode_texts, self._decode_ids = encode_texts, decode_ids
-    # Plain substring search for two letters is far faster than the pattern, and nearly always ends the matter.
-    self._special_starts = sorted({t[:2] for t in special_tokens})
-    self._special_pattern = re.compile("|".join(re.escape(t) for t in special_tokens)) if special_tokens else None
+    self._special_search = Spellings(special_tokens)
 
   @property
   def name(self) -> str:
@@ -78,15 +98,23 @@ class Tokenizer:
 
   def encode_documents(self, texts: list[str]) -> Encoded:
     """Ids of each document, EOS last; texts must be valid Unicode (no lone surrogates)."""
-    eos_id = self.require_eos()
-    control = {eos_id} if self.bos_id is None else {eos_id, self.bos_id}
-    suffix = self._suffix if self._suffix[-1:] == [eos_id] else [*self._suffix, eos_id]
-    contents = self._encode_texts(texts)
+    prefix, suffix = self.surroundings()
+    control = {self.require_eos(), self.bos_id} - {None}
+    contents = self.encode_contents(texts)
     return Encoded(
-      ids=[self._prefix + ids + suffix for ids in contents],
+      ids=[prefix + ids + suffix for ids in contents],
       num_special_text=sum(self.has_special_text(text) for text in texts),
       num_control_ids=sum(any(c in ids for c in control) for ids in contents),
     )
+
+  def encode_contents(self, texts: list[str]) -> list[list[int]]:
+    """Ids of each text, nothing added; special tokens spelt in it stay text."""
+    return self._encode_texts(texts)
+
+  def surroundings(self) -> tuple[list[int], list[int]]:
+    """The ids that stand before and behind those of a document's text, EOS the last of them."""
+    eos_id = self.require_eos()
+    return self._prefix, self._suffix if self._suffix[-1:] == [eos_id] else [*self._suffix, eos_id]
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     """Ids of each document: what the tokenizer itself adds, and EOS exactly once, at the end."""
@@ -98,9 +126,33 @@ class Tokenizer:
 
   def has_special_text(self, text: str) -> bool:
     """Does the text spell a special token?"""
-    if self._special_pattern is None or not any(start in text for start in self._special_starts):
-      return False
-    return self._special_pattern.search(text) is not None
+    return self._special_search.first_in(text) != ""
+
+  def locate(self, texts: list[str], *, has_control: bool, has_begins: bool = True) -> list[Located]:
+    """Ids of each text and where they begin; nothing is added. `has_control`: special tokens spelt in it become their ids.
+
+    Only where `can_locate`: a tokenizer.json says what begins where, a SentencePiece model alone does not. Without
+    `has_begins` it is a quarter faster.
+    """
+    assert self._locate_texts is not None
+    return self._locate_texts(texts, has_control, has_begins)
+
+
+class Spellings:
+  """Finds the first of some tokens that a text spells."""
+
+  def __init__(self, tokens: Sequence[str]):
+    # Plain substring search for two letters is far faster than the pattern, and nearly always ends the matter.
+    self._starts = sorted({t[:2] for t in tokens if t})
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+  def first_in(self, text: str) -> str:
+    """The token, "" where there is none."""
+    if not any(start in text for start in self._starts):
+      return ""
+    found = self._pattern.search(text)
+    return found[0] if found else ""
 
 
 def load(path: str | os.PathLike, *, eos_token: str = "") -> Tokenizer:
@@ -154,6 +206,35 @@ def _read_side_file(path: Path) -> dict[str, Any]:
   if not isinstance(content, dict):
     raise ConfigError(f"{path}: holds a {type(content).__name__}, expected an object")
   return content
+
+
+def _named_tokens(side: dict[str, dict]) -> dict[str, str]:
+  """The tokens that the side files name, by the names under which chat templates know them."""
+  found = {}
+  for key in _NAMED_TOKENS:
+    for name in _SIDE_FILES[:2]:
+      value = side[name].get(key)
+      value = value.get("content") if isinstance(value, dict) else value
+      if isinstance(value, str):
+        found.setdefault(key, value)
+  return found
+
+
+def _chat_template(directory: Path, side: dict[str, dict]) -> str:
+  """As transformers finds it: the file, else the entry of tokenizer_config.json, of several the one named default."""
+  file = directory / _CHAT_TEMPLATE
+  if file.is_file():
+    if file.stat().st_size > MAX_FILE_BYTES:
+      raise ConfigError(f"{file}: {file.stat().st_size} bytes is no chat template")
+    try:
+      return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+      raise ConfigError(f"{file}: invalid UTF-8 at byte {error.start}; copy the file again") from None
+  value = side[_SIDE_FILES[0]].get("chat_template")
+  if isinstance(value, list):
+    named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict) and isinstance(t.get("name"), str)}
+    value = named.get("default")
+  return value if isinstance(value, str) else ""
 
 
 def _special_id(kind: str, side: dict[str, dict], token_to_id: Callable[[str], int | None], directory: Path) -> int | None:
@@ -221,19 +302,43 @@ def _load_fast(file: Path, raw: bytes, side: dict[str, dict], eos_token: str) ->
       raise ConfigError(f"{directory}: {kind}_token_id is {number}, but the largest id of {file.name} is {vocab_size - 1}")
   canonical = _canonical(content)
   # EOS and BOS are control tokens even where the file forgot to say so.
-  named = {eos_id, bos_in_files} - {None}
-  plain = [t for t in content.get("added_tokens") or [] if t["id"] in named and not t.get("special")]
+  control = {eos_id, bos_in_files} - {None}
+  plain = [t for t in content.get("added_tokens") or [] if t["id"] in control and not t.get("special")]
   dropout = content["model"].get("dropout")
   if plain or dropout:
     special += [t["content"] for t in plain]
     for token in plain:
       token["special"] = True
     content["model"]["dropout"] = None  # BPE dropout would make the ids random
-    model = _construct(file, json.dumps(content).encode("utf-8"))
+    raw = json.dumps(content).encode("utf-8")
+    model = _construct(file, raw)
   model.no_truncation()  # settings that some files carry from fine-tuning
   model.no_padding()
   model.encode_special_tokens = True  # special tokens spelt in a document stay text
   prefix, suffix = _surroundings(file, model)
+
+  @functools.cache
+  def locating_model() -> tokenizers.Tokenizer:
+    # Without the post-processor, which may move the places of tokens that begin with a space.
+    bare = _construct(file, json.dumps({**json.loads(raw), "post_processor": None}).encode("utf-8"))
+    bare.no_truncation()
+    bare.no_padding()
+    return bare
+
+  def locate_texts(texts: list[str], has_control: bool, has_begins: bool) -> list[Located]:
+    bare = locating_model()
+    bare.encode_special_tokens = not has_control
+    if not has_begins:
+      return [Located(e.ids, None) for e in bare.encode_batch_fast(texts, add_special_tokens=False)]
+    found = bare.encode_batch(texts, add_special_tokens=False)
+    # By number, for a list of all places takes more memory than the rest: 120 bytes for each token.
+    return [Located(e.ids, functools.partial(_begin, e)) for e in found]
+
+  named = _named_tokens(side)
+  for key, number in ("eos_token", eos_id), ("bos_token", prefix[0] if prefix else bos_in_files):
+    token = None if number is None else model.id_to_token(number)
+    if token is not None:
+      named.setdefault(key, token)
   fingerprint = _digest([canonical, vocab_size, eos_in_files, bos_in_files, prefix, suffix])
   return Tokenizer(
     path=file,
@@ -245,9 +350,20 @@ def _load_fast(file: Path, raw: bytes, side: dict[str, dict], eos_token: str) ->
     prefix=prefix,
     suffix=suffix,
     special_tokens=special,
+    added_tokens=[t["content"] for t in content.get("added_tokens") or [] if not t.get("special")],
+    named_tokens=named,
+    chat_template=_chat_template(directory, side),
+    special_ids=[t["id"] for t in content.get("added_tokens") or [] if t.get("special")],
+    locate_texts=locate_texts,
     encode_texts=lambda texts: [e.ids for e in model.encode_batch_fast(texts, add_special_tokens=False)],
     decode_ids=lambda ids: model.decode(ids, skip_special_tokens=True),
   )
+
+
+def _begin(encoding: tokenizers.Encoding, number: int) -> int:
+  place = encoding.token_to_chars(number)
+  assert place is not None  # as it is of tokens that the post-processor adds
+  return place[0]
 
 
 def _construct(file: Path, raw: bytes) -> tokenizers.Tokenizer:
@@ -328,6 +444,11 @@ def _load_sentencepiece(file: Path, raw: bytes, side: dict[str, dict], eos_token
     prefix=prefix,
     suffix=[],
     special_tokens=special,
+    added_tokens=[],
+    named_tokens=_named_tokens(side),
+    chat_template=_chat_template(file.parent, side),
+    special_ids=[],
+    locate_texts=None,
     encode_texts=lambda texts: model.encode(texts, out_type=int),
     decode_ids=lambda numbers: model.decode([n for n in numbers if n < size and not model.is_control(n)]),
   )
