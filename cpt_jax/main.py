@@ -17,6 +17,11 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything; runs/NAME OF THE CONFIG by default.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what the run would do, and end.")
+# Several hosts: the same command on each. Slurm, Open MPI and TPU pods need none of these.
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT where process 0 of several is found.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run, one per host.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_WAIT_SECS = flags.DEFINE_integer("wait_secs", 300, "How long to wait for the other processes at the start.", lower_bound=1)
 
 EXIT_DISK, EXIT_CONFIG, EXIT_NUMERIC = 74, 78, 86  # as sysexits.h has them, and one of our own
 
@@ -36,18 +41,42 @@ def main(argv: list[str]) -> int:
       from cpt_jax.train import dry_run
 
       return dry_run.describe(_CONFIG.value, workdir)
-    from cpt_jax.train import loop
-
-    return loop.run(_CONFIG.value, workdir)
+    return _run(workdir)
   except config_lib.ConfigError as error:
-    print(error, file=sys.stderr)
-    return error.exit_code
+    return _end(str(error), error.exit_code)
   except OSError as error:
-    print(f"{error}. What was saved is good; mend the disk or the path and give the same command.", file=sys.stderr)
-    return EXIT_DISK
+    return _end(f"{error}. What was saved is good; mend the disk or the path and give the same command.", EXIT_DISK)
   except FloatingPointError as error:
-    print(f"stopped: {error}. The checkpoints before are good; lower schedule.lr_peak and start again.", file=sys.stderr)
-    return EXIT_NUMERIC
+    return _end(f"stopped: {error}. The checkpoints before are good; lower schedule.lr_peak and start again.", EXIT_NUMERIC)
+  except BaseException as error:
+    if not _DRY_RUN.value:
+      from cpt_jax import hosts
+
+      hosts.end_all(*hosts.explain(error))
+    raise
+
+
+def _run(workdir: pathlib.Path) -> int:
+  from cpt_jax import hosts
+
+  hosts.connect(
+    coordinator=_COORDINATOR.value, num_processes=_NUM_PROCESSES.value, process_id=_PROCESS_ID.value, wait_secs=_WAIT_SECS.value
+  )
+  from cpt_jax.train import loop
+
+  code = loop.run(_CONFIG.value, workdir)
+  hosts.disconnect()
+  return code
+
+
+def _end(text: str, code: int) -> int:
+  """Says `text` and returns `code`; in a run of several processes it ends them all and does not return."""
+  if not _DRY_RUN.value:
+    from cpt_jax import hosts
+
+    hosts.end_all(text, code)
+  print(text, file=sys.stderr)
+  return code
 
 
 def _read_flags(argv: list[str]) -> list[str]:

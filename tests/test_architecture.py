@@ -10,9 +10,10 @@ import pytest
 # A module imports from its own layer or a lower one; inside a layer only what comes before it.
 LAYERS = [
   ["durations", "config"],
-  ["trees", "mesh"],
+  ["trees", "hosts", "mesh"],
   ["data.batch", "data.documents", "data.tokenizer", "data.chat", "data.store", "data.decontaminate", "data.prepare"]
-  + ["data.cluster", "data.sources", "data.packing", "data.shuffle", "data.mixture", "data.pipeline"],
+  + ["data.cluster", "data.sources", "data.selection", "data.packing", "data.shuffle", "data.quotas", "data.mixture"]
+  + ["data.pipeline"],
   ["model.spec", "model.rope", "model.layers", "model.attention", "model.transformer", "model.loss", "model.hf_files"]
   + ["model.pretrained"],
   ["evals.perplexity", "evals.drift"],

@@ -6,8 +6,6 @@ Made by data.packing, stacked by data.pipeline, read by train.step and evals.
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 Array = Any  # numpy on a host, jax on its devices
 
 
@@ -20,12 +18,3 @@ class Batch(NamedTuple):
   segments_BT: Array  # int32, document number within the row from 1; 0 = padding
   positions_BT: Array  # int32, from 0 in each segment
   source_B: Array  # int32, index of the row's source in the order of config.data.sources
-
-
-def pad_rows(batch: Batch, num_rows: int) -> Batch:
-  """Adds rows of weight 0 up to `num_rows`, so that a last short batch has the compiled shape."""
-  missing = num_rows - batch.tokens_BT.shape[0]
-  assert missing >= 0, f"{batch.tokens_BT.shape[0]} rows do not fit in {num_rows}"
-  if missing == 0:
-    return batch
-  return Batch(*(np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)]) for x in batch))

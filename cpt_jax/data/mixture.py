@@ -7,208 +7,248 @@ less than a row off. Called by data.pipeline; has the interface of grain.transfo
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from cpt_jax.config import ConfigError
+from cpt_jax.data.quotas import AT_END, BLOCK_STEPS, NEVER, Curves, End, Knot, Period, Quotas
 
-_FRAC_BITS = 40  # quotas are exact integers in 2**-40 rows, so that every host draws the same rows
-_ONE = np.int64(1) << _FRAC_BITS
-_MASK = _ONE - 1
-_BLOCK_STEPS = 1024  # steps whose counts are worked out at once when one of them is asked for
-_NEVER = np.int64(1) << 42  # a step beyond every run
+__all__ = ["End", "Knot", "Mixture"]
+
+_CHUNK_ROWS = 4096  # rows of a batch that are laid out at once
 
 
 class Mixture:
   """Sources interleaved by shares that move over time; source m's rows are numbered 0, 1, 2, .. without a gap.
 
-  `shares_M` gives each source's knots (step, share): linear between them, constant before the first and after the last; two
-  knots at one time are a jump. The share of step t is read at its middle, t + 0.5 (so a ramp's sum is its integral), and
-  normalised over the sources.
+  `shares_M` gives each source's knots, (step, share) or (step, share, curve) as in `Knot`, in steps of the run; see
+  `quotas.Curves`. Shares are normalised over the sources.
 
-  The rows that a source gives in each step are chosen by earliest deadline, with a margin e = 1 / (2 M + 1). Unit j of a source
-  (its row number j) may be drawn from the first step whose closing quota exceeds j + e on, and must be drawn by the first
-  step whose closing quota reaches j + 1 - e. Units of one source that must lie inside some steps number at most 2 e more than its
-  quota of those steps; summed over the sources this is less than 1 more than the steps' rows, so, being whole, no more than
-  their rows. By Hall's theorem all the windows can be met, and earliest deadline first meets them, as it does for unit jobs.
+  Quotas. A source's quota is the sum of share * batch_rows from `start_step` on. A source with a limit of `limits_M[m]` rows
+  (None = no limit) ends in the first step in which its quota would pass the limit: with `at_end_M[m]` = "renormalise" (as by
+  default) the quota stays at the limit, and the others share what is left of this step and all of the later ones; with "stop"
+  or "error", or when no source with a share is left ("stop"), the run's rows end before this step. The rows of the run end
+  before `end_step` <= num_steps; `ends` says what happened on the way, in order of time.
+
+  Rows. Those that a source gives in each step are chosen by earliest deadline, with a margin e = 1 / (2 M + 1). Unit j of a
+  source (its row number j) may be drawn from the first step whose closing quota exceeds j + e on, and must be drawn by the
+  first step whose closing quota reaches j + 1 - e. Units of one source whose window lies inside some steps number at most 2 e
+  more than its quota of those steps; summed over the sources this is less than 1 more than the steps' rows, so, being whole,
+  no more than their rows. By Hall's theorem all the windows can be met, and earliest deadline first meets them, as it does for
+  unit jobs, whatever the order among equal deadlines (here that of the sources). Nor does a row lack a unit: those that may be
+  drawn by the end of a step number at least the sum of quotas - e, more than its rows less 1/2, so, being whole, its rows.
+  This asks of the quotas only that they never fall and that a step's sum to its rows; it holds for limits too.
   So after every step a source is less than 1 - e rows off its quota (compare Tijdeman's bound 1 - 1 / (2 M - 2) for one row
-  a step, doi 10.1016/0012-365X(80)90269-1). A unit that had begun when its source fell to share 0 may be drawn later.
+  a step, doi 10.1016/0012-365X(80)90269-1), and never past its limit L, as unit L would need a quota above L + e; when it has
+  ended it has given exactly L, as a quota of L makes unit L - 1 due. A unit that had begun when its source fell to share 0 may
+  be drawn later.
+
+  Constant shares that are fractions of a common denominator up to 2**20 have a period of so many steps that all quotas become
+  whole. A unit that may be drawn before that time is due by then, and counts that sum to the quotas' sum then are the quotas;
+  so the rows go on as from the start, and one period is worked out, however long the run is. It is repeated up to the last
+  whole period before a source ends.
 
   Rows do not depend on `num_steps`: a longer run begins with the rows of the shorter one, if the knots in steps are the same.
 
   Raises:
-    ConfigError: a share that is negative or not finite, knots out of order, a step at which every share is 0.
+    ConfigError: see `quotas.Curves`; and a step of the run at which every share is 0.
   """
 
-  def __init__(self, shares_M: Sequence[Sequence[tuple[float, float]]], *, num_steps: int, batch_rows: int):
-    assert num_steps >= 0 and 0 < batch_rows < 1 << 22, f"{num_steps=} {batch_rows=}"  # quotas of a step fit 62 bits
-    self.num_steps, self.batch_rows, self.num_sources = num_steps, batch_rows, len(shares_M)
-    self._knots = [_check_knots(m, knots) for m, knots in enumerate(shares_M)]
-    last_knot = max(float(times[-1]) for times, _ in self._knots)
-    self._margin = _ONE // (2 * self.num_sources + 1)
-    self._horizon = max(num_steps, math.ceil(last_knot) + 1, 1)  # from here on shares are constant
-    self._whole_border, self._frac_border, next_reach = self._scan_quotas()
-    self._ups = self._draw(next_reach)
-    self._counts_of_block = functools.lru_cache(4)(self._block_counts)
-    self._rows_of_step = functools.lru_cache(64)(self._step_rows)
+  def __init__(
+    self,
+    shares_M: Sequence[Sequence[tuple]],
+    *,
+    num_steps: int,
+    batch_rows: int,
+    start_step: int = 0,
+    limits_M: Sequence[int | None] | None = None,
+    at_end_M: Sequence[str] | None = None,
+  ):
+    # Quotas of a step fit 62 bits.
+    assert 0 <= start_step <= num_steps and 0 < batch_rows < 1 << 22, f"{start_step=} {num_steps=} {batch_rows=}"
+    self.num_steps, self.batch_rows, self.start_step, self.num_sources = num_steps, batch_rows, start_step, len(shares_M)
+    limits = [NEVER] * self.num_sources if limits_M is None else [NEVER if limit is None else int(limit) for limit in limits_M]
+    actions = ["renormalise"] * self.num_sources if at_end_M is None else list(at_end_M)
+    assert len(limits) == len(actions) == self.num_sources, f"{limits_M=} {at_end_M=} of {self.num_sources} sources"
+    assert min(limits) >= 0 and set(actions) <= set(AT_END), f"{limits_M=} {at_end_M=}"
+    self._curves = Curves(shares_M, batch_rows=batch_rows)
+    self._chunk = functools.lru_cache(64)(self._chunk_rows)
+
+    # Whole periods first, if there is one and no source ends in it; then the rest.
+    constant_M = self._curves.constant_from(start_step)
+    period = Period.of(constant_M, batch_rows=batch_rows) if constant_M else None
+    num_periods = period.num_before(limits) if period else 0
+    self._rest_step, count_M = start_step, np.zeros(self.num_sources, np.int64)
+    if period and num_periods:
+      self._rest_step = min(start_step + num_periods * period.num_steps, num_steps)
+      self._period_steps, self._period_counts_M = period.num_steps, period.counts_M
+      steps, endless = min(period.num_steps, self._rest_step - start_step), [NEVER] * self.num_sources
+      quotas = Quotas(period, limits=endless, actions=actions, batch_rows=batch_rows, num_steps=steps)
+      self._period = _Draws(quotas, start=0, count_M=count_M)
+      count_M = self._repeated_counts(self._rest_step)
+    self._quotas = Quotas(self._curves, limits=limits, actions=actions, batch_rows=batch_rows, num_steps=num_steps)
+    self._rest = _Draws(self._quotas, start=self._rest_step, count_M=count_M)
+    self.end_step = self._rest.end_step
+    ends = (end for end in self._quotas.ends if end.step < num_steps)
+    self.ends = tuple(sorted(ends, key=lambda end: (end.step, end.source)))
 
   def __len__(self) -> int:
-    return self.num_steps * self.batch_rows
+    return self.end_step * self.batch_rows
 
   def __getitem__(self, row: int) -> tuple[int, int]:
     return self.locate(row)
 
   def locate(self, row: int) -> tuple[int, int]:
-    """(source, number of the row within that source) of row `row` of the run."""
-    if not 0 <= row < len(self):
-      raise IndexError(f"row {row} of a run of {len(self)} rows")
-    source_B, local_B = self._rows_of_step(row // self.batch_rows)
-    at = row % self.batch_rows
+    """(source, number of the row within that source, from `start_step` on) of row `row` of the run."""
+    if not self.start_step * self.batch_rows <= row < len(self):
+      raise IndexError(f"row {row} is none of the rows {self.start_step * self.batch_rows} to {len(self) - 1}")
+    step, at = divmod(row, self.batch_rows)
+    chunk, at = divmod(at, _CHUNK_ROWS)
+    source_B, local_B = self._chunk(step, chunk)
     return int(source_B[at]), int(local_B[at])
 
   def counts(self, step: int) -> np.ndarray:
-    """int64 [M]: rows that each source gave in the steps before `step`."""
-    assert 0 <= step <= self.num_steps, f"step {step} of a run of {self.num_steps}"
-    block, at = divmod(step, _BLOCK_STEPS)
-    if at == 0 and block > 0:
-      block, at = block - 1, _BLOCK_STEPS  # the run's last block may end here
-    return self._counts_of_block(block)[at].copy()
+    """int64 [M]: rows that each source gave in the steps from `start_step` on and before `step`."""
+    assert self.start_step <= step <= self.end_step, f"step {step} is none of {self.start_step} to {self.end_step}"
+    return self._rest.counts(step) if step >= self._rest_step else self._repeated_counts(step)
 
   def shares(self, step: int) -> np.ndarray:
-    """float64 [M]: normalised shares of the batch of `step`."""
-    return self._shares(step, step + 1)[0]
+    """float64 [M]: normalised shares of the batch of `step`, of the sources that have not ended before it."""
+    share_M = np.where(self._quotas.ended_M >= step, self._curves.shares(step, step + 1)[:, 0], 0.0)
+    return share_M / (math.fsum(share_M) or 1.0)
 
-  def _shares(self, start: int, stop: int) -> np.ndarray:
-    """float64 [steps, M]. One operation on each array at a time, in a fixed order: the same bits on every machine."""
-    times = np.arange(start, stop) + 0.5
-    shares = np.stack([_interpolate(times, *knots) for knots in self._knots], 1)
-    total = np.zeros(len(times))
-    for m in range(self.num_sources):
-      total = total + shares[:, m]
-    if not total.min(initial=1.0) > 0:
-      step = start + int(np.argmin(total))
-      raise ConfigError(f"data.sources: every share is 0 at step {step}; give a source a share above 0 there")
-    return shares / total[:, None]
+  def _repeated_counts(self, step: int) -> np.ndarray:
+    num_periods, at = divmod(step - self.start_step, self._period_steps)
+    return num_periods * self._period_counts_M + self._period.counts(at)
 
-  def _step_quotas(self, start: int, stop: int) -> np.ndarray:
-    """int64 [steps, M] in 2**-40 rows; each step sums to batch_rows exactly."""
-    whole = self.batch_rows * int(_ONE)
-    quotas = np.floor(self._shares(start, stop) * float(whole)).astype(np.int64)
-    quotas[np.arange(len(quotas)), quotas.argmax(1)] += whole - quotas.sum(1)
-    return quotas
+  def _chunk_rows(self, step: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """Source and number of each row of a part of a batch, every source's rows spread evenly over the batch.
 
-  def _cumulative(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Quotas + margin at the borders of a block's steps: whole rows and 2**-40 parts, int64 [steps + 1, M].
-
-    The whole rows are those that must have been drawn; one more may have been where the part is above two margins.
+    Row n of the N that a source gives stands at (n + 0.5) / N. As many rows stand before x as x * batch_rows, give or take 1/2
+    for each source, so that only rows near the chunk need to be sorted.
     """
-    start = block * _BLOCK_STEPS
-    quotas = self._step_quotas(start, min(start + _BLOCK_STEPS, self._horizon))
-    return _accumulate(quotas, self._whole_border[block], self._frac_border[block])
+    before_M = self.counts(step)
+    num_M = self.counts(step + 1) - before_M
+    low, high = chunk * _CHUNK_ROWS, min((chunk + 1) * _CHUNK_ROWS, self.batch_rows)
+    first_M = np.maximum(num_M * (2 * low - self.num_sources) // (2 * self.batch_rows), 0)
+    near_M = np.minimum(num_M * (2 * high + self.num_sources) // (2 * self.batch_rows) + 1, num_M) - first_M
+    source = np.repeat(np.arange(self.num_sources), near_M)
+    nth = np.arange(len(source)) + np.repeat(first_M - (np.cumsum(near_M) - near_M), near_M)
+    order = np.lexsort((source, (nth + 0.5) / num_M[source]))[low - first_M.sum() : high - first_M.sum()]
+    return source[order], (before_M[source] + nth)[order]
 
-  def _scan_quotas(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Quotas + margin at block borders, and the first step from each border on by which another unit must be drawn."""
-    num_blocks = -(-self._horizon // _BLOCK_STEPS)
-    whole_border = np.zeros((num_blocks, self.num_sources), np.int64)
-    frac_border = np.zeros_like(whole_border)
-    next_reach = np.full((num_blocks + 1, self.num_sources), _NEVER)
-    whole, frac = np.zeros(self.num_sources, np.int64), np.full(self.num_sources, self._margin)
-    quotas = np.zeros((1, self.num_sources), np.int64)
-    for block in range(num_blocks):
-      start = block * _BLOCK_STEPS
-      whole_border[block], frac_border[block] = whole, frac
-      quotas = self._step_quotas(start, min(start + _BLOCK_STEPS, self._horizon))
-      wholes, fracs = _accumulate(quotas, whole, frac)
-      reached = wholes[1:] > wholes[:-1]
-      next_reach[block] = np.where(reached.any(0), start + reached.argmax(0), _NEVER)
-      whole, frac = wholes[-1], fracs[-1]
-    steps_left = -((frac - _ONE) // np.maximum(quotas[-1], 1))  # rounded up; the last step's shares go on for ever
-    next_reach[-1] = np.where(quotas[-1] > 0, np.minimum(self._horizon - 1 + steps_left, _NEVER), _NEVER)
-    return whole_border, frac_border, np.minimum.accumulate(next_reach[::-1])[::-1]
 
-  def _draw(self, next_reach: np.ndarray) -> np.ndarray:
-    """uint8 [num_steps, bytes]: a bit for each source, 1 where it has given one row more after the step than it must."""
-    num_bytes = -(-self.num_sources // 8)
-    drawn = bytearray()
-    bits = [1 << m for m in range(self.num_sources)]
-    up = 0
-    for block in range(-(-self.num_steps // _BLOCK_STEPS)):
-      start = block * _BLOCK_STEPS
-      size = min(_BLOCK_STEPS, self.num_steps - start)
-      wholes, fracs = self._cumulative(block)
-      held, wanted, queue = self._deadlines(start, wholes, fracs, next_reach[block + 1])
-      for hold, num_up, sources in zip(held[:size], wanted[:size], queue[:size], strict=True):
-        up &= hold
-        missing = num_up - up.bit_count()
-        for m in sources if missing else ():
-          if not up & bits[m]:
-            up |= bits[m]
-            missing -= 1
-            if not missing:
-              break
-        assert missing == 0, "earliest deadline first met an infeasible step"
-        drawn += up.to_bytes(num_bytes, "little")
-    return np.frombuffer(drawn, np.uint8).reshape(self.num_steps, num_bytes)
+class _Draws:
+  """Who gives the rows of the steps from `start` on, where each source has given `count_M` rows and is owed no part of one.
 
-  def _deadlines(
-    self, start: int, wholes: np.ndarray, fracs: np.ndarray, reach_after: np.ndarray
-  ) -> tuple[list[int], list[int], list[list[int]]]:
-    """For each step of a block: sources that stay one ahead if they were, how many are one ahead, and who is first in line."""
-    reached = wholes[1:] > wholes[:-1]
-    steps = start + np.arange(len(reached))[:, None]
-    # The step by which a source's next unit must be drawn.
-    reach = np.concatenate([np.where(reached, steps, _NEVER)[1:], reach_after[None]])
-    reach = np.minimum.accumulate(reach[::-1])[::-1]
-    # Among equal deadlines, the source furthest behind. 42 bits of steps, 20 of the part.
-    urgency = ((reach - steps) << 20) | ((_MASK - fracs[1:]) >> 20)
-    urgency[fracs[1:] <= 2 * self._margin] = np.iinfo(np.int64).max  # may not be drawn yet
-    queue = np.argsort(urgency, axis=1, kind="stable").tolist()
-    first_row = self.batch_rows * (start + 1)
-    wanted = first_row + self.batch_rows * np.arange(len(reached)) - wholes[1:].sum(1)
-    held = [int.from_bytes(row.tobytes(), "little") for row in np.packbits(~reached, axis=1, bitorder="little")]
-    return held, wanted.tolist(), queue
+  A source has given the whole rows of its quota + margin, which it must, or is "up": one row more, which it may where the part
+  is above two margins. Only the state at the borders of blocks is kept: the sums of the quotas, the sources that are up, and
+  the order in which sources must give a further row from the block's end on. A block is worked out again when it is asked for.
+  """
+
+  def __init__(self, quotas: Quotas, *, start: int, count_M: np.ndarray):
+    self._quotas, self._start, self._count_M = quotas, start, count_M
+    self._counts_of_block = functools.lru_cache(4)(self._block_counts)
+    self._sums, self._ups, self._later, self.end_step = [], [], [], start
+    if start < quotas.num_steps:
+      up, all_sets = 0, self._scan()
+      for sets, later in zip(all_sets, self._later, strict=True):
+        self._ups.append(up)
+        up = _draw(up, sets, later)[-1]
+
+  def counts(self, step: int) -> np.ndarray:
+    """int64 [M]: rows that each source gave before `step`, those before `start` counted too."""
+    if step == self._start:
+      return self._count_M.copy()
+    block, at = divmod(step - 1 - self._start, BLOCK_STEPS)
+    return self._counts_of_block(block)[at].copy()
+
+  def _scan(self) -> list["_Sets"]:
+    """Of each block; keeps the sums and deadlines at its border. Goes on until it is known when each source must give its next
+    row after the last block, so that a longer run does the same."""
+    quotas, sets, dues = self._quotas, [], []
+    step, whole_M, frac_M = self._start, self._count_M, np.full(self._quotas.num_sources, self._quotas.margin)
+    awaited_M, num_steps = np.ones(quotas.num_sources, bool), BLOCK_STEPS
+    while num_steps == BLOCK_STEPS and (step < quotas.num_steps or (step < quotas.settled and awaited_M.any())):
+      rises, fracs = quotas.block(step, whole_M, frac_M)
+      num_steps = rises.shape[1]
+      if num_steps:
+        due = rises > 0
+        dues.append(np.where(due.any(1), step + due.argmax(1), NEVER))
+        if step < quotas.num_steps:
+          self._sums.append((whole_M, frac_M))
+          sets.append(_Sets.of(quotas, rises, fracs))
+        else:
+          awaited_M &= ~due.any(1)
+        whole_M, frac_M, step = whole_M + rises.sum(1), fracs[:, -1].copy(), step + num_steps
+    self.end_step = min(step, quotas.num_steps)
+    is_settled = num_steps == BLOCK_STEPS and awaited_M.any()
+    dues.append(quotas.next_rises(step, whole_M, frac_M) if is_settled else np.full(quotas.num_sources, NEVER))
+    next_dues = np.minimum.accumulate(dues[::-1])[::-1]
+    self._later = np.argsort(next_dues[1 : len(sets) + 1], axis=1, kind="stable")
+    return sets
 
   def _block_counts(self, block: int) -> np.ndarray:
-    """int64 [steps + 1, M]: `counts` at the borders of a block's steps; the first border counts only in block 0."""
-    start = block * _BLOCK_STEPS
-    counts = self._cumulative(block)[0][: self.num_steps - start + 1].copy()
-    ups = self._ups[start : start + len(counts) - 1]
-    counts[1:] += np.unpackbits(ups, axis=1, count=self.num_sources, bitorder="little")
-    return counts
-
-  def _step_rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source and local number of each row of a batch, every source's rows spread evenly over it."""
-    before = self.counts(step)
-    num_M = self.counts(step + 1) - before
-    source_B = np.repeat(np.arange(self.num_sources), num_M)
-    nth_B = np.arange(self.batch_rows) - np.repeat(np.cumsum(num_M) - num_M, num_M)
-    order_B = np.lexsort((source_B, (nth_B + 0.5) / num_M[source_B]))
-    return source_B[order_B], (before[source_B] + nth_B)[order_B]
+    """int64 [steps, M]: `counts` after each step of a block."""
+    whole_M, frac_M = self._sums[block]
+    rises, fracs = self._quotas.block(self._start + block * BLOCK_STEPS, whole_M, frac_M)
+    ups = _draw(self._ups[block], _Sets.of(self._quotas, rises, fracs), self._later[block])
+    num_bytes = -(-len(whole_M) // 8)
+    bits = np.frombuffer(b"".join(up.to_bytes(num_bytes, "little") for up in ups), np.uint8).reshape(-1, num_bytes)
+    return whole_M + np.cumsum(rises, 1).T + np.unpackbits(bits, axis=1, count=len(whole_M), bitorder="little")
 
 
-def _check_knots(source: int, knots: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
-  times, shares = (np.array(column, np.float64) for column in zip(*knots, strict=True))
-  if not (np.isfinite(times).all() and (np.diff(times) >= 0).all()):
-    raise ConfigError(f"data.sources, source {source}: the times of its share's knots {times.tolist()} must be finite and rise")
-  if not (np.isfinite(shares).all() and (shares >= 0).all()):
-    raise ConfigError(f"data.sources, source {source}: its shares {shares.tolist()} must be finite and not negative")
-  return times, shares
+class _Sets(NamedTuple):
+  """Sources of each step of a block, as uint64 [steps, words], source m's bit in word m // 64."""
+
+  due: np.ndarray  # who must give a row by this step
+  may: np.ndarray  # who may be up after it
+  num_up: np.ndarray  # int32 [steps]: how many are up after it
+
+  @classmethod
+  def of(cls, quotas: Quotas, rises: np.ndarray, fracs: np.ndarray) -> "_Sets":
+    """From what `Quotas.block` gives."""
+    return cls(_pack(rises > 0), _pack(fracs > 2 * quotas.margin), quotas.num_up(fracs))
 
 
-def _interpolate(at: np.ndarray, times: np.ndarray, shares: np.ndarray) -> np.ndarray:
-  """Piecewise linear, constant beyond the ends. np.interp may fuse its operations on some machines; this does not."""
-  knot = np.searchsorted(times, at, side="right") - 1  # the last one that is not later
-  if len(times) == 1:
-    return np.full(len(at), shares[0])
-  left = np.clip(knot, 0, len(times) - 2)
-  width = times[left + 1] - times[left]
-  part = (np.clip(at, times[left], times[left + 1]) - times[left]) / np.where(width > 0, width, 1.0)
-  rise = (shares[left + 1] - shares[left]) * part
-  return np.where(knot == len(times) - 1, shares[-1], np.maximum(shares[left] + rise, 0.0))
+def _draw(up: int, sets: _Sets, later: np.ndarray) -> list[int]:
+  """The sources that are up after each step of a block, by earliest deadline first.
+
+  `up` are those before it, `later` is the order in which sources must give a further row behind it.
+  """
+  due_sets = _unpack(sets.due)
+  # The deadlines in order of time, each with the sources that have it; among equal ones the first sources come first.
+  deadlines = due_sets + [1 << m for m in later.tolist()]
+  ups = []
+  for ahead, (due, may, num_up) in enumerate(zip(due_sets, _unpack(sets.may), sets.num_up.tolist(), strict=True), 1):
+    up &= ~due
+    missing = num_up - up.bit_count()
+    if missing:
+      free = may & ~up
+      nearest = free & deadlines[ahead]
+      while nearest.bit_count() < missing:
+        missing -= nearest.bit_count()
+        up |= nearest
+        free ^= nearest
+        ahead += 1
+        nearest = free & deadlines[ahead]
+      rest = nearest
+      for _ in range(missing):
+        rest &= rest - 1  # drops the lowest bit
+      up |= nearest ^ rest
+    ups.append(up)
+  return ups
 
 
-def _accumulate(quotas: np.ndarray, whole: np.ndarray, frac: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Running sums of step quotas from (whole, frac) on, int64 [steps + 1, M] each; 64 bits cannot hold them in one number."""
-  fracs = np.concatenate([frac[None], frac + np.cumsum(quotas & _MASK, 0)])
-  wholes = np.concatenate([whole[None], whole + np.cumsum(quotas >> _FRAC_BITS, 0)])
-  return wholes + (fracs >> _FRAC_BITS), fracs & _MASK
+def _pack(flags: np.ndarray) -> np.ndarray:
+  packed = np.packbits(flags.T, axis=1, bitorder="little")
+  words = np.zeros((len(packed), -(-len(flags) // 64) * 8), np.uint8)
+  words[:, : packed.shape[1]] = packed
+  return words.view("<u8")
+
+
+def _unpack(words: np.ndarray) -> list[int]:
+  sets = words[:, 0].tolist()
+  for w in range(1, words.shape[1]):
+    sets = [low | high << 64 * w for low, high in zip(sets, words[:, w].tolist(), strict=True)]
+  return sets

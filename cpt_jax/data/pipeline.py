@@ -20,7 +20,7 @@ from cpt_jax import config as configs
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.data import packing
 from cpt_jax.data import tokenizer as tokenizers
-from cpt_jax.data.batch import Batch, pad_rows
+from cpt_jax.data.batch import Batch
 from cpt_jax.data.mixture import Mixture
 from cpt_jax.data.shuffle import Shuffle
 from cpt_jax.data.sources import Source
@@ -98,9 +98,16 @@ class Loader:
 
   def row(self, index: int) -> Batch:
     """Row `index` of the run, as a batch of one."""
-    m, nth = self.mixture.locate(index)
-    pieces = self.plans[m].pieces(self._orders[m][nth])
-    return packing.pack_row(self.sources[m].store, pieces, row_len=self.row_len, source=m, cross_documents=self.cross_documents)
+    return self._batch(index, 1)
+
+  def _batch(self, first: int, num_rows: int) -> Batch:
+    """Rows [first, first + num_rows) of the run."""
+    batch = packing.empty_batch(num_rows, self.row_len)
+    for b in range(num_rows):
+      m, nth = self.mixture.locate(first + b)
+      pieces = self.plans[m].pieces(self._orders[m][nth])
+      packing.pack_row(batch, b, self.sources[m].store, pieces, source=m, cross_documents=self.cross_documents)
+    return batch
 
   def batches(self, start_step: int, *, rows: slice | None = None) -> Iterator[Batch]:
     """The batches of the steps from `start_step` to the run's end, read ahead by threads.
@@ -112,7 +119,7 @@ class Loader:
     if start_step >= self.num_steps:
       return
     part = _Part(self, start_step=start_step, first=first, num_rows=last - first)
-    dataset = grain.MapDataset.source(part).batch(last - first, batch_fn=_stack)
+    dataset = grain.MapDataset.source(part)
     ahead = max(2, -(-self.num_threads // (last - first)))
     options = grain.ReadOptions(num_threads=min(self.num_threads, ahead), prefetch_buffer_size=ahead)
     iterator = iter(dataset.to_iter_dataset(options))
@@ -155,8 +162,12 @@ class Loader:
       for source, plan, tally, rows in zip(self.sources, self.plans, self._tallies, rows_M, strict=True)
     ]
 
-  def heldout_rows(self, source_name: str, *, max_tokens: int, batch_rows: int | None = None) -> HeldOut:
+  def heldout_rows(
+    self, source_name: str, *, max_tokens: int, batch_rows: int | None = None, rows: slice | None = None
+  ) -> HeldOut:
     """Held-out documents of a source, in the order of their hashes, with at most `max_tokens` pairs together.
+
+    `rows` is this process's part of each batch, as in `batches`; the counts are those of all rows.
 
     Whole documents only: one that does not fit in what is left is passed over; if none fits at all, the smallest is taken.
     They are packed best_fit, each a segment of its own (also where training crosses documents), so a document no longer than
@@ -167,7 +178,7 @@ class Loader:
     source = self.sources[m]
     documents = _whole_documents(source.heldout_documents, source.store.lengths, max_tokens=max_tokens)
     plan = packing.plan(source.store.lengths, row_len=self.row_len, policy="best_fit", documents=documents, shuffle=False)
-    make = functools.partial(self._heldout_batch, m, plan, batch_rows or self.eval_batch_rows)
+    make = functools.partial(self._heldout_batch, m, plan, batch_rows or self.eval_batch_rows, rows or slice(None))
     batches = _Batches(-(-plan.num_rows // (batch_rows or self.eval_batch_rows)), make)
     return HeldOut(batches, plan.num_tokens, self._num_bytes(source, documents), len(documents))
 
@@ -217,10 +228,13 @@ class Loader:
     content = [FORMAT, packing.FORMAT, sources, self.batch_rows, self.row_len, policy, self.cross_documents, self.seed]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
-  def _heldout_batch(self, m: int, plan: packing.Plan, batch_rows: int, number: int) -> Batch:
-    rows = range(number * batch_rows, min((number + 1) * batch_rows, plan.num_rows))
-    packed = [packing.pack_row(self.sources[m].store, plan.pieces(r), row_len=self.row_len, source=m) for r in rows]
-    return pad_rows(_stack(packed), batch_rows)._replace(source_B=np.full(batch_rows, m, np.int32))
+  def _heldout_batch(self, m: int, plan: packing.Plan, batch_rows: int, part: slice, number: int) -> Batch:
+    rows = range(number * batch_rows, (number + 1) * batch_rows)[part]
+    batch = packing.empty_batch(len(rows), self.row_len)
+    for b, row in enumerate(rows):
+      # Past the last row of the plan there is padding, which is a row without pieces.
+      packing.pack_row(batch, b, self.sources[m].store, plan.pieces(row) if row < plan.num_rows else [], source=m)
+    return batch
 
   def _num_bytes(self, source: Source, documents: np.ndarray) -> int:
     num_bytes = source.store.doc_bytes()
@@ -267,11 +281,10 @@ class _Part:
     self._loader, self._start_step, self._first, self._num_rows = loader, start_step, first, num_rows
 
   def __len__(self) -> int:
-    return (self._loader.num_steps - self._start_step) * self._num_rows
+    return self._loader.num_steps - self._start_step
 
   def __getitem__(self, index: int) -> Batch:
-    step, nth = divmod(index, self._num_rows)
-    return self._loader.row((self._start_step + step) * self._loader.batch_rows + self._first + nth)
+    return self._loader._batch((self._start_step + index) * self._loader.batch_rows + self._first, self._num_rows)
 
 
 class _Tally:
@@ -309,10 +322,6 @@ class _Batches(Sequence[Batch]):
     if not -self._length <= number < self._length:
       raise IndexError(f"batch {number} of {self._length}")
     return self._make(number % self._length)
-
-
-def _stack(rows: Sequence[Batch]) -> Batch:
-  return Batch(*(np.concatenate(arrays) for arrays in zip(*rows, strict=True)))
 
 
 def _plan(source: Source, *, row_len: int, policy: str, cross_documents: bool) -> packing.Plan:

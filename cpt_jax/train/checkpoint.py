@@ -5,10 +5,14 @@ them); the data position is one integer with a fingerprint, so any number of hos
 """
 
 import fcntl
+import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
+import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +21,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from cpt_jax import config as config_lib
-from cpt_jax import trees
+from cpt_jax import hosts, trees
 from cpt_jax.config import ConfigError
 from cpt_jax.data.store import write_atomically
 from cpt_jax.evals.perplexity import SourceLoss
@@ -145,13 +149,9 @@ def load_params(run_dir: str | pathlib.Path, *, step: int | None = None) -> tupl
 
 
 def saved_steps(run_dir: str | pathlib.Path) -> list[int]:
-  """Steps with a whole checkpoint in any run's directory, rising; only looks."""
-  if not (pathlib.Path(run_dir) / "ckpt").is_dir():
-    return []
-  checkpoints = Checkpoints(run_dir)
-  steps = checkpoints.steps()
-  checkpoints.close()
-  return steps
+  """Steps with a whole checkpoint in any run's directory, rising; only looks, and waits for no other process."""
+  directory = pathlib.Path(run_dir).absolute() / "ckpt"
+  return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(directory)) if directory.is_dir() else []
 
 
 def from_config(config: Any, run_dir: pathlib.Path) -> Checkpoints:
@@ -167,11 +167,14 @@ def from_config(config: Any, run_dir: pathlib.Path) -> Checkpoints:
 
 @contextmanager
 def claim(run_dir: pathlib.Path, config: Any) -> Iterator[None]:
-  """Makes the run directory this process's own, with config.json and versions.json in it.
+  """Makes the run directory this run's own, with config.json and versions.json in it; of several processes the first does.
 
   Raises:
     ConfigError: another process trains there, or it holds a run with another config.
   """
+  if not hosts.is_main():
+    yield
+    return
   run_dir.mkdir(parents=True, exist_ok=True)
   with open(run_dir / ".lock", "a", encoding="utf-8") as lock:
     try:
@@ -181,6 +184,9 @@ def claim(run_dir: pathlib.Path, config: Any) -> Iterator[None]:
       raise ConfigError(
         f"--workdir={run_dir}: another process is training there; wait for it or give another --workdir"
       ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}, start {secrets.token_hex(8)}\n")
+    lock.flush()
     record = json.loads(config.to_json())
     # A start that failed before its first checkpoint has no past: its config may be mended.
     if (run_dir / "config.json").exists() and saved_steps(run_dir):
@@ -191,10 +197,28 @@ def claim(run_dir: pathlib.Path, config: Any) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-  """What a result depends on beside the config."""
+  """What a result depends on beside the config; `cpt_jax` is a digest of this package's own sources."""
   packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
   found = {name: importlib.metadata.version(name) for name in packages}
-  return {"python": platform.python_version(), "machine": platform.machine(), **found}
+  return {"python": platform.python_version(), "machine": platform.machine(), **found, "cpt_jax": _sources_digest()}
+
+
+def _sources_digest() -> str:
+  package = pathlib.Path(__file__).parent.parent
+  digest = hashlib.blake2b(digest_size=16)
+  for file in sorted(package.rglob("*.py")):
+    digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes() + b"\0")
+  return digest.hexdigest()
+
+
+def identity(config: Any, run_dir: pathlib.Path) -> dict[str, str]:
+  """What must be the same on every process of a run: each key of the config, the versions, and the claimed directory itself."""
+  lock = run_dir / ".lock"
+  missing = f"not there; {run_dir} must be on a disk that all share"
+  claimed = lock.read_text(encoding="utf-8").strip() if lock.exists() else missing
+  keys = {f"config key {key}": value for key, value in _flat_json(json.loads(config.to_json())).items()}
+  code = {f"version of {name}": value for name, value in versions().items()}
+  return {**keys, **code, "--workdir is claimed by": claimed}
 
 
 # Keys that may change between two starts of a run: they alter no row, no update and nothing that a checkpoint holds. Not

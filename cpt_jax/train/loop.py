@@ -14,6 +14,7 @@ import jax
 import optax
 
 from cpt_jax import config as config_lib
+from cpt_jax import hosts
 from cpt_jax import mesh as mesh_lib
 from cpt_jax.config import Problems
 from cpt_jax.data import pipeline, prepare, sources, store
@@ -61,24 +62,31 @@ def open_inputs(config: Any) -> Inputs:
     if base.kind == "hf":
       pretrained.check_files(base.path, spec)
   problems.raise_if_any()  # before hours of preparing
-  _prepare_missing_stores(config)
-  opened = sources.from_config(config, problems)
-  sources.check_vocabulary(opened, spec.vocab_size, problems)
-  problems.raise_if_any()
-  return Inputs(config, base, spec, hf_config, pipeline.from_config(config, opened), rates, tx)
+  with hosts.main_first("data"):  # the others find its stores and packing plans, or make their own on their own disks
+    _prepare_missing_stores(config)
+    opened = sources.from_config(config, problems)
+    sources.check_vocabulary(opened, spec.vocab_size, problems)
+    problems.raise_if_any()
+    loader = pipeline.from_config(config, opened)
+  return Inputs(config, base, spec, hf_config, loader, rates, tx)
 
 
 def run(config: Any, workdir: pathlib.Path) -> int:
   """Trains as `config` says, keeping everything in `workdir`; returns the process's exit code.
 
   Started again with the same arguments it goes on from its newest checkpoint, and ends with the same parameters as if it had
-  never stopped.
+  never stopped. On several hosts each runs this at the same time; process 0 alone keeps the records and speaks.
   """
+  console.console.quiet = not hosts.is_main()
   # ---- 1. resolve and open: model config, stores, schedule, optimizer ----
   config, base, spec, hf_config, loader, rates, tx = open_inputs(config)
   num_steps = config_lib.num_steps(config)
 
   with checkpoint.claim(workdir, config), stop_signals() as stop:
+    with hosts.main_first("workdir"):  # it is claimed and has its records when the others look
+      begin = start.choose_start(config, workdir, base)
+      same = checkpoint.identity(config, workdir)
+    hosts.agree(same | {"data fingerprint": loader.fingerprint, "start": begin.describe(), "model": str(spec)})
     finished = metrics.read_summary(workdir, num_steps)
     if finished is not None:
       console.say(f"{workdir} is complete at step {num_steps}; nothing to do")
@@ -89,13 +97,14 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     mesh = mesh_lib.make_mesh(**config.mesh)
     check_mesh(mesh.shape, spec, config)
     jax.set_mesh(mesh)
+    batch_rows, eval_rows = config.train.batch_rows, loader.eval_batch_rows
+    my_rows, my_eval_rows = (mesh_lib.local_rows(mesh, num_rows=rows) for rows in (batch_rows, eval_rows))
 
     # ---- 3. data ----
-    heldout = {name: loader.heldout_rows(name, max_tokens=config.eval.tokens) for name in loader.names}
+    heldout = {name: loader.heldout_rows(name, max_tokens=config.eval.tokens, rows=my_eval_rows) for name in loader.names}
 
     # ---- 4. start ----
     checkpoints = checkpoint.from_config(config, workdir)
-    begin = start.choose_start(config, workdir, base)
     described = begin.describe(optimizer=config.start.optimizer)
     console.header(config, workdir, spec, mesh, described, num_parameters=spec_lib.num_parameters(spec))
     meta = checkpoints.meta(begin.checkpoint) if begin.kind == "run" else {}
@@ -119,15 +128,15 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     # ---- 6. loop ----
     last_step = max(first_step, min(num_steps, config.debug.stop_after or num_steps))
     eval_every, save_every = config_lib.steps_of(config, "eval.every"), config_lib.steps_of(config, "checkpoint.every")
-    batches = loader.batches(first_step)
-    writer = metrics.Writer(workdir, start_step=first_step, tensorboard=config.log.tensorboard)
+    batches = loader.batches(first_step, rows=my_rows)
+    writer = metrics.Writer(workdir if hosts.is_main() else None, start_step=first_step, tensorboard=config.log.tensorboard)
     meter = metrics.from_config(config, loader.names, spec, mesh)
     bar = console.TrainProgress(start_step=first_step, num_steps=num_steps)
     base_losses = {name: perplexity.SourceLoss(**values) for name, values in meta.get("base_losses", {}).items()}
     losses = dict(base_losses)
 
-    def to_device(batch: Batch) -> Batch:
-      return mesh_lib.to_global(mesh, batch)
+    def to_device(batch: Batch, num_rows: int = eval_rows) -> Batch:
+      return mesh_lib.to_global(mesh, batch, num_rows=num_rows)
 
     def report() -> None:
       try:
@@ -144,7 +153,7 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     with contextlib.closing(checkpoints), contextlib.closing(writer), contextlib.closing(bar):
       for now in range(first_step, last_step + 1):
         # ORDER: evaluate, save, and only then fetch rows; a resume begins at exactly this line.
-        stopping = stop.asked and now < last_step
+        stopping = stop.reached(now) and now < last_step
         save_due = stopping or now == last_step or (now % save_every == 0 and now > first_step)
         eval_due = not base_losses or now % eval_every == 0 or now == last_step or (save_due and config.checkpoint.best_metric)
         if eval_due and not stopping:
@@ -166,9 +175,9 @@ def run(config: Any, workdir: pathlib.Path) -> int:
         if stopping or now == last_step:
           break
         batch = next(batches)
-        train_state, measured = train_step(train_state, to_device(batch))
+        train_state, measured = train_step(train_state, to_device(batch, batch_rows))
         report()  # of the step before, while this one runs
-        meter.dispatched(now + 1, measured, num_positions=batch.tokens_BT.size)
+        meter.dispatched(now + 1, measured, num_positions=config_lib.tokens_per_step(config))
 
     # ---- 7. close ----
     if stopping:
@@ -179,7 +188,8 @@ def run(config: Any, workdir: pathlib.Path) -> int:
       exported = str(workdir / "hf")
       pretrained.save_params(train_state.params, spec, exported, source_dir=start.files_dir(config, base), hf_config=hf_config)
     result = metrics.summary(now, base_losses, losses, loader.ledger(now), str(workdir / "ckpt" / str(now)), exported)
-    metrics.write_summary(workdir, result)
+    if hosts.is_main():
+      metrics.write_summary(workdir, result)
     console.summary(result)
     return EXIT_DONE
 
@@ -200,9 +210,13 @@ def check_mesh(sizes: Mapping[str, int], spec: spec_lib.ModelSpec, config: Any) 
 
 
 class StopRequest:
-  """Set by the first SIGTERM or SIGINT; the loop saves and ends at the next border between steps."""
+  """Set by the first SIGTERM or SIGINT; the loop saves and ends at a border between steps."""
 
   asked = False
+
+  def reached(self, step: int) -> bool:
+    """Is this the border: the next one, or that on which all processes agree when one of them was asked."""
+    return hosts.reached_stop(step) if hosts.num_processes_connected() > 1 else self.asked
 
 
 @contextlib.contextmanager
@@ -210,13 +224,17 @@ def stop_signals() -> Iterator[StopRequest]:
   """Turns the first SIGTERM or SIGINT into a request; the second ends the process as usual."""
   request = StopRequest()
   before = {}
+  several = hosts.num_processes_connected() > 1
 
   def ask(number, frame):
     request.asked = True
     for each, handler in before.items():
       signal.signal(each, handler)
+    if several:
+      signal.raise_signal(signal.SIGTERM)
 
-  for number in (signal.SIGTERM, signal.SIGINT):
+  # In a run of several processes jax waits for SIGTERM itself, and tells the others.
+  for number in (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT):
     before[number] = signal.signal(number, ask)
   try:
     yield request

@@ -42,10 +42,12 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 class Writer:
-  """The metric files of one run."""
+  """The metric files of one run; without a `run_dir` it writes nothing (the processes beside the first)."""
 
-  def __init__(self, run_dir: pathlib.Path, *, start_step: int, tensorboard: bool):
-    self._files = {}
+  def __init__(self, run_dir: pathlib.Path | None, *, start_step: int, tensorboard: bool):
+    self._files, self._events = {}, None
+    if run_dir is None:
+      return
     for name in ("metrics.jsonl", "ledger.jsonl"):
       drop_after(run_dir / name, start_step)
       # Line buffered: a run that is killed has its last full record on disk.
@@ -64,13 +66,17 @@ class Writer:
 
   def ledger(self, step: int, sources: list[dict]) -> None:
     """One record of ledger.jsonl: what was consumed of each source before `step`."""
-    self._files["ledger.jsonl"].write(json.dumps({"step": step, "sources": sources}) + "\n")
+    self._append("ledger.jsonl", {"step": step, "sources": sources})
 
   def _write(self, step: int, kind: str, values: dict[str, Any]) -> None:
-    self._files["metrics.jsonl"].write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+    self._append("metrics.jsonl", {"step": step, "kind": kind, **values})
     if self._events is not None:
       for key, value in _flatten(f"{kind}/", values):
         self._events.add_scalar(key, value, step)
+
+  def _append(self, name: str, record: dict[str, Any]) -> None:
+    if name in self._files:
+      self._files[name].write(json.dumps(record) + "\n")
 
   def close(self) -> None:
     """Flushes and closes."""
