@@ -81,11 +81,29 @@ def test_after_a_resume_no_line_of_the_lost_future_is_left(tmp_path):
   path = tmp_path / "metrics.jsonl"
   lines = [{"step": 0, "kind": "eval"}, {"step": 5, "kind": "train"}, {"step": 10, "kind": "train"}, {"step": 10, "kind": "eval"}]
   path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 15, "kind": "train"}]) + '{"step": 20, "ki')
-  metrics.drop_after(path, 10)
+  metrics.drop_after(path, 10, evaluates_first=False)
+  assert metrics.read(path) == lines
+  metrics.drop_after(path, 10, evaluates_first=True)
   assert metrics.read(path) == lines[:3]  # the evaluation at 10 is made again
-  metrics.drop_after(path, 0)
+  metrics.drop_after(path, 0, evaluates_first=True)
   assert metrics.read(path) == []
-  metrics.drop_after(tmp_path / "none.jsonl", 3)
+  metrics.drop_after(tmp_path / "none.jsonl", 3, evaluates_first=True)
+
+
+def test_the_windows_of_the_ledger_add_up_to_its_totals(tmp_path):
+  def entry(rows):
+    return {"source": "a", "role": "domain", "rows": rows, "tokens": 10 * rows, "documents": rows, "epochs": rows / 8}
+
+  for start_step, steps in ((0, (0, 4, 8)), (8, (12, 16))):  # the second time after a resume
+    writer = metrics.Writer(tmp_path, start_step=start_step, evaluates_first=False, tensorboard=False)
+    for step in steps:
+      writer.ledger(step, [entry(step * 2)] + ([{**entry(1), "source": "b"}] if step == 16 else []))
+    writer.close()
+  records = metrics.read(tmp_path / "ledger.jsonl")
+  assert [record["step"] for record in records] == [0, 4, 8, 12, 16]
+  assert [record["sources"][0]["window"]["rows"] for record in records] == [0, 8, 8, 8, 8]
+  assert sum(record["sources"][0]["window"]["tokens"] for record in records) == records[-1]["sources"][0]["tokens"]
+  assert records[-1]["sources"][1]["window"] == {"rows": 1, "tokens": 10, "documents": 1, "epochs": 1 / 8}
 
 
 def test_peaks_are_found_by_the_names_that_jax_gives():
@@ -140,7 +158,7 @@ def test_the_base_is_kept_in_bfloat16_only_where_nothing_is_lost():
 
 
 def test_tensorboard_gets_every_figure_of_a_record(tmp_path):
-  writer = metrics.Writer(tmp_path, start_step=0, tensorboard=True)
+  writer = metrics.Writer(tmp_path, start_step=0, evaluates_first=True, tensorboard=True)
   losses = {"domain": perplexity.SourceLoss(2.0, 1.0, 10, 20, 1)}
   writer.eval(3, losses, losses, {"layers": [0.1, 0.2], "embedding": 0.3})
   writer.close()

@@ -84,7 +84,7 @@ class Loop:
 
     directory.mkdir(parents=True, exist_ok=True)
     self._training, self._batches = training, batches
-    self._writer = metrics.Writer(directory, start_step=0, tensorboard=False)
+    self._writer = metrics.Writer(directory, start_step=0, evaluates_first=True, tensorboard=False)
     self._meter = metrics.from_config(training.config, names, training.spec, training.mesh)
     self._lines = io.StringIO()
     with contextlib.redirect_stdout(self._lines):
