@@ -115,15 +115,6 @@ def test_every_mesh_trains_as_one_device_does(tiny_spec, random_batch, axes):
   assert_close(eight, one, rtol=1e-4, atol=1e-5)
 
 
-def test_accumulation_on_a_mesh(tiny_spec, random_batch):
-  batches = [random_batch(3, rows=16)]
-  alone, _ = train(tiny_spec, batches)
-  mesh = mesh_lib.make_mesh(data=2, fsdp=2, context=1, tensor=2)
-  with jax.set_mesh(mesh):
-    spread, _ = train(tiny_spec, batches, place=lambda b: mesh_lib.to_global(mesh, b), microbatches=2)
-  assert_close(spread.params, alone.params, rtol=1e-4, atol=1e-5)
-
-
 def test_rows_of_padding_change_nothing(tiny_spec, random_batch):
   batch = random_batch(5, rows=6)
   short, measured = train(tiny_spec, [batch])
@@ -221,7 +212,7 @@ def test_few_tokens_of_a_small_weight_are_divided_by_all_the_same(tiny_spec, ran
   "weights", [(0.0, 0.0), (), (1.0, -1.0), (-1.0, -1.0), (1.0, np.nan), (np.inf, 1.0), (1.0, 1e-13)], ids=str
 )
 def test_weights_that_make_no_objective_are_refused(tiny_spec, weights):
-  with pytest.raises(ValueError, match="source_weights=.*one a positive number"):
+  with pytest.raises(ValueError, match=r"source_weights=.*one of them more than 0"):
     gradient(tiny_spec, None, source_weights=weights)
 
 
@@ -240,12 +231,11 @@ def test_a_batch_that_cannot_be_counted_is_refused(tiny_spec):
   [
     ((1, 1, 1, 1), 2),
     ((1, 1, 1, 1), 4),
-    ((8, 1, 1, 1), 1),
     ((8, 1, 1, 1), 2),
-    ((1, 8, 1, 1), 2),
-    ((1, 1, 8, 1), 4),
-    ((1, 1, 4, 2), 1),
-    ((2, 2, 1, 2), 4),
+    ((1, 8, 1, 1), 1),
+    ((1, 1, 8, 1), 1),
+    ((1, 1, 4, 2), 4),
+    ((2, 2, 1, 2), 2),
   ],
   ids=str,
 )

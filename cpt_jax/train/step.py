@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cpt_jax import trees
+from cpt_jax import mesh, trees
 from cpt_jax.data.batch import Batch
 from cpt_jax.model import loss, transformer
 from cpt_jax.model.spec import ModelSpec
@@ -93,7 +93,7 @@ def make_train_step(
   each source m and its weight w_m, whatever share of the rows it has. A batch in which that divides by 0 has gradient 0.
 
   Args:
-    source_weights: for each source 0 (its rows are measured, no more) or a number from 1e-12 of the largest; only their ratios count.
+    source_weights: for each source 1e-12 of the largest or more, or 0: its rows are measured, no more. Only their ratios count.
     frozen: leaves whose path one of these patterns matches get no gradient: it is not computed, and not part of the norm.
 
   Raises:
@@ -136,8 +136,8 @@ def _relative(source_weights: Sequence[float]) -> np.ndarray:
   is_right_M = (weights_M == 0) | (weights_M >= 1e-12 * largest)
   if not (0 < largest < np.inf and is_right_M.all()):
     raise ValueError(
-      f"source_weights={tuple(source_weights)}: give each source 0 or a finite positive number, no less than 1e-12 of the largest,"
-      " and at least one a positive number"
+      f"source_weights={tuple(source_weights)}: give each source 0 or a finite number no less than 1e-12 of the largest, and"
+      " one of them more than 0"
     )
   return (weights_M / largest).astype(np.float32)
 
@@ -146,8 +146,14 @@ def accumulate(gradient: Callable, params: Any, batch: Batch, *, microbatches: i
   """Sums of gradients and losses over `microbatches` parts of the batch, one after the other."""
   if microbatches == 1:
     return gradient(params, batch)
+
   # Strided, so that each device's rows stay on it: part a holds rows a, a + A, a + 2A, ...
-  parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+  def split(x):
+    shape = (x.shape[0] // microbatches, microbatches, *x.shape[1:])
+    # Told, not found out: JAX divides the parts, too, where an axis of one device is left over.
+    return mesh.reshape(x, shape, to=("batch", None, "seq")[: len(shape)]).swapaxes(0, 1)
+
+  parts = jax.tree.map(split, batch)
 
   def add_part(total, part):
     return jax.tree.map(jnp.add, total, gradient(params, part)), None
