@@ -226,6 +226,15 @@ def test_a_batch_that_cannot_be_counted_is_refused(tiny_spec):
     jax.eval_shape(update, None, Batch(*arrays, jax.ShapeDtypeStruct((2**15,), np.dtype(np.int32))))
 
 
+UNEVEN = (0.25, 3.0)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tiny_spec, random_batch):
+  batch = masked(random_batch(17, rows=16))
+  return batch, *gradient(tiny_spec, batch, source_weights=UNEVEN)
+
+
 @pytest.mark.parametrize(
   ("axes", "microbatches"),
   [
@@ -239,12 +248,11 @@ def test_a_batch_that_cannot_be_counted_is_refused(tiny_spec):
   ],
   ids=str,
 )
-def test_uneven_weights_give_the_gradient_of_one_device_on_every_mesh_and_by_parts(tiny_spec, random_batch, axes, microbatches):
-  batch = masked(random_batch(17, rows=16))
-  expected, one = gradient(tiny_spec, batch, source_weights=(0.25, 3.0))
+def test_uneven_weights_give_the_gradient_of_one_device_on_every_mesh_and_by_parts(tiny_spec, on_one_device, axes, microbatches):
+  batch, expected, one = on_one_device
   mesh = mesh_lib.make_mesh(**dict(zip(mesh_lib.AXES, axes, strict=True)), devices=jax.devices()[: math.prod(axes)])
   with jax.set_mesh(mesh):
-    found, many = gradient(tiny_spec, mesh_lib.to_global(mesh, batch), source_weights=(0.25, 3.0), microbatches=microbatches)
+    found, many = gradient(tiny_spec, mesh_lib.to_global(mesh, batch), source_weights=UNEVEN, microbatches=microbatches)
   assert_close(found, expected, rtol=1e-4, atol=1e-7)
   assert_close(many, one, rtol=1e-5)
   np.testing.assert_array_equal(many.sums.tokens_M, one.sums.tokens_M)
