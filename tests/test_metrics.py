@@ -16,13 +16,7 @@ from cpt_jax.train.step import StepMetrics
 
 
 def measured(losses, tokens, *, rate=0.5, grad_norm=1.0):
-  sums = Sums(
-    jnp.float32(sum(losses)),
-    jnp.float32(0),
-    jnp.float32(sum(tokens)),
-    jnp.asarray(losses, jnp.float32),
-    jnp.asarray(tokens, jnp.float32),
-  )
+  sums = Sums(jnp.asarray(losses, jnp.float32), jnp.zeros(len(losses)), jnp.asarray(tokens, jnp.int32))
   return StepMetrics(sums, jnp.float32(grad_norm), jnp.float32(rate))
 
 
@@ -39,6 +33,16 @@ def test_a_record_is_the_token_weighted_mean_over_its_steps():
   assert values["loss"] == pytest.approx(18 / 11) and values["source_loss"] == {"a": 12 / 8, "b": 2.0}
   assert values["tokens"] == 11 and values["rate"] == 0.25
   assert m.read() is None
+
+
+def test_the_tokens_of_a_record_are_exact_past_what_a_step_can_count():
+  m = meter(log_every=40)
+  for count in range(1, 41):
+    m.dispatched(count, measured([1e8, 0.5], [2**26 + 1, 1]), num_positions=8)
+    values = m.read().values
+  assert values["tokens"] == 40 * (2**26 + 2) > 2**31
+  assert values["source_loss"] == {"a": 1e8 / (2**26 + 1), "b": 0.5}
+  assert values["loss"] == (1e8 + 0.5) / (2**26 + 2)
 
 
 def test_a_source_without_a_row_in_the_window_has_no_loss():
@@ -120,7 +124,7 @@ def test_evaluation_divides_exact_sums_once():
 
   def eval_step(params, batch):
     i = int(batch.tokens_BT[0])
-    return Sums(jnp.float32(losses[i]), None, jnp.float32(tokens[i]), None, None)
+    return Sums(jnp.zeros(2).at[0].set(losses[i]), jnp.zeros(2), jnp.array([int(tokens[i]), 0]))
 
   found = perplexity.evaluate(None, {"a": held}, eval_step=eval_step, to_device=lambda b: b)["a"]
   total = float(losses.astype(np.float64).sum())

@@ -163,7 +163,9 @@ class Meter:
       raise FloatingPointError(f"step {step}: loss sum {host.sums.loss}, gradient norm {host.grad_norm}")
     if not self._is_warm:
       self._is_warm, self._start_secs = True, time.monotonic()
-    self._sums = host.sums if self._sums is None else jax.tree.map(np.add, self._sums, host.sums)
+    # Wider than on the device: the steps of one record may hold more tokens than int32 counts.
+    sums = Sums(*(x.astype(np.int64 if x.dtype.kind == "i" else np.float64) for x in host.sums))
+    self._sums = sums if self._sums is None else jax.tree.map(np.add, self._sums, sums)
     if step % self._log_every:
       return Reading(step, None, 0.0, None)
     values = summarize(self._sums, self._names) | {"rate": float(host.rate), "grad_norm": float(host.grad_norm)}
@@ -224,14 +226,11 @@ def from_config(config: Any, names: tuple[str, ...], spec: ModelSpec, mesh: Any)
 
 
 def summarize(sums: Sums, names: tuple[str, ...]) -> dict[str, Any]:
-  """Means of sums, as floats: the loss, and that of each source that took part."""
-  losses = {
-    name: float(loss) / float(count)
-    for name, loss, count in zip(names, sums.source_loss_M, sums.source_tokens_M, strict=True)
-    if count > 0
-  }
-  tokens = float(sums.tokens)
-  return {"loss": float(sums.loss) / tokens if tokens else math.nan, "source_loss": losses, "tokens": int(tokens)}
+  """Means of sums, as floats: the loss over all tokens, and that of each source that took part; no source weighs more."""
+  by_source = zip(names, sums.loss_M, sums.tokens_M, strict=True)
+  losses = {name: float(loss) / int(count) for name, loss, count in by_source if count > 0}
+  tokens = int(sums.tokens)
+  return {"loss": float(sums.loss) / tokens if tokens else math.nan, "source_loss": losses, "tokens": tokens}
 
 
 def _flatten(prefix: str, values: dict[str, Any]) -> list[tuple[str, float]]:
