@@ -113,7 +113,7 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     # ---- 4. compile: at first use, from the cache when this program was compiled before ----
     settings = step.settings_from_config(config)
     jit = jax.jit if not config.debug.no_jit else lambda f, **_: f
-    train_step = jit(step.from_config(config, spec, tx, rates, source_weights=(1.0,) * len(loader.names)), donate_argnums=0)
+    train_step = jit(step.from_config(config, spec, tx, rates, source_weights=loader.loss_weights), donate_argnums=0)
     eval_step = jit(step.make_eval_step(spec, settings=settings, num_sources=len(loader.names)))
 
     def to_device(batch: Batch, num_rows: int = eval_rows) -> Batch:
