@@ -327,3 +327,40 @@ from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
 """
   subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+def test_an_id_past_the_vocabulary_is_refused_even_if_the_store_was_changed_later(tmp_path):
+  reader = loader([source(write(tmp_path / "s", [20] * 30))], vocab_size=100 * UNIQUE)
+  assert reader.row(0).tokens_BT.max() < 100 * UNIQUE
+  tokens = np.memmap(tmp_path / "s" / "00000.ds", "<u4", mode="r+")
+  tokens[:] = 100 * UNIQUE  # as many bytes as before
+  tokens.flush()
+  with pytest.raises(ConfigError, match=r"s: holds token id 10000, the model's vocabulary has 10000 rows.*--verify"):
+    next(reader.batches(0))
+
+
+def masked_store(path, lengths):
+  """Every token but the first three of each document counts."""
+  with StoreWriter(path, vocab_size=1 << 20, eos_id=0) as writer:
+    for i, n in enumerate(lengths):
+      mask = np.arange(n) >= 3
+      writer.add(list(range(UNIQUE * i, UNIQUE * i + n)), text=f"masked {i}", loss_mask=mask)
+  return open_store(path)
+
+
+@pytest.mark.parametrize("policy", ["concat", "best_fit", "pad"])
+@pytest.mark.parametrize("crossing", [False, True])
+def test_the_loss_mask_of_a_store_reaches_batches_ledger_and_evaluation(tmp_path, policy, crossing):
+  lengths = np.random.default_rng(3).integers(4, 60, 50)
+  reader = loader([source(masked_store(tmp_path / "s", lengths))], packing_policy=policy, cross_documents=crossing, num_steps=40)
+  counted = 0
+  for batch in reader.batches(0):
+    weight = batch.weights_BT > 0
+    assert (batch.targets_BT[weight] % UNIQUE >= 3).all()
+    inside = (batch.segments_BT > 0) & (batch.targets_BT == batch.tokens_BT + 1)  # not the joints between documents
+    np.testing.assert_array_equal(weight[inside], batch.targets_BT[inside] % UNIQUE >= 3)
+    counted += int(weight.sum())
+  assert reader.ledger(40)[0]["tokens"] == counted > 0
+  held = reader.heldout_rows("a", max_tokens=10**6)
+  assert held.num_tokens == sum(int((b.weights_BT > 0).sum()) for b in held.batches)
+  assert held.num_tokens == int((lengths[reader.sources[0].heldout_documents] - 3).sum())

@@ -74,6 +74,8 @@ class Loader:
   permutation for each epoch, seeded by the source's name and `seed` alone: another source, or another order of the sources,
   changes no source's own order.
 
+  With `vocab_size` no batch holds an id that the model has no row for: an error names the store.
+
   `past` is the `state` of a checkpoint from which the run goes on at `start_step`; sources go on from the rows where they were,
   under new shares if these changed.
 
@@ -95,6 +97,7 @@ class Loader:
     num_threads: int = 16,
     eval_batch_rows: int | None = None,
     tokenizer: tokenizers.Tokenizer | None = None,
+    vocab_size: int | None = None,
     past: dict | None = None,
     start_step: int = 0,
   ):
@@ -103,7 +106,7 @@ class Loader:
     self.num_steps, self.batch_rows, self.row_len = num_steps, batch_rows, row_len
     self.cross_documents, self.split_positions, self.seed, self.num_threads = cross_documents, split_positions, seed, num_threads
     self.start_step, self.eval_batch_rows = start_step, eval_batch_rows or batch_rows
-    self._tokenizer = tokenizer
+    self._tokenizer, self._vocab_size = tokenizer, vocab_size
     self.settings = {
       "seed": seed,
       "train.batch_rows": batch_rows,
@@ -167,7 +170,19 @@ class Loader:
         cross_documents=self.cross_documents,
         split_positions=self.split_positions,
       )
+    self._check_ids(batch)
     return batch
+
+  def _check_ids(self, batch: Batch) -> None:
+    """JAX would clamp an id past the vocabulary without a word, and files may change after they were opened."""
+    largest = max(int(batch.tokens_BT.max()), int(batch.targets_BT.max()))
+    if self._vocab_size is not None and largest >= self._vocab_size:
+      b = int(np.argmax((np.maximum(batch.tokens_BT, batch.targets_BT) == largest).any(1)))
+      path = self.sources[int(batch.source_B[b])].store.path
+      raise ConfigError(
+        f"{path}: holds token id {largest}, the model's vocabulary has {self._vocab_size} rows; its store.json says otherwise, so "
+        f"the files were changed or damaged (tools/prepare_data.py --verify {path}); make the store again"
+      )
 
   def batches(self, start_step: int, *, rows: slice | None = None) -> Iterator[Batch]:
     """The batches of the steps from `start_step` to the run's end, read ahead by threads.
@@ -306,6 +321,7 @@ class Loader:
     for b, row in enumerate(rows):
       # Past the last row of the plan there is padding, which is a row without pieces.
       packing.pack_row(batch, b, self.sources[m].store, plan.pieces(row) if row < plan.num_rows else [], source=m)
+    self._check_ids(batch)
     return batch
 
   def _num_bytes(self, source: Source, documents: np.ndarray) -> int:
@@ -320,8 +336,10 @@ class Loader:
     return sum(len(self._tokenizer.decode(source.store.document(i).tolist()).encode()) for i in documents.tolist())
 
 
-def from_config(config, sources: Sequence[Source], *, past: dict | None = None, start_step: int = 0) -> Loader:
-  """The loader of a resolved config; `past` and `start_step` as for `Loader`.
+def from_config(
+  config, sources: Sequence[Source], *, vocab_size: int | None = None, past: dict | None = None, start_step: int = 0
+) -> Loader:
+  """The loader of a resolved config; `vocab_size` (of the model; None = not checked), `past` and `start_step` as for `Loader`.
 
   Raises:
     ConfigError: a source that runs out where it must not, shares that are all 0 at some step, or a past that cannot go on.
@@ -340,6 +358,7 @@ def from_config(config, sources: Sequence[Source], *, past: dict | None = None, 
     num_threads=config.data.prefetch,
     eval_batch_rows=config.eval.batch_rows or config.train.batch_rows // config.train.microbatches,
     tokenizer=tokenizers.load(path) if lacks_bytes and path else None,
+    vocab_size=vocab_size,
     past=past,
     start_step=start_step,
   )

@@ -73,7 +73,7 @@ def open_inputs(config: Any, workdir: pathlib.Path | None = None) -> Inputs:
     if past and begin.kind == "resume" and (changed := pipeline.changed_settings(config, past)):
       console.say(f"the texts are read from their beginning, not from where {begin.path} was: {', '.join(changed)}")
       past = None
-    loader = pipeline.from_config(config, opened, past=past, start_step=begin.step)
+    loader = pipeline.from_config(config, opened, vocab_size=spec.vocab_size, past=past, start_step=begin.step)
   return Inputs(config, base, begin, spec, hf_config, loader, rates, tx)
 
 
