@@ -278,6 +278,7 @@ class Loader:
 
   def check_ends(self, problems: Problems) -> None:
     """Adds a problem for each source that runs out where its `at_end` forbids it."""
+    begin = self.order.segments[-1].start_step  # the shares before are history
     for name, step, action in self.order.ends:
       if action != "error":
         continue
@@ -286,7 +287,7 @@ class Loader:
       key = f"max_epochs={source.max_epochs:g}" if source.at_end == "repeat" else f"at_end={source.at_end!r}"
       problems.add(
         f"data.sources.{name}.{key}: it runs out in step {step} of {self.num_steps} (an epoch has {plan.num_rows} rows); set "
-        f"train.length to {step} steps or fewer, lower its share to about {step / self.num_steps:.2g} of what it is, raise "
+        f"train.length to {step} steps or fewer, lower its share to about {(step - begin) / (self.num_steps - begin):.2g} of what it is, raise "
         f"max_epochs, or choose another at_end"
       )
 
