@@ -287,8 +287,8 @@ class Loader:
       key = f"max_epochs={source.max_epochs:g}" if source.at_end == "repeat" else f"at_end={source.at_end!r}"
       problems.add(
         f"data.sources.{name}.{key}: it runs out in step {step} of {self.num_steps} (an epoch has {plan.num_rows} rows); set "
-        f"train.length to {step} steps or fewer, lower its share to about {(step - begin) / (self.num_steps - begin):.2g} of what it is, raise "
-        f"max_epochs, or choose another at_end"
+        f"train.length to {step} steps or fewer, lower its share to about {(step - begin) / (self.num_steps - begin):.2g} of what "
+        f"it is, raise max_epochs, or choose another at_end"
       )
 
   def _epoch_words(self, name: str, epoch_rows: int) -> str:
