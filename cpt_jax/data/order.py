@@ -91,15 +91,23 @@ def continued(
       + "\nThis would change which rows were read. Put it back, or give the changed text another name: a new source begins at "
       "its first row."
     )
-  if past and _is_same(past[-1].sources, sources):
-    return tuple(past)
+  past = [_found_again(segment, sources) for segment in past]
   kept = [segment for segment in past if segment.start_step < step]  # of one that begins here nothing was read
+  for segments in (past, kept):  # the latter: a change is taken back before a step was made with it
+    if segments and list(segments[-1].sources.items()) == list(sources.items()):
+      return tuple(segments)
   return (*kept, Segment(step, read, sources))
 
 
-def _is_same(before: dict[str, dict], now: dict[str, dict]) -> bool:
-  """A store may have moved."""
-  return list(before) == list(now) and all({**before[name], "store": ""} == {**now[name], "store": ""} for name in now)
+def _found_again(segment: Segment, sources: dict[str, dict[str, Any]]) -> Segment:
+  """The segment with its stores where they lie now: they may have moved."""
+  found = {
+    name: {**terms, "store": sources[name]["store"]}
+    if name in sources and sources[name]["fingerprint"] == terms["fingerprint"]
+    else terms
+    for name, terms in segment.sources.items()
+  }
+  return segment._replace(sources=found)
 
 
 class Order:

@@ -126,8 +126,12 @@ class Loader:
       Shuffle(max(plan.num_rows, 1), name=source.name, seed=seed) for source, plan in zip(sources, self.plans, strict=True)
     ]
     self._tallies = [_Tally(plan, shuffle) for plan, shuffle in zip(self.plans, self._shuffles, strict=True)]
+    known = [orders.from_json(segment) for segment in past["segments"]] if past else []
+    before = {name: terms["fingerprint"] for segment in known for name, terms in segment.sources.items()}
+    # Sources that had another store before; nothing was read of it, or this is refused below.
+    self.replaced = {s.name for s in sources if before.get(s.name, s.store.fingerprint) != s.store.fingerprint}
     segments = orders.continued(
-      [orders.from_json(segment) for segment in past["segments"]] if past else [],
+      known,
       {s.name: orders.terms(s, epoch_rows=plan.num_rows) for s, plan in zip(sources, self.plans, strict=True)},
       step=start_step,
       read={name: Read(**read) for name, read in past["read"].items()} if past else {},
@@ -293,6 +297,7 @@ class Loader:
 
   def check_ends(self, problems: Problems) -> None:
     """Adds a problem for each source that runs out where its `at_end` forbids it."""
+    begin = self.order.segments[-1].start_step  # the shares before are history
     for name, step, action in self.order.ends:
       if action != "error":
         continue
@@ -301,8 +306,8 @@ class Loader:
       key = f"max_epochs={source.max_epochs:g}" if source.at_end == "repeat" else f"at_end={source.at_end!r}"
       problems.add(
         f"data.sources.{name}.{key}: it runs out in step {step} of {self.num_steps} (an epoch has {plan.num_rows} rows); set "
-        f"train.length to {step} steps or fewer, lower its share to about {step / self.num_steps:.2g} of what it is, raise "
-        f"max_epochs, or choose another at_end"
+        f"train.length to {step} steps or fewer, lower its share to about {(step - begin) / (self.num_steps - begin):.2g} of "
+        f"what it is, raise max_epochs, or choose another at_end"
       )
 
   def _epoch_words(self, name: str, epoch_rows: int) -> str:

@@ -129,6 +129,8 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     console.data_changes(loader, rate=float(rates(begin.step)))
     meta = checkpoints.meta(begin.checkpoint) if begin.kind == "run" else {}
     base_losses = {name: perplexity.SourceLoss(**values) for name, values in meta.get("base_losses", {}).items()}
+    for name in loader.replaced & base_losses.keys():  # measured on documents that are not this source's any more
+      del base_losses[name]
     if meta:
       base = base._replace(checkpoint=meta["base_checkpoint"])  # the other run may have gone on since
     params = start.base_params(base, spec, seed=config.seed)

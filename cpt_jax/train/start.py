@@ -52,6 +52,10 @@ def choose_start(config: Any, workdir: pathlib.Path | None, base: Start) -> Star
     ConfigError: the run would be over before its first step.
   """
   steps = saved_steps(workdir) if workdir else []
+  if steps and steps[-1] > config_lib.num_steps(config):
+    raise ConfigError(
+      f"train.length={config.train.length}: the run in {workdir} is at step {steps[-1]} already; set at least '{steps[-1]} steps'"
+    )
   if steps:
     return Start("run", str(workdir), steps[-1], steps[-1])
   if base.step >= config_lib.num_steps(config):
