@@ -77,10 +77,7 @@ class Checkpoints:
 
   def meta(self, step: int) -> dict:
     """What was saved beside the arrays."""
-    meta = json.loads(self._checkpointer.load_checkpointables(step, {_META: None})[_META]["json"])
-    if meta["format"] > FORMAT:
-      raise ConfigError(f"{self.directory}/{step} has format {meta['format']}, this version reads up to {FORMAT}; update cpt_jax")
-    return meta
+    return read_meta(self.directory.parent, step)
 
   def restore(self, step: int, abstract_state: TrainState) -> TrainState:
     """The state of a step, sharded as `abstract_state` says.
@@ -150,6 +147,20 @@ def load_params(run_dir: str | pathlib.Path, *, step: int | None = None) -> tupl
   params = checkpoints.restore_params(step, transformer.abstract_params(spec))
   checkpoints.close()
   return params, spec, step
+
+
+def read_meta(run_dir: str | pathlib.Path, step: int) -> dict:
+  """What any run saved beside the arrays; read by this process alone, which waits for no other."""
+  alone = jax.process_index()
+  context = ocp.Context()
+  context.multiprocessing.primary_host, context.multiprocessing.active_processes = alone, {alone}
+  context.multiprocessing.barrier_sync_key_prefix = f"meta{alone}"
+  directory = pathlib.Path(run_dir).absolute() / "ckpt" / str(step)
+  with context:
+    meta = json.loads(ocp.load_checkpointables(str(directory), {_META: None})[_META]["json"])
+  if meta["format"] > FORMAT:
+    raise ConfigError(f"{directory} has format {meta['format']}, this version reads up to {FORMAT}; update cpt_jax")
+  return meta
 
 
 def saved_steps(run_dir: str | pathlib.Path) -> list[int]:

@@ -15,7 +15,7 @@ from cpt_jax.config import ConfigError
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model.spec import ModelSpec, from_hf, load_hf_config
 from cpt_jax.train import state as state_lib
-from cpt_jax.train.checkpoint import Checkpoints, saved_steps
+from cpt_jax.train.checkpoint import Checkpoints, read_meta, saved_steps
 from cpt_jax.train.state import TrainState
 
 
@@ -82,9 +82,7 @@ def data_past(begin: Start) -> dict | None:
   """What a run that goes on from `begin` has read, as `data.pipeline.Loader` takes it; None where it has read nothing."""
   if begin.kind not in ("run", "resume"):
     return None
-  checkpoints = Checkpoints(begin.path)
-  past = checkpoints.meta(begin.checkpoint)["loader"]
-  checkpoints.close()
+  past = read_meta(begin.path, begin.checkpoint)["loader"]
   if begin.kind == "resume" and begin.step == 0:  # steps are counted anew, rows go on
     merged: dict = {}
     for segment in past["segments"]:
@@ -96,9 +94,7 @@ def data_past(begin: Start) -> dict | None:
 def load_spec(base: Start) -> tuple[ModelSpec, dict]:
   """The model's shape, and the Hugging Face config.json that says it."""
   if base.kind in ("resume", "weights"):
-    checkpoints = Checkpoints(base.path)
-    hf_config = checkpoints.meta(base.checkpoint)["hf_config"]
-    checkpoints.close()
+    hf_config = read_meta(base.path, base.checkpoint)["hf_config"]
   else:
     hf_config = load_hf_config(base.path)
   return from_hf(hf_config), hf_config
