@@ -318,7 +318,8 @@ _MEASURE: dict[str, tuple[Callable[[Bench], tuple[dict[str, Any], list[list[Any]
   ),
   "seek": (
     bench_data.measure_seek,
-    "time to the first batch at a row; the bars: 50 ms at any row, 5 s and 200 MB to open 64 sources and a million steps",
+    "time to the first batch at a row, in a fresh process and CPU time of it; then of later seeks; ~ is extrapolated; the bars, "
+    "held to CPU time: 50 ms at any row, 5 s and 200 MB to open 64 sources and a million steps",
     ["side", "open s", "open CPU s", "open MB", "row 0", "row 10^6", "row 10^9", "held"],
   ),
   "prepare": (

@@ -1,9 +1,10 @@
-"""Rows, stores and texts made here -> how fast cpt_jax mixes, packs, seeks and prepares, beside grain, Hugging Face, mosaic, datatrove.
+"""Rows, stores and texts made here -> how fast cpt_jax mixes, packs, seeks and prepares, beside its peers.
 
 Invariant: each side is measured in fresh processes that take turns, on rows and texts that all sides share.
 Called by tools/bench.py, whose sections these are.
 """
 
+import collections
 import gzip
 import json
 import os
@@ -21,13 +22,15 @@ from cpt_jax.train import console
 
 OPEN_SECS, OPEN_BYTES, SEEK_SECS, PACKED_RATE = 5.0, 200e6, 0.05, 5e6  # the bars
 
+_CLOCKS = ("wall_secs", "cpu_secs")
+
 Section = tuple[dict[str, Any], list[list[Any]]]
 
 
 def measure_mixture(bench: Any) -> Section:
   """Rows a second of fixed rows mixed by each reader, and of packed rows of `Loader.batches`."""
-  counts, window_secs, rounds = ([2, 3], 0.02, 1) if bench.quick else ([2, 8, 64], 1.5, 4)
-  num_rows = 256 if bench.quick else 4096
+  counts, window_secs, rounds = ([2, 3], 0.02, 1) if bench.quick else ([2, 8, 64], 0.7, 4)
+  num_rows = 256 if bench.quick else 2048
   shapes = [(8, 2048), (16, 256)]
   for num_sources in counts:
     if not (bench.directory / f"rows_{num_sources}").exists():
@@ -36,8 +39,7 @@ def measure_mixture(bench: Any) -> Section:
   sides = [side for side in bench_data_sides.READERS if bench.peers or side.startswith(("cpt_jax", "grain"))]
   skipped, samples = {}, {side: [] for side in sides}
   packed: list[list[dict[str, Any]]] = []
-  # One round before those that count writes the peers' files and the packing plans.
-  for side in [*sides, "packed", *bench_samples.in_turns([*sides, "packed"], rounds=rounds)]:
+  for side in bench_samples.in_turns([*sides, "packed"], rounds=rounds):
     options = dict(sources=counts, window_secs=window_secs)
     if side == "packed":
       packed.append(_run_side(bench, "read_packed", **options, shapes=shapes))
@@ -47,7 +49,7 @@ def measure_mixture(bench: Any) -> Section:
         skipped[side] = found["skipped"]
       else:
         samples[side].append(found)
-  packed, samples = packed[1:], {side: turns[1:] for side, turns in samples.items() if side not in skipped}
+  samples = {side: turns for side, turns in samples.items() if side not in skipped}
   _check_shares(samples, num_rows=num_rows)
   fixed, table = [], []
   for nth, num_sources in enumerate(counts):
@@ -75,48 +77,45 @@ def measure_mixture(bench: Any) -> Section:
 
 
 def measure_seek(bench: Any) -> Section:
-  """Time to the first batch at a row far into the run, and what opening costs."""
-  rounds, furthest = (1, 1000) if bench.quick else (2, 10**9)
+  """Time to the first batch at a row far into the run, in a fresh process and after other seeks, and what opening costs."""
+  rounds, furthest = (1, 1000) if bench.quick else (4, max(bench_data_sides.POSITIONS))
   if not (bench.directory / "rows_8").exists():
-    bench_data_sides.make_rows(bench.directory, 8, num_rows=256 if bench.quick else 4096)
+    bench_data_sides.make_rows(bench.directory, 8, num_rows=256 if bench.quick else 2048)
   make_stores(bench, 64)
-  peers = bench_data_sides.SEEKERS if bench.peers else [s for s in bench_data_sides.SEEKERS if s.startswith(("cpt_jax", "grain"))]
-  skipped, turns = {}, {side: [] for side in peers}
-  for side in [*peers, *bench_samples.in_turns(list(peers), rounds=rounds)]:
-    if side in skipped:
-      continue
-    is_first, limit = not turns[side], bench_data_sides.SEEKERS[side][1]
-    # The round before those that count makes plans and files; it need not go far where going is what takes long.
-    far = min(furthest, 1000) if is_first and limit < 10**9 else furthest
-    if bench.quick and limit == 10**9:
-      far = 10**9  # costs nothing
-    found = _run_side(bench, "seek", side=side, furthest=far)
-    if "skipped" in found:
-      skipped[side] = found["skipped"]
-    else:
-      turns[side].append(found)
+  peers = bench_data_sides.SEEKERS.items()
+  limits = {side: min(limit, furthest) for side, (_, limit) in peers if bench.peers or side.startswith(("cpt_jax", "grain"))}
+  runs = [
+    (side, row)
+    for side, limit in limits.items()
+    for row in sorted({p for p in bench_data_sides.POSITIONS if p <= limit} | {limit})
+  ]
+  skipped, samples = {}, collections.defaultdict(list)
+  for side, row in bench_samples.in_turns(runs, rounds=rounds):
+    # Of a side that has to walk there, one seek a process is enough.
+    is_exact = side.startswith(("cpt_jax", "grain"))
+    if side not in skipped and (is_exact or len(samples[side, row]) < 2):
+      found = _run_side(bench, "seek", side=side, row=row, furthest=limits[side], again=3 if is_exact else 0)
+      if "skipped" in found:
+        skipped[side] = found["skipped"]
+      else:
+        samples[side, row].append(found)
   result: dict[str, Any] = {"sides": [], "skipped": skipped}
   table = []
-  for side, found in turns.items():
-    if side in skipped:
-      continue
-    found = found[1:]
-    opened = {key: bench_samples.stats([turn["open"][key] for turn in found]) for key in found[0]["open"]}
-    measured = {
-      position: {clock: [s for turn in found for s in turn["positions"][position][clock]] for clock in ("wall_secs", "cpu_secs")}
-      for position in found[0]["positions"]
-    }
-    rows = [_at(measured, position) for position in bench_data_sides.POSITIONS]
-    result["sides"].append({"side": side, "open": opened, "measured": measured, "rows": rows, "samples": found})
+  for side in (side for side in limits if side not in skipped):
+    turns = {row: samples[side, row] for of_side, row in runs if of_side == side}
+    costs = [turn["open"] for found in turns.values() for turn in found]
+    opened = {key: bench_samples.stats([cost[key] for cost in costs]) for key in costs[0]}
+    rows = [_at(turns, row) for row in bench_data_sides.POSITIONS]
+    result["sides"].append({"side": side, "open": opened, "rows": rows, "samples": turns})
     held = ""
     if side.startswith("cpt_jax"):
-      is_held = all(row["wall_secs"] < SEEK_SECS for row in rows)
+      is_held = all(row["first"]["cpu_secs"] < SEEK_SECS for row in rows)
       if "64" in side:
         is_held &= opened["cpu_secs"]["median"] < OPEN_SECS and opened["peak_bytes"]["median"] < OPEN_BYTES
       held = "yes" if is_held else "NO"
     cells = [f"{opened['wall_secs']['median']:.2f}", f"{opened['cpu_secs']['median']:.2f}"]
     cells.append(f"{opened['peak_bytes']['median'] / 1e6:.0f}")
-    table.append([side, *cells, *map(_secs_cell, rows), held])
+    table.append([side, *cells, *map(_seek_cell, rows), held])
   table += [[side, f"skipped: {why}", *[""] * 6] for side, why in skipped.items()]
   return result, table
 
@@ -145,10 +144,10 @@ def measure_prepare(bench: Any) -> Section:
   for side, samples in tokenized.items():
     cells = ["", ""]
     if side == "cpt_jax" and "datatrove" in tokenized:
-      for clock in ("wall_secs", "cpu_secs"):  # of speeds, so theirs over ours
+      for clock in _CLOCKS:  # of speeds, so theirs over ours
         ratios[clock] = [t[clock] / o[clock] for o, t in zip(samples, tokenized["datatrove"], strict=True)]
       cells = bench_samples.ratio_cells(ratios)
-    spent = {clock: [s[clock] for s in samples] for clock in ("wall_secs", "cpu_secs")}
+    spent = {clock: [s[clock] for s in samples] for clock in _CLOCKS}
     name = {"cpt_jax": "prepare() alone, one process", "datatrove": "datatrove DocumentTokenizer, one process"}[side]
     peak = statistics.median(s["peak_bytes"] for s in samples)
     table.append([name, *_prepare_cells(num_bytes, spent), *cells, f"{peak / 1e6:.0f}"])
@@ -156,7 +155,7 @@ def measure_prepare(bench: Any) -> Section:
   large = bench.directory / "prepare_large.jsonl"
   large_bytes = write_varied(large, bench.texts.values(), min_bytes=1_000_000 if bench.quick else 200_000_000)
   grown = _run_side(bench, "tokenize", side="cpt_jax", text=str(large), tokenizer=str(tokenizer), output=f"{large}_store")
-  spent = {clock: [grown[clock]] for clock in ("wall_secs", "cpu_secs")}
+  spent = {clock: [grown[clock]] for clock in _CLOCKS}
   table.append(
     ["prepare() alone, a larger text", *_prepare_cells(large_bytes, spent), "", "", f"{grown['peak_bytes'] / 1e6:.0f}"]
   )
@@ -249,25 +248,37 @@ def _rate_cells(entry: dict[str, Any]) -> list[str]:
 
 def _speed_ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, list[float]]:
   """Rows a second of ours over theirs, of each pair that had the same turn, by either clock."""
-  return {
-    clock: [a["rows"] / a[clock] / (b["rows"] / b[clock]) for a, b in zip(ours, theirs, strict=True)]
-    for clock in ("wall_secs", "cpu_secs")
-  }
+  return {clock: [a["rows"] / a[clock] / (b["rows"] / b[clock]) for a, b in zip(ours, theirs, strict=True)] for clock in _CLOCKS}
 
 
-def _at(measured: dict[str, dict[str, list[float]]], row: int) -> dict[str, Any]:
-  """Median seconds at a row; where it was not gone to, on the line through the first and the furthest that were."""
-  if str(row) in measured:
-    return {"row": row, "wall_secs": statistics.median(measured[str(row)]["wall_secs"]), "measured_at": row}
-  furthest = max(map(int, measured))
-  near, far = (statistics.median(measured[str(p)]["wall_secs"]) for p in (0, furthest))
-  return {"row": row, "wall_secs": near + max(far - near, 0.0) / furthest * row, "measured_at": furthest}
+def _at(turns: dict[int, list[dict[str, Any]]], row: int) -> dict[str, Any]:
+  """Median seconds at a row, of first seeks and of later ones; where a side did not go there, on the line through its nearest
+  and its furthest row."""
+
+  def median(of_row: int, clock: str, which: slice) -> float | None:
+    found = [s for turn in turns[of_row] for s in turn[clock][which]]
+    return statistics.median(found) if found else None
+
+  furthest, kinds = max(turns), {"first": slice(0, 1), "later": slice(1, None)}
+  if row in turns:
+    found = {kind: {clock: median(row, clock, which) for clock in _CLOCKS} for kind, which in kinds.items()}
+    return {"row": row, "measured_at": row, **found}
+  line = {}
+  for clock in _CLOCKS:
+    near, far = median(0, clock, kinds["first"]), median(furthest, clock, kinds["first"])
+    line[clock] = near + max(far - near, 0.0) / furthest * row
+  return {"row": row, "measured_at": furthest, "first": line, "later": dict.fromkeys(_CLOCKS)}
 
 
-def _secs_cell(row: dict[str, Any]) -> str:
-  secs = row["wall_secs"]
-  text = f"{secs * 1e3:,.1f} ms" if secs < 10 else f"{secs:,.0f} s"
-  return text if row["measured_at"] == row["row"] else f"~{text} (from {row['measured_at']:,})"
+def _seek_cell(at: dict[str, Any]) -> str:
+  first, cpu, later = at["first"]["wall_secs"], at["first"]["cpu_secs"], at["later"]["wall_secs"]
+  if at["measured_at"] != at["row"]:
+    return f"~{_secs(first)} (from {at['measured_at']:,})"
+  return f"{_secs(first)}, CPU {_secs(cpu)}" + (f"; {_secs(later)}" if later is not None else "")
+
+
+def _secs(secs: float) -> str:
+  return f"{secs * 1e3:,.1f} ms" if secs < 1 else f"{secs:,.1f} s"
 
 
 def _prepare_cells(num_bytes: int, samples: dict[str, list[float]]) -> list[str]:

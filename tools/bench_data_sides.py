@@ -5,6 +5,9 @@ peer that is not installed is skipped by name. Called by tools/bench_data.py, wh
 """
 
 import collections
+import contextlib
+import hashlib
+import io
 import itertools
 import json
 import os
@@ -169,20 +172,25 @@ def _hf_iterable(directory: pathlib.Path, num_sources: int) -> Iterator[np.ndarr
     yield batch["tokens"]
 
 
+def _mosaic_files(directory: pathlib.Path, num_sources: int) -> list[str]:
+  import streaming
+
+  folders = [str(directory / f"mds_{num_sources}" / str(m)) for m in range(num_sources)]
+  for folder, rows in zip(folders, _rows(directory, num_sources), strict=True):
+    if not os.path.exists(folder):
+      with streaming.MDSWriter(out=folder, columns={"tokens": f"ndarray:int32:{ROW_LEN}"}) as writer:
+        for row in rows:
+          writer.write({"tokens": row})
+  return folders
+
+
 def _mosaic_dataset(directory: pathlib.Path, num_sources: int, *, epoch_rows: int | None = None) -> Any:
   import streaming
 
   streaming.base.util.clean_stale_shared_memory()
-  folder, streams = directory / f"mds_{num_sources}", []
-  all_rows = _rows(directory, num_sources)
-  for m, (rows, share) in enumerate(zip(all_rows, shares(num_sources), strict=True)):
-    local = str(folder / str(m))
-    if not os.path.exists(local):
-      with streaming.MDSWriter(out=local, columns={"tokens": f"ndarray:int32:{ROW_LEN}"}) as writer:
-        for row in rows:
-          writer.write({"tokens": row})
-    streams.append(streaming.Stream(local=local, proportion=share))
-  num_rows = epoch_rows or sum(map(len, all_rows))
+  folders = _mosaic_files(directory, num_sources)
+  streams = [streaming.Stream(local=f, proportion=share) for f, share in zip(folders, shares(num_sources), strict=True)]
+  num_rows = epoch_rows or sum(map(len, _rows(directory, num_sources)))
   # Unshuffled it would read one stream after the other.
   return streaming.StreamingDataset(streams=streams, batch_size=BATCH_ROWS, shuffle=True, epoch_size=num_rows)
 
@@ -311,8 +319,8 @@ Seek = Callable[[int], Any]
 
 
 def _seek_loader(directory: pathlib.Path, furthest: int) -> Seek:
-  knots = ramps(64, num_steps=RAMPED_STEPS)
-  loader = _loader(directory, knots, num_steps=RAMPED_STEPS, batch_rows=RAMPED_ROWS, row_len=ROW_LEN)
+  num_steps = min(RAMPED_STEPS, max(2 * furthest // RAMPED_ROWS, 1000))
+  loader = _loader(directory, ramps(64, num_steps=num_steps), num_steps=num_steps, batch_rows=RAMPED_ROWS, row_len=ROW_LEN)
 
   def seek(row: int) -> Any:
     step, first = divmod(row // BATCH_ROWS * BATCH_ROWS, RAMPED_ROWS)
@@ -387,47 +395,40 @@ SEEKERS: dict[str, tuple[Callable[[pathlib.Path, int], Seek], int]] = {
 }
 
 
-def seek(directory: pathlib.Path, *, side: str, furthest: int) -> dict[str, Any]:
-  """Time and memory of opening, then times to the first batch at rows up to `furthest`."""
-  make, limit = SEEKERS[side]
-  furthest = min(furthest, limit)
-  positions = [p for p in POSITIONS if p <= furthest]
-  if furthest not in positions:
-    positions.append(furthest)
-  is_exact = side.startswith(("cpt_jax", "grain"))
+def seek(directory: pathlib.Path, *, side: str, row: int, furthest: int, again: int) -> dict[str, Any]:
+  """Time and memory of opening a run of `furthest` rows and more, then the times to the first batch at `row`, and of seeks to
+  `again` rows near it."""
+  make, _ = SEEKERS[side]
   _warm(side, directory)
   (before_bytes,), clock = status("VmRSS"), _Clock()
   seeker = make(directory, furthest)
   opened = clock.secs()
   (peak_bytes,) = status("VmHWM")
-  found: dict[str, dict[str, list[float]]] = {}
-  for position in positions:
-    of_position = found.setdefault(str(position), {"wall_secs": [], "cpu_secs": []})
-    for row in [position + nth * _APART for nth in range(3)] if is_exact and position + 2 * _APART < 1.02e9 else [position]:
-      clock = _Clock()
-      seeker(row)
-      for key, value in clock.secs().items():
-        of_position[key].append(value)
-  return {"open": {**opened, "peak_bytes": peak_bytes - before_bytes}, "positions": found}
+  found = {"open": {**opened, "peak_bytes": peak_bytes - before_bytes}, "wall_secs": [], "cpu_secs": []}
+  for nth in range(1 + again):
+    clock = _Clock()
+    seeker(row + nth * _APART)
+    for key, value in clock.secs().items():
+      found[key].append(value)
+  return found
 
 
 def _warm(side: str, directory: pathlib.Path) -> None:
-  """Imports what the side needs, so that opening is not the import."""
-  import grain  # noqa: F401
-
-  from cpt_jax.data import pipeline  # noqa: F401
-
-  if side.startswith("HF"):
+  """Imports what the side needs and writes the files that it reads, so that opening is neither."""
+  if "Loader" in side:
+    _loader(directory, ramps(64, num_steps=1), num_steps=1, batch_rows=RAMPED_ROWS, row_len=ROW_LEN)
+  elif side.startswith("HF"):
     _hf_sources(directory, 8)
-  if side.startswith("mosaic"):
-    import streaming  # noqa: F401
+  elif side.startswith("mosaic"):
+    _mosaic_files(directory, 8)
+  else:
+    import grain  # noqa: F401
+
+    from cpt_jax.data import mixture, shuffle  # noqa: F401
 
 
 def tokenize(directory: pathlib.Path, *, side: str, text: str, tokenizer: str, output: str) -> dict[str, Any]:
   """Seconds of making a store of a text in this process, imports aside; its digest of tokens, and the peak of memory."""
-  import hashlib
-
-  (_ours_tokenize if side == "cpt_jax" else _datatrove)  # both import first
   work = (_ours_tokenize if side == "cpt_jax" else _datatrove)(text, tokenizer=tokenizer, output=output)
   (before_bytes,), clock = status("VmRSS"), _Clock()
   work()
@@ -448,9 +449,6 @@ def _ours_tokenize(text: str, *, tokenizer: str, output: str) -> Callable[[], An
 
 
 def _datatrove(text: str, *, tokenizer: str, output: str) -> Callable[[], Any]:
-  import contextlib
-  import io
-
   from datatrove.executor import LocalPipelineExecutor
   from datatrove.pipeline.readers import JsonlReader
   from datatrove.pipeline.tokens import DocumentTokenizer
