@@ -29,7 +29,7 @@ Section = tuple[dict[str, Any], list[list[Any]]]
 
 def measure_mixture(bench: Any) -> Section:
   """Rows a second of fixed rows mixed by each reader, and of packed rows of `Loader.batches`."""
-  counts, window_secs, rounds = ([2, 3], 0.02, 1) if bench.quick else ([2, 8, 64], 0.7, 4)
+  counts, window_secs, rounds = ([2, 3], 0.02, 1) if bench.quick else ([2, 8, 64], 0.7, 3)
   num_rows = 256 if bench.quick else 2048
   shapes = [(8, 2048), (16, 256)]
   for num_sources in counts:
@@ -78,17 +78,14 @@ def measure_mixture(bench: Any) -> Section:
 
 def measure_seek(bench: Any) -> Section:
   """Time to the first batch at a row far into the run, in a fresh process and after other seeks, and what opening costs."""
-  rounds, furthest = (1, 1000) if bench.quick else (4, max(bench_data_sides.POSITIONS))
+  rounds, furthest = (1, 1000) if bench.quick else (2, max(bench_data_sides.POSITIONS))
   if not (bench.directory / "rows_8").exists():
     bench_data_sides.make_rows(bench.directory, 8, num_rows=256 if bench.quick else 2048)
   make_stores(bench, 64)
   peers = bench_data_sides.SEEKERS.items()
   limits = {side: min(limit, furthest) for side, (_, limit) in peers if bench.peers or side.startswith(("cpt_jax", "grain"))}
-  runs = [
-    (side, row)
-    for side, limit in limits.items()
-    for row in sorted({p for p in bench_data_sides.POSITIONS if p <= limit} | {limit})
-  ]
+  rows_of = {side: sorted({p for p in bench_data_sides.POSITIONS if p <= limit} | {limit}) for side, limit in limits.items()}
+  runs = [(side, row) for side, rows in rows_of.items() for row in rows]
   skipped, samples = {}, collections.defaultdict(list)
   for side, row in bench_samples.in_turns(runs, rounds=rounds):
     # Of a side that has to walk there, one seek a process is enough.
@@ -102,7 +99,7 @@ def measure_seek(bench: Any) -> Section:
   result: dict[str, Any] = {"sides": [], "skipped": skipped}
   table = []
   for side in (side for side in limits if side not in skipped):
-    turns = {row: samples[side, row] for of_side, row in runs if of_side == side}
+    turns = {row: samples[side, row] for row in rows_of[side]}
     costs = [turn["open"] for found in turns.values() for turn in found]
     opened = {key: bench_samples.stats([cost[key] for cost in costs]) for key in costs[0]}
     rows = [_at(turns, row) for row in bench_data_sides.POSITIONS]

@@ -144,7 +144,7 @@ def _hf_sources(directory: pathlib.Path, num_sources: int) -> list[Any]:
   for m, rows in enumerate(_rows(directory, num_sources)):
     if not (folder / str(m)).exists():
       datasets.Dataset.from_dict({"tokens": rows}, features=features).save_to_disk(str(folder / str(m)))
-    found.append(datasets.load_from_disk(str(folder / str(m))).with_format("numpy", dtype=np.int32))
+    found.append(datasets.load_from_disk(str(folder / str(m))))
   return found
 
 
@@ -164,12 +164,12 @@ def _hf_interleaved(directory: pathlib.Path, num_sources: int) -> Any:
   import datasets
 
   sources = [s.to_iterable_dataset().repeat(None) for s in _hf_sources(directory, num_sources)]
-  return datasets.interleave_datasets(sources, probabilities=shares(num_sources), seed=0).with_format("numpy", dtype=np.int32)
+  return datasets.interleave_datasets(sources, probabilities=shares(num_sources), seed=0).with_format("numpy")
 
 
 def _hf_iterable(directory: pathlib.Path, num_sources: int) -> Iterator[np.ndarray]:
   for batch in _hf_interleaved(directory, num_sources).iter(batch_size=BATCH_ROWS):
-    yield batch["tokens"]
+    yield batch["tokens"].astype(np.int32)  # its numpy format is int64
 
 
 def _mosaic_files(directory: pathlib.Path, num_sources: int) -> list[str]:
@@ -262,18 +262,14 @@ def _loader(directory: pathlib.Path, knots: Any, *, num_steps: int, batch_rows: 
 
 
 class _Clock:
-  """Wall and CPU time since it was made, of this process and of those that it waited for."""
+  """Wall and CPU time of this process since it was made."""
 
   def __init__(self):
-    self._cpu_secs, self._start_secs = self._cpu(), time.perf_counter()
-
-  def _cpu(self) -> float:
-    t = os.times()
-    return t.user + t.system + t.children_user + t.children_system
+    self._cpu_secs, self._start_secs = time.process_time(), time.perf_counter()
 
   def secs(self) -> dict[str, float]:
     wall_secs = time.perf_counter() - self._start_secs
-    return {"wall_secs": wall_secs, "cpu_secs": self._cpu() - self._cpu_secs}
+    return {"wall_secs": wall_secs, "cpu_secs": time.process_time() - self._cpu_secs}
 
 
 def _rate(batches: Iterator[Any], num_rows: Callable[[Any], int], *, window_secs: float) -> dict[str, float]:
