@@ -134,6 +134,7 @@ def test_mixture(bench):
     assert entry["positions_per_sec"] == pytest.approx(entry["rows_per_sec"]["median"] * entry["row_len"])
 
 
+@pytest.mark.slow
 def test_seek(bench):
   record, printed = bench("seek", "--nopeers")
   sides = {side["side"]: side for side in record["sides"]}
