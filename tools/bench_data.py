@@ -91,7 +91,8 @@ def measure_seek(bench: Any) -> Section:
     # Of a side that has to walk there, one seek a process is enough.
     is_exact = side.startswith(("cpt_jax", "grain"))
     if side not in skipped and (is_exact or len(samples[side, row]) < 2):
-      found = _run_side(bench, "seek", side=side, row=row, furthest=limits[side], again=3 if is_exact else 0)
+      furthest_row = limits[side] if is_exact else row
+      found = _run_side(bench, "seek", side=side, row=row, furthest=furthest_row, again=3 if is_exact else 0)
       if "skipped" in found:
         skipped[side] = found["skipped"]
       else:
@@ -100,7 +101,7 @@ def measure_seek(bench: Any) -> Section:
   table = []
   for side in (side for side in limits if side not in skipped):
     turns = {row: samples[side, row] for row in rows_of[side]}
-    costs = [turn["open"] for found in turns.values() for turn in found]
+    costs = [turn["open"] for turn in turns[limits[side]]]
     opened = {key: bench_samples.stats([cost[key] for cost in costs]) for key in costs[0]}
     rows = [_at(turns, row) for row in bench_data_sides.POSITIONS]
     result["sides"].append({"side": side, "open": opened, "rows": rows, "samples": turns})

@@ -369,7 +369,7 @@ def _seek_hf_state(directory: pathlib.Path, furthest: int) -> Seek:
 
 
 def _seek_mosaic(directory: pathlib.Path, furthest: int) -> Seek:
-  dataset = _mosaic_dataset(directory, 8, epoch_rows=2 * furthest + BATCH_ROWS)
+  dataset = _mosaic_dataset(directory, 8, epoch_rows=2 * furthest or None)
 
   def seek(row: int) -> Any:
     state = dataset.state_dict(0, from_beginning=True) | {"epoch": 0, "sample_in_epoch": row}
