@@ -63,11 +63,15 @@ class Problems:
       raise error
 
 
-class Share(tuple):
-  """A source's share of the tokens: knots ((when, share), ...), linear between; `when` as a duration.
+CURVES = ("linear", "log", "hold")
 
-  A type of its own so that the command line takes both forms: `--config.data.sources.zh.share=0.3` and
-  `--config.data.sources.zh.share='[(0, 0.05), ("20%", 0.3)]'`.
+
+class Share(tuple):
+  """A source's share of the tokens: knots ((when, share, curve), ...).
+
+  `when` is a duration, `curve` the way from the knot before to this one: "linear", which may be left out; "log", straight in
+  the logarithm; "hold", the share before up to this time, then a jump. A type of its own so that the command line takes
+  both forms: `--config.data.sources.zh.share=0.3` and `--config.data.sources.zh.share='[(0, 0.05), ("20%", 0.3)]'`.
   """
 
   def __new__(cls, value: Any) -> "Share":
@@ -76,13 +80,17 @@ class Share(tuple):
       try:
         value = ast.literal_eval(value)
       except (ValueError, SyntaxError):
-        raise ValueError(f"{value!r} is no share; write 0.3 or [(0, 0.05), ('20%', 0.3)]") from None
+        raise ValueError(_no_share(value)) from None
     if isinstance(value, numbers.Real):
-      return super().__new__(cls, ((0, float(value)),))
+      return super().__new__(cls, ((0, float(value), "linear"),))
     try:
-      return super().__new__(cls, ((when, float(share)) for when, share in value))
+      return super().__new__(cls, ((when, float(share), *(curve or ["linear"])) for when, share, *curve in value))
     except (TypeError, ValueError):
-      raise ValueError(f"{value!r} is no share; write 0.3 or [(0, 0.05), ('20%', 0.3)]") from None
+      raise ValueError(_no_share(value)) from None
+
+
+def _no_share(value: Any) -> str:
+  return f"{value!r} is no share; write 0.3 or [(0, 0.05), ('20%', 0.3)], a knot's third entry is one of {', '.join(CURVES)}"
 
 
 class _ShareParser(flags.ArgumentParser):
@@ -102,27 +110,48 @@ def source(
   text: str = "",
   role: str = "domain",
   share: float | tuple = 1.0,
+  at_end: str = "repeat",
   max_epochs: float = 0.0,
-  text_field: str = "text",
+  loss_weight: float = 1.0,
+  min_tokens: int = 0,
+  max_tokens: int = 0,
+  length_shares: tuple = (),
+  records: str = "text",
+  text_field: str = "",
+  answer_field: str = "answer",
+  train_on: str = "all",
 ) -> Any:
   """One entry of `data.sources`."""
   return ConfigDict(
     dict(
       # Directory of a token store (tools/prepare_data.py or datatrove). Required.
       store=store,
-      # Raw text to prepare into `store` when that does not exist yet: path or glob of .txt .jsonl .parquet files
-      # (.gz .zst too). Empty: the store must exist.
-      text=text,
-      # The field of .jsonl and .parquet records that holds the text.
-      text_field=text_field,
       # "replay" (text like the base's own: its loss shows forgetting) or "domain" (what is to be learnt).
       role=role,
-      # Share of the training tokens: a number, or knots [(0, 0.05), ("20%", 0.3)], linear between them. Shares are
-      # normalised over the sources at every step. 0 = evaluated but never trained on.
+      # Share of the training tokens: a number, or knots [(0, 0.05), ("20%", 0.3)], linear between them; ("20%", 0.3, "log")
+      # rises evenly in the logarithm, ("20%", 0.3, "hold") jumps. Shares are normalised over the sources at every step.
+      # 0 = evaluated but never trained on.
       share=Share(share),
-      # The run is refused if it would read this source more often than this. 0 = no limit. About 4 repeats are nearly
-      # as good as new text (Muennighoff et al. 2305.16264).
+      # When all of it was read: "repeat" in another order, "stop" the run, "renormalise" (the others share what is left) or
+      # "error" (the run is refused). About 4 repeats are nearly as good as new text (Muennighoff et al. 2305.16264).
+      at_end=at_end,
+      # When all of it was read: after so many epochs; 0 = after one, and with "repeat" never. "repeat" past this is refused.
       max_epochs=float(max_epochs),
+      # Weight of its tokens in the objective, beside their share of the rows; 0 = read and measured, but nothing is learnt.
+      loss_weight=float(loss_weight),
+      # Training documents shorter or longer than this many tokens are left out; 0 = no limit.
+      min_tokens=min_tokens,
+      max_tokens=max_tokens,
+      # Brackets (from_tokens, share of the source's tokens), e.g. ((0, 0.3), (4096, 0.7)): long documents are read more often
+      # until they have their share (per-source length upsampling, Fu et al. 2402.10171). () = every document once an epoch.
+      length_shares=tuple(length_shares),
+      # Raw text to prepare into `store` when that does not exist yet: path or glob of .txt .jsonl .parquet files
+      # (.gz .zst too). Empty: the store must exist. The keys below say how it is read.
+      text=text,
+      records=records,  # text, messages (conversations, by the tokenizer's chat template), prompt (with an answer)
+      text_field=text_field,  # the field of records that holds the text, messages or prompt; empty = named like `records`
+      answer_field=answer_field,  # of prompt records
+      train_on=train_on,  # all, or answers: the loss leaves out what the model is asked
     ),
     type_safe=False,
   )
@@ -157,9 +186,15 @@ def default() -> Any:
     "best_fit"  # concat (documents joined and cut), best_fit (cut only what does not fit), pad (one document a row)
   )
   c.data.cross_documents = False  # may a document attend to the one before it in its row
+  c.data.split_positions = "restart"  # positions of a document's later pieces: restart (at 0) or continue
   c.data.heldout_frac = 0.01  # share of documents, by hash of their text, kept for evaluation and never trained on
   c.data.prefetch = 16  # rows read ahead, and the number of reader threads
   c.data.sources = ConfigDict(type_safe=False)  # name = config.source(...)
+  # Shares of all sources at once, from a time on, e.g. ((0, {"en": 0.9, "zh": 0.1}), ("20%", {"en": 0.3, "zh": 0.7})); whoever
+  # is not named has none. () = each source's own `share`.
+  c.data.stages = ()
+  c.data.on_bad = "skip"  # a record that cannot be read: skip (it is listed in the store's bad_records.jsonl) or fail
+  c.data.max_bad = -1  # more bad records than this are an error; -1 = no limit
 
   c.train = ConfigDict()
   c.train.length = "1000 steps"  # duration: steps or tokens
@@ -228,13 +263,23 @@ CHOICES = {
   "model.remat": ("none", "dots", "full"),
   "model.attention": ("auto", "plain", "blockwise"),
   "data.packing": ("concat", "best_fit", "pad"),
+  "data.split_positions": ("restart", "continue"),
+  "data.on_bad": ("skip", "fail"),
   "schedule.name": ("constant", "linear", "cosine", "wsd", "rewarm", "infinite"),
   "schedule.shape": ("linear", "1-sqrt"),
 }
+_SOURCE_CHOICES = {
+  "role": ("replay", "domain"),
+  "at_end": ("repeat", "stop", "renormalise", "error"),
+  "records": ("text", "messages", "prompt"),
+  "train_on": ("all", "answers"),
+}
+_SOURCE_AT_LEAST = {"max_epochs": 0.0, "loss_weight": 0.0, "min_tokens": 0, "max_tokens": 0}
 _AT_LEAST = {
   "model.loss_chunk": 0,
   "data.row_len": 2,
   "data.prefetch": 1,
+  "data.max_bad": -1,
   "train.batch_rows": 1,
   "train.microbatches": 1,
   "train.z_loss": 0.0,
@@ -363,6 +408,11 @@ def steps_of(config: Any, key: str) -> int:
   return durations.whole_steps(get(config, key), tokens_per_step=tokens_per_step(config), run_steps=num_steps(config))
 
 
+def steps_at(config: Any, when: str | int | float) -> float:
+  """A time of the run in steps, not rounded."""
+  return durations.parse(when).steps(tokens_per_step=max(tokens_per_step(config), 1), run_steps=num_steps(config))
+
+
 def did_you_mean(name: str, known: list[str]) -> str:
   """' Did you mean x?' or ''."""
   close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -475,41 +525,90 @@ def _check_sources(config: Any, problems: Problems) -> None:
   if not config.data.sources:
     problems.add("data.sources is empty: name at least one source, data.sources.domain = config.source(store=...)")
     return
-  largest = 0.0
+  largest = _check_stages(config, problems)
   for name, entry in config.data.sources.items():
     key = f"data.sources.{name}"
     if not name.isidentifier():
       problems.add(f"{key}: a source's name is letters, digits and underscores, as in a Python name")
-    if entry.role not in ("replay", "domain"):
-      problems.add(f"{key}.role={entry.role!r}: choose replay or domain.{did_you_mean(entry.role, ['replay', 'domain'])}")
+    for field, choices in _SOURCE_CHOICES.items():
+      if entry[field] not in choices:
+        problems.add(f"{key}.{field}={entry[field]!r}: choose {' or '.join(choices)}.{did_you_mean(entry[field], list(choices))}")
+    for field, low in _SOURCE_AT_LEAST.items():
+      if not (math.isfinite(entry[field]) and entry[field] >= low):
+        problems.add(f"{key}.{field}={entry[field]}: must be {low:g} or above")
     if not entry.store:
       problems.add(f"{key}.store is empty: make one with tools/prepare_data.py --input ... --tokenizer ... --output STORE")
-    if not (math.isfinite(entry.max_epochs) and entry.max_epochs >= 0):
-      problems.add(f"{key}.max_epochs={entry.max_epochs}: must be 0 (no limit) or above")
+    if entry.records == "text" and entry.train_on == "answers":
+      problems.add(f"{key}.train_on='answers': plain texts have no answers; set records to messages or prompt")
+    _check_length_shares(f"{key}.length_shares", entry.length_shares, problems)
     try:
       entry.share = Share(entry.share)
     except ValueError as error:
       problems.add(f"{key}.share: {error}")
       continue
-    whens = []
-    for when, share in entry.share:
-      if not (math.isfinite(share) and share >= 0):
-        problems.add(f"{key}.share={share}: shares are finite and not negative (they are normalised over the sources)")
-      else:
-        largest = max(largest, share)
-      if any(line.startswith("train.length") for line in problems.lines):
-        continue  # a knot's time cannot be placed in a run of unknown length
-      try:
-        whens.append(durations.parse(when).steps(tokens_per_step=max(tokens_per_step(config), 1), run_steps=num_steps(config)))
-      except ValueError as error:
-        problems.add(f"{key}.share: {error}")
-    if whens != sorted(set(whens)):
-      problems.add(f"{key}.share={tuple(entry.share)}: the knots' times must rise")
+    if config.data.stages and entry.share != Share(1.0):
+      problems.add(f"{key}.share={tuple(entry.share)}: data.stages gives the shares of this run; leave one of the two out")
+    largest = max(largest, _check_knots(config, f"{key}.share", entry.share, problems))
   metrics = [f"eval/{name}/loss" for name in config.data.sources]
   if config.checkpoint.best_metric and config.checkpoint.best_metric not in metrics:
     problems.add(f"checkpoint.best_metric={config.checkpoint.best_metric!r}: choose one of {', '.join(metrics)}")
   if largest == 0 and not problems.lines:
     problems.add("every source's share is 0: nothing would be trained on; give at least one a share above 0")
+  weights = [entry.loss_weight for entry in config.data.sources.values()]
+  if max(weights) == 0 and not problems.lines:
+    problems.add("every source's loss_weight is 0: nothing would be learnt; give at least one a weight above 0")
+
+
+def _check_stages(config: Any, problems: Problems) -> float:
+  """Checks data.stages; returns the largest share."""
+  largest = 0.0
+  for stage in config.data.stages:
+    if not (isinstance(stage, (list, tuple)) and len(stage) == 2 and isinstance(stage[1], (dict, ConfigDict))):
+      problems.add(
+        f"data.stages: {stage!r} is no stage; write (when, {{name: share, ...}}), e.g. ('20%', {{'en': 0.3, 'zh': 0.7}})"
+      )
+      return largest
+  for when, shares in config.data.stages:
+    for name, share in shares.items():
+      if name not in config.data.sources:
+        problems.add(f"data.stages at {when!r}: there is no source {name}.{did_you_mean(name, list(config.data.sources))}")
+      if not (isinstance(share, (int, float)) and math.isfinite(share) and share >= 0):
+        problems.add(f"data.stages at {when!r}: {name}={share!r}; shares are numbers, finite and not negative")
+  if config.data.stages and not problems.lines:
+    knots = [(when, max(shares.values(), default=0.0), "hold") for when, shares in config.data.stages]
+    largest = _check_knots(config, "data.stages", knots, problems)
+    if durations.parse(knots[0][0]).amount != 0:
+      problems.add(f"data.stages begin at {knots[0][0]!r}; the first stage begins at 0")
+  return largest
+
+
+def _check_knots(config: Any, key: str, knots: Any, problems: Problems) -> float:
+  """Checks times, shares and curves; returns the largest share."""
+  steps, largest = [], 0.0
+  for i, (when, share, *curve) in enumerate(knots):
+    if not (math.isfinite(share) and share >= 0):
+      problems.add(f"{key}={share}: shares are finite and not negative (they are normalised over the sources)")
+      continue
+    largest = max(largest, share)
+    if len(curve) != 1 or curve[0] not in CURVES:
+      problems.add(f"{key}: the knot at {when!r} has {tuple(curve)} behind its share; write one of {', '.join(CURVES)}")
+    elif curve[0] == "log" and (i == 0 or not min(share, knots[i - 1][1]) > 0):
+      problems.add(f"{key}: the log curve to the knot at {when!r} runs between two shares above 0, e.g. from 0.001")
+    if any(line.startswith("train.length") for line in problems.lines):
+      continue  # a knot's time cannot be placed in a run of unknown length
+    try:
+      steps.append(steps_at(config, when))
+    except ValueError as error:
+      problems.add(f"{key}: {error}")
+  if steps != sorted(steps) or any(steps.count(step) > 2 for step in steps):
+    problems.add(f"{key}={tuple(knots)}: the knots' times must rise (twice the same time is a jump)")
+  return largest
+
+
+def _check_length_shares(key: str, brackets: Any, problems: Problems) -> None:
+  """Their form; data.selection looks at the numbers."""
+  if not all(isinstance(b, (list, tuple)) and len(b) == 2 and all(isinstance(x, numbers.Real) for x in b) for b in brackets):
+    problems.add(f"{key}={brackets!r}: write brackets (from_tokens, share), e.g. ((0, 0.3), (4096, 0.7))")
 
 
 def _divisors(n: int) -> str:

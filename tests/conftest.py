@@ -64,7 +64,7 @@ def tiny_spec(tiny_hf_config):
   return spec.from_hf(tiny_hf_config)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def random_batch():
   """Makes batches of random tokens, one to three documents a row and padding at its end: `random_batch(seed, rows=8)`."""
   import numpy as np

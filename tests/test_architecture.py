@@ -11,8 +11,9 @@ import pytest
 LAYERS = [
   ["durations", "config"],
   ["trees", "hosts", "mesh"],
-  ["data.batch", "data.documents", "data.tokenizer", "data.chat", "data.store", "data.prepare", "data.sources", "data.selection"]
-  + ["data.packing", "data.shuffle", "data.quotas", "data.mixture", "data.pipeline"],
+  ["data.batch", "data.documents", "data.tokenizer", "data.chat", "data.store", "data.decontaminate", "data.prepare"]
+  + ["data.cluster", "data.sources", "data.selection", "data.packing", "data.shuffle", "data.quotas", "data.mixture"]
+  + ["data.order", "data.pipeline"],
   ["model.spec", "model.rope", "model.layers", "model.attention", "model.transformer", "model.loss", "model.hf_files"]
   + ["model.pretrained"],
   ["evals.perplexity", "evals.drift"],

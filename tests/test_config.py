@@ -18,7 +18,7 @@ def test_a_good_config_resolves_to_a_locked_copy_that_is_json():
   c = good()
   resolved = config.resolve(c)
   assert resolved.is_locked and not resolved.data.sources.domain.is_type_safe
-  assert json.loads(resolved.to_json())["data"]["sources"]["domain"]["share"] == [[0, 0.05], ["20%", 0.75]]
+  assert json.loads(resolved.to_json())["data"]["sources"]["domain"]["share"] == [[0, 0.05, "linear"], ["20%", 0.75, "linear"]]
 
 
 def test_the_surface_stays_under_a_hundred_keys():
@@ -92,13 +92,67 @@ def test_knots_must_rise():
 
 @pytest.mark.parametrize("value", [0.3, 1, "0.3", "[(0, 0.1), ('5%', 0.2)]", [(0, 0.1)]])
 def test_a_share_is_a_number_or_knots_from_a_file_or_the_command_line(value):
-  assert all(len(knot) == 2 for knot in config.Share(value))
+  assert all(len(knot) == 3 and knot[2] == "linear" for knot in config.Share(value))
+  assert config.Share([(0, 0.1), ("5%", 0.2, "log")])[1] == ("5%", 0.2, "log")
 
 
 @pytest.mark.parametrize("value", ["x", "1,2,3", None, [1, 2], "__import__('os')"])
 def test_what_is_no_share_is_refused(value):
   with pytest.raises(ValueError, match="is no share"):
     config.Share(value)
+
+
+@pytest.mark.parametrize(
+  "share,message",
+  [
+    ([(0, 0.0), ("20%", 0.3, "log")], "between two shares above 0"),
+    ([(0, 0.3, "log")], "between two shares above 0"),
+    ([(0, 0.1), ("20%", 0.3, "cubic")], "one of linear, log, hold"),
+    ([(5, 0.1), (5, 0.2), (5, 0.3)], "twice the same time is a jump"),
+    ([(5, 0.1), (5, 0.2)], None),
+    ([(0, 0.1), ("20%", 0.3, "log"), ("30%", 0.9, "hold")], None),
+  ],
+)
+def test_curves_between_knots(share, message):
+  c = good()
+  c.data.sources.domain.share = share
+  if message is None:
+    config.resolve(c)
+  else:
+    with pytest.raises(config.ConfigError, match=message):
+      config.resolve(c)
+
+
+def test_stages_give_all_shares_at_once():
+  c = good()
+  c.data.sources.general.share = c.data.sources.domain.share = 1.0
+  c.data.stages = ((0, {"general": 0.9, "domain": 0.1}), ("20%", {"domain": 1.0}))
+  config.resolve(c)
+  wrong = [
+    (((0, {"generel": 0.9}),), "Did you mean general"),
+    (((0, {"general": -1.0}),), "finite and not negative"),
+    ((("20%", {"general": 1.0}),), "begins at 0"),
+    (((0, 0.5),), "is no stage"),
+    (((0, {"general": 1.0}), ("50%", {"domain": 1.0}), ("20%", {"general": 1.0})), "must rise"),
+  ]
+  for stages, message in wrong:
+    c.data.stages = stages
+    with pytest.raises(config.ConfigError, match=message):
+      config.resolve(c)
+  c.data.stages, c.data.sources.general.share = ((0, {"general": 1.0}),), 0.5
+  with pytest.raises(config.ConfigError, match="leave one of the two out"):
+    config.resolve(c)
+
+
+def test_every_mistake_in_a_source_is_named():
+  c = good()
+  c.data.sources.domain.update(dict(at_end="wrap", records="chat", loss_weight=-1.0, min_tokens=-2, length_shares=(3,)))
+  c.data.sources.general.train_on = "answers"
+  with pytest.raises(config.ConfigError) as error:
+    config.resolve(c)
+  for field in ("domain.at_end", "domain.records", "domain.loss_weight", "domain.min_tokens", "domain.length_shares"):
+    assert f"data.sources.{field}" in str(error.value)
+  assert "general.train_on='answers': plain texts have no answers" in str(error.value)
 
 
 def test_unknown_keys_on_the_command_line_are_all_named_with_what_was_meant(tmp_path):

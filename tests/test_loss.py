@@ -30,7 +30,7 @@ def case(*, seed: int = 0):
   batch = Batch(
     tokens_BT=integers,
     targets_BT=random.integers(V, size=(B, T)).astype(np.int32),
-    weights_BT=random.choice([0.0, 0.25, 1.0], size=(B, T)).astype(np.float32),
+    weights_BT=random.integers(2, size=(B, T)).astype(np.float32),
     segments_BT=integers,
     positions_BT=integers,
     source_B=np.array([2, 0, 2], np.int32),
@@ -40,23 +40,21 @@ def case(*, seed: int = 0):
   return batch, hidden_BTD, embedding_VD
 
 
-def reference(batch, hidden_BTD, head_DV, *, z_weight):
-  """Sums, and the gradients of loss + z_weight * z_loss, in float64."""
+def reference(batch, hidden_BTD, head_DV, *, weights_M, z_weight):
+  """Sums, and the gradients of sum_m weight_m * (loss_m + z_weight * z_loss_m), in float64."""
   logits_BTV = hidden_BTD.astype(np.float64) @ head_DV.astype(np.float64)
   log_partition_BT = np.log(np.exp(logits_BTV).sum(-1))
   rows, columns = np.indices((B, T))
   nll_BT = log_partition_BT - logits_BTV[rows, columns, batch.targets_BT]
-  loss_B = (batch.weights_BT * nll_BT).sum(1)
-  tokens_B = batch.weights_BT.astype(np.float64).sum(1)
-  z_loss = (batch.weights_BT * log_partition_BT**2).sum()
-  by_source = [[sums_B[batch.source_B == m].sum() for m in range(M)] for sums_B in (loss_B, tokens_B)]
+  is_source_MBT = (batch.source_B == np.arange(M)[:, None])[..., None] * batch.weights_BT.astype(np.float64)
+  sums = loss.Sums(*((is_source_MBT * x_BT).sum((1, 2)) for x_BT in (nll_BT, log_partition_BT**2, np.ones((B, T)))))
   probs_BTV = np.exp(logits_BTV - log_partition_BT[..., None])
   d_logits_BTV = probs_BTV * (1 + 2 * z_weight * log_partition_BT[..., None])
   d_logits_BTV[rows, columns, batch.targets_BT] -= 1
-  d_logits_BTV *= batch.weights_BT[..., None]
+  d_logits_BTV *= np.einsum("M,MBT->BT", weights_M, is_source_MBT)[..., None]
   d_hidden_BTD = d_logits_BTV @ head_DV.T
   d_head_DV = np.einsum("BTD,BTV->DV", hidden_BTD, d_logits_BTV)
-  return loss.Sums(loss_B.sum(), z_loss, tokens_B.sum(), *by_source), d_hidden_BTD, d_head_DV
+  return sums, d_hidden_BTD, d_head_DV
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -64,27 +62,46 @@ def reference(batch, hidden_BTD, head_DV, *, z_weight):
 def test_sums_and_gradients_equal_the_float64_reference(chunk, tied):
   batch, hidden_BTD, embedding_VD = case()
   params = {"embedding": embedding_VD} if tied else {"head": embedding_VD.T}
+  weights_M = np.array([0.7, 1.0, 0.1, 0.0], np.float32)
 
   def objective(params, hidden_BTD):
     sums = loss.sums(params, spec(tied=tied), hidden_BTD, batch, num_sources=M, chunk=chunk)
-    return sums.loss + 0.3 * sums.z_loss, sums
+    return jnp.sum(weights_M * (sums.loss_M + 0.3 * sums.z_loss_M)), sums
 
   gradient = jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
   (_, sums), (d_params, d_hidden_BTD) = gradient(params, hidden_BTD)
-  expected, d_hidden_expected_BTD, d_head_expected_DV = reference(batch, hidden_BTD, embedding_VD.T, z_weight=0.3)
-  for name in loss.Sums._fields:
+  expected, d_hidden_expected_BTD, d_head_expected_DV = reference(
+    batch, hidden_BTD, embedding_VD.T, weights_M=weights_M, z_weight=0.3
+  )
+  for name in (*loss.Sums._fields, "loss", "z_loss", "tokens"):
     np.testing.assert_allclose(getattr(sums, name), getattr(expected, name), rtol=2e-5, err_msg=name)
   np.testing.assert_allclose(d_hidden_BTD, d_hidden_expected_BTD, rtol=1e-4, atol=1e-5)
   d_head_DV = d_params["embedding"].T if tied else d_params["head"]
   np.testing.assert_allclose(d_head_DV, d_head_expected_DV, rtol=1e-4, atol=1e-5)
 
 
-def test_sums_are_float32_whatever_the_hidden_states_are():
+def test_sums_are_float32_and_counts_whole_whatever_the_hidden_states_are():
   batch, hidden_BTD, embedding_VD = case()
   sums = tied_sums(embedding_VD, hidden_BTD.astype(jnp.bfloat16), batch)
-  assert {x.dtype for x in sums} == {jnp.dtype(jnp.float32)}
-  expected, _, _ = reference(batch, hidden_BTD, embedding_VD.T, z_weight=0.0)
+  assert [x.dtype for x in sums] == [jnp.float32, jnp.float32, jnp.int32]
+  expected, _, _ = reference(batch, hidden_BTD, embedding_VD.T, weights_M=np.zeros(M), z_weight=0.0)
   np.testing.assert_allclose(sums.loss, expected.loss, rtol=2e-2)
+
+
+def test_counts_stay_exact_where_float32_leaves_out_whole_numbers():
+  one = tied_sums(*reversed(case()[1:]), case()[0])
+  many = one._replace(tokens_M=jnp.full_like(one.tokens_M, 2**25 + 1))  # of as many microbatches, say
+  added = jax.tree.map(jnp.add, many, one)
+  assert one.tokens > 0
+  np.testing.assert_array_equal(added.tokens_M, 2**25 + 1 + np.asarray(one.tokens_M, np.int64))
+  assert added.tokens == M * (2**25 + 1) + int(one.tokens)
+
+
+def test_the_rows_of_a_source_are_added_in_full_precision():
+  # Products of float32 are rounded to fewer bits on GPUs and TPUs, so rows are added to their sources without one.
+  batch, hidden_BTD, embedding_VD = case()
+  jaxpr = jax.make_jaxpr(functools.partial(tied_sums, chunk=0))(embedding_VD, hidden_BTD, batch)
+  assert str(jaxpr).count("dot_general") == 1  # the logits
 
 
 def test_large_logits_stay_finite():

@@ -283,3 +283,29 @@ def test_another_run_can_be_resumed_or_lent_its_weights(main, write_config, tmp_
   more = main(config_file, tmp_path / "lent", f"--config.start.weights={first}", *after, "--config.debug.stop_after=10")
   assert more.returncode == 0, more.stdout + more.stderr
   assert "drift is not measured" in more.stdout and records(tmp_path / "lent", "eval")[-1]["drift"] == {}
+
+
+def test_questions_and_answers_are_replayed_in_stages_with_a_weight_of_their_own(main, write_config, tmp_path, fixtures):
+  texts = [json.loads(line)["text"] for line in (fixtures / "corpus.jsonl").read_text().splitlines()]
+  records = [{"prompt": text[:40], "answer": text[40:120]} for text in texts if len(text) > 60]
+  (tmp_path / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*records, {"prompt": "no answer"}]))
+  source = (
+    f"  c.data.sources.asked = config.source(store={str(tmp_path / 'asked')!r}, text={str(tmp_path / 'asked.jsonl')!r}, "
+    "records='prompt', train_on='answers', role='replay', loss_weight=0.5, min_tokens=8)\n"
+    "  for name in ('general', 'poetry'): c.data.sources[name].share = 1.0\n"
+    "  c.data.stages = ((0, {'general': 0.5, 'poetry': 0.5}), ('50%', {'poetry': 0.5, 'asked': 0.5}))\n"
+  )
+  file = write_config(steps=8, name="asked")
+  file.write_text(file.read_text().replace("  return c", source + "  return c"))
+  done = main(file, tmp_path / "run")
+  assert done.returncode == 0, done.stdout + done.stderr
+  ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+  half, whole = ({entry["source"]: entry for entry in record["sources"]} for record in ledger[1:])
+  assert half["asked"]["rows"] == 0 and whole["asked"]["rows"] == 8 and whole["general"]["window"]["rows"] == 0
+  assert 0 < whole["asked"]["tokens"] < 8 * 32 and whole["asked"]["documents"] > 0
+  assert "asked" in records_of_losses(tmp_path / "run") and "bad_records.jsonl" in done.stdout
+
+
+def records_of_losses(workdir):
+  """Sources that took part in some training record."""
+  return {name for record in records(workdir, "train") for name in record["source_loss"]}

@@ -55,7 +55,7 @@ def loss_and_gradient(params, batch, *, remat, chunk, attention):
       attention=attention,
     )
     sums = loss.sums(params, SPEC, hidden_BTD, batch, num_sources=M, chunk=chunk)
-    return sums.loss + 0.1 * sums.z_loss, sums
+    return jnp.sum(jnp.arange(M) * (sums.loss_M + 0.1 * sums.z_loss_M)), sums
 
   return jax.grad(objective, has_aux=True)(params)
 
@@ -90,8 +90,8 @@ def test_loss_and_gradients_equal_those_of_one_device(sizes, attention, one_devi
       assert found.sharding == expected.sharding, path
       assert found_gradient.sharding.is_equivalent_to(expected.sharding, found.ndim), path
       np.testing.assert_allclose(found, trees.paths(one_params)[path], rtol=1e-5, atol=1e-7, err_msg=path)
-  for name, a, b in zip(loss.Sums._fields, sums, one_sums, strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5, err_msg=name)
+  for name in (*loss.Sums._fields, "loss", "z_loss", "tokens"):
+    np.testing.assert_allclose(getattr(sums, name), getattr(one_sums, name), rtol=1e-5, err_msg=name)
   for path, expected in trees.paths(one_gradient).items():
     np.testing.assert_allclose(trees.paths(gradient)[path], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max(), err_msg=path)
 
@@ -115,7 +115,7 @@ def test_eval_shape_knows_where_everything_lives():
     )
     assert gradient["layers"]["w_gate"].sharding.spec == PartitionSpec(None, "fsdp", "tensor")
     assert gradient["embedding"].sharding.spec == PartitionSpec("tensor", "fsdp")
-    assert sums.source_loss_M.sharding.spec == PartitionSpec(None)
+    assert all(x.sharding.spec == PartitionSpec(None) for x in sums)
 
 
 def test_parameters_are_described_without_devices():

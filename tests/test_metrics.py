@@ -16,13 +16,7 @@ from cpt_jax.train.step import StepMetrics
 
 
 def measured(losses, tokens, *, rate=0.5, grad_norm=1.0):
-  sums = Sums(
-    jnp.float32(sum(losses)),
-    jnp.float32(0),
-    jnp.float32(sum(tokens)),
-    jnp.asarray(losses, jnp.float32),
-    jnp.asarray(tokens, jnp.float32),
-  )
+  sums = Sums(jnp.asarray(losses, jnp.float32), jnp.zeros(len(losses)), jnp.asarray(tokens, jnp.int32))
   return StepMetrics(sums, jnp.float32(grad_norm), jnp.float32(rate))
 
 
@@ -39,6 +33,16 @@ def test_a_record_is_the_token_weighted_mean_over_its_steps():
   assert values["loss"] == pytest.approx(18 / 11) and values["source_loss"] == {"a": 12 / 8, "b": 2.0}
   assert values["tokens"] == 11 and values["rate"] == 0.25
   assert m.read() is None
+
+
+def test_the_tokens_of_a_record_are_exact_past_what_a_step_can_count():
+  m = meter(log_every=40)
+  for count in range(1, 41):
+    m.dispatched(count, measured([1e8, 0.5], [2**26 + 1, 1]), num_positions=8)
+    values = m.read().values
+  assert values["tokens"] == 40 * (2**26 + 2) > 2**31
+  assert values["source_loss"] == {"a": 1e8 / (2**26 + 1), "b": 0.5}
+  assert values["loss"] == (1e8 + 0.5) / (2**26 + 2)
 
 
 def test_a_source_without_a_row_in_the_window_has_no_loss():
@@ -81,11 +85,29 @@ def test_after_a_resume_no_line_of_the_lost_future_is_left(tmp_path):
   path = tmp_path / "metrics.jsonl"
   lines = [{"step": 0, "kind": "eval"}, {"step": 5, "kind": "train"}, {"step": 10, "kind": "train"}, {"step": 10, "kind": "eval"}]
   path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 15, "kind": "train"}]) + '{"step": 20, "ki')
-  metrics.drop_after(path, 10)
+  metrics.drop_after(path, 10, evaluates_first=False)
+  assert metrics.read(path) == lines
+  metrics.drop_after(path, 10, evaluates_first=True)
   assert metrics.read(path) == lines[:3]  # the evaluation at 10 is made again
-  metrics.drop_after(path, 0)
+  metrics.drop_after(path, 0, evaluates_first=True)
   assert metrics.read(path) == []
-  metrics.drop_after(tmp_path / "none.jsonl", 3)
+  metrics.drop_after(tmp_path / "none.jsonl", 3, evaluates_first=True)
+
+
+def test_the_windows_of_the_ledger_add_up_to_its_totals(tmp_path):
+  def entry(rows):
+    return {"source": "a", "role": "domain", "rows": rows, "tokens": 10 * rows, "documents": rows, "epochs": rows / 8}
+
+  for start_step, steps in ((0, (0, 4, 8)), (8, (12, 16))):  # the second time after a resume
+    writer = metrics.Writer(tmp_path, start_step=start_step, evaluates_first=False, tensorboard=False)
+    for step in steps:
+      writer.ledger(step, [entry(step * 2)] + ([{**entry(1), "source": "b"}] if step == 16 else []))
+    writer.close()
+  records = metrics.read(tmp_path / "ledger.jsonl")
+  assert [record["step"] for record in records] == [0, 4, 8, 12, 16]
+  assert [record["sources"][0]["window"]["rows"] for record in records] == [0, 8, 8, 8, 8]
+  assert sum(record["sources"][0]["window"]["tokens"] for record in records) == records[-1]["sources"][0]["tokens"]
+  assert records[-1]["sources"][1]["window"] == {"rows": 1, "tokens": 10, "documents": 1, "epochs": 1 / 8}
 
 
 def test_peaks_are_found_by_the_names_that_jax_gives():
@@ -102,7 +124,7 @@ def test_evaluation_divides_exact_sums_once():
 
   def eval_step(params, batch):
     i = int(batch.tokens_BT[0])
-    return Sums(jnp.float32(losses[i]), None, jnp.float32(tokens[i]), None, None)
+    return Sums(jnp.zeros(2).at[0].set(losses[i]), jnp.zeros(2), jnp.array([int(tokens[i]), 0]))
 
   found = perplexity.evaluate(None, {"a": held}, eval_step=eval_step, to_device=lambda b: b)["a"]
   total = float(losses.astype(np.float64).sum())
@@ -140,7 +162,7 @@ def test_the_base_is_kept_in_bfloat16_only_where_nothing_is_lost():
 
 
 def test_tensorboard_gets_every_figure_of_a_record(tmp_path):
-  writer = metrics.Writer(tmp_path, start_step=0, tensorboard=True)
+  writer = metrics.Writer(tmp_path, start_step=0, evaluates_first=True, tensorboard=True)
   losses = {"domain": perplexity.SourceLoss(2.0, 1.0, 10, 20, 1)}
   writer.eval(3, losses, losses, {"layers": [0.1, 0.2], "embedding": 0.3})
   writer.close()

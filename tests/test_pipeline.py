@@ -95,8 +95,8 @@ def test_any_number_of_processes_reads_the_same_global_batch(two, num_processes)
 
 def test_earlier_rows_are_not_read(two, monkeypatch):
   reader, read = loader(two, num_steps=100_000), []
-  locate = reader.mixture.locate
-  monkeypatch.setattr(reader.mixture, "locate", lambda row: (read.append(row), locate(row))[1])
+  locate = reader.order.locate
+  monkeypatch.setattr(reader.order, "locate", lambda row: (read.append(row), locate(row))[1])
   rows = reader.batches(90_000)
   next(rows)
   rows.close()
@@ -135,7 +135,7 @@ def test_each_training_pair_once_an_epoch_and_no_held_out_document_ever(tmp_path
 def test_every_epoch_is_a_permutation_of_its_own(two):
   reader = loader(two, batch_rows=7)
   for m, plan in enumerate(reader.plans):
-    order = reader._orders[m]
+    order = reader._shuffles[m]
     for epoch in range(3):
       rows = [order[epoch * plan.num_rows + i] for i in range(plan.num_rows)]
       assert sorted(rows) == list(range(plan.num_rows)) and rows != sorted(rows)
@@ -148,7 +148,7 @@ def test_another_source_disturbs_nobodys_order(two, tmp_path):
   def rows_read(found, name, **options):
     reader = loader(found, num_steps=60, **options)
     m = reader.names.index(name)
-    rows = (reader.row(i) for i in range(240) if reader.mixture.locate(i)[0] == m)
+    rows = (reader.row(i) for i in range(240) if reader.locate(i)[0] == m)
     return [row.tokens_BT.tolist() for row in rows][:40]
 
   expected = rows_read(two, "en")
@@ -157,22 +157,32 @@ def test_another_source_disturbs_nobodys_order(two, tmp_path):
 
 
 def test_a_source_without_a_share_is_evaluated_only(two):
-  reader = loader([two[0], sources.dataclasses.replace(two[1], share=((0.0, 0.0),))])
+  reader = loader([two[0], sources.dataclasses.replace(two[1], share=configs.Share(0.0))])
   assert {int(s) for batch in reader.batches(0) for s in batch.source_B} == {0}
-  assert reader.ledger(20)[1] == {"source": "en", "role": "replay", "rows": 0, "tokens": 0, "epochs": 0.0}
+  assert reader.ledger(20)[1] == {
+    "source": "en",
+    "role": "replay",
+    "rows": 0,
+    "tokens": 0,
+    "documents": 0,
+    "epochs": 0.0,
+  }
   assert reader.heldout_rows("en", max_tokens=100).num_tokens > 0
-  assert "not trained on" in reader.describe()[1].note
+  assert "not trained on" in reader.describe()[1].notes[0]
 
 
 @pytest.mark.parametrize("crossing", [False, True])
 def test_the_ledger_counts_every_row(two, crossing):
   reader = loader(two, cross_documents=crossing, num_steps=90)
-  rows, tokens, asked = [0, 0], [0, 0], {}
+  rows, tokens, documents, asked = [0, 0], [0, 0], [0, 0], {}
   for step, batch in enumerate(reader.batches(0)):
-    asked[step] = [dict(zip(("rows", "tokens"), x, strict=True)) for x in zip(rows, tokens, strict=True)]
+    asked[step] = [dict(zip(("rows", "tokens", "documents"), x, strict=True)) for x in zip(rows, tokens, documents, strict=True)]
     for m in range(2):
       rows[m] += int((batch.source_B == m).sum())
       tokens[m] += int(batch.weights_BT[batch.source_B == m].sum())
+    for i in range(4 * step, 4 * step + 4):
+      m, _, pieces = reader.locate(i)
+      documents[m] += sum(start == 0 for _, start, _ in pieces)
   assert reader.ledger(90)[0]["epochs"] > 2
   for step in (0, 1, 5, 89, 17, 18, 38):  # back and forth
     for entry, expected, plan in zip(reader.ledger(step), asked[step], reader.plans, strict=True):
@@ -231,12 +241,12 @@ def test_bytes_come_from_decoding_where_the_store_does_not_say(two, monkeypatch)
 def test_too_many_epochs_are_refused_with_a_length_that_fits(two):
   limited = [sources.dataclasses.replace(two[0], max_epochs=1.5), two[1]]
   problems = Problems()
-  loader(limited, num_steps=90).check_epochs(problems)
+  loader(limited, num_steps=90).check_ends(problems)
   assert len(problems.lines) == 1 and problems.lines[0].startswith("data.sources.zh.max_epochs=1.5")
   fits = int(re.search(r"train\.length to (\d+) steps", problems.lines[0])[1])
   for num_steps, count in ((fits, 0), (fits + 1, 1)):
     problems = Problems()
-    loader(limited, num_steps=num_steps).check_epochs(problems)
+    loader(limited, num_steps=num_steps).check_ends(problems)
     assert len(problems.lines) == count
 
 
@@ -249,22 +259,32 @@ def test_description_for_people(two):
   assert zh.train_documents + zh.heldout_documents == 60
   assert zh.train_tokens + zh.heldout_tokens == zh.store_tokens - 60
   assert zh.epochs == zh.rows / zh.train_rows and 0.9 < zh.efficiency <= 1
-  assert "2305.16264" in zh.note
-  assert loader(two, num_steps=5).describe()[0].note == ""
+  assert "2305.16264" in zh.notes[0] and "2406.01375" in zh.notes[0]
+  assert re.fullmatch(r"step \d+: repeats", zh.end)
+  step = int(re.findall(r"\d+", zh.end)[0])  # after so many steps it was read once
+  assert reader.order.rows(step - 1)["zh"] < zh.train_rows <= reader.order.rows(step)["zh"]
+  short = loader(two, num_steps=5).describe()[0]
+  assert short.notes == () and short.end == ""
 
 
-def test_state_is_a_number_and_is_refused_for_other_rows(two):
+def test_state_goes_on_and_is_refused_for_other_rows(two):
   reader = loader(two)
   state = json.loads(json.dumps(reader.state(7)))
-  assert state == {"format": 1, "next_row": 28, "fingerprint": reader.fingerprint} and reader.check_state(state) == 7
-  others = [{"seed": 1}, {"batch_rows": 2}, {"row_len": 8}, {"packing_policy": "concat"}, {"cross_documents": True}]
-  changed = [loader(two, **option) for option in others]
-  changed += [loader(two[::-1]), loader(two[:1]), loader([sources.dataclasses.replace(two[0], share=((0.0, 0.3),)), two[1]])]
-  changed += [loader([sources.dataclasses.replace(s, heldout_frac=0.1) for s in two])]
-  assert len({other.fingerprint for other in [reader, *changed]}) == len(changed) + 1
-  for other in changed:
-    with pytest.raises(ConfigError, match="the checkpoint has read rows of"):
-      other.check_state(state)
+  assert state["next_row"] == 28 and state["fingerprint"] == reader.fingerprint and len(state["segments"]) == 1
+  assert loader(two, past=state, start_step=7).fingerprint == reader.fingerprint == loader(two, num_steps=50).fingerprint
+  options = {"seed": 1, "batch_rows": 2, "row_len": 8, "packing_policy": "concat", "cross_documents": True}
+  options["split_positions"] = "continue"
+  for name, value in options.items():
+    assert loader(two, **{name: value}).fingerprint != reader.fingerprint
+    with pytest.raises(ConfigError, match=rf"{name.replace('_policy', '')} was .*, now it is {value!r}"):
+      loader(two, **{name: value}, past=state, start_step=7)
+  for field, value in {"heldout_frac": 0.1, "min_tokens": 9, "max_tokens": 30, "length_shares": ((0, 0.5), (20, 0.5))}.items():
+    other = [sources.dataclasses.replace(two[0], **{field: value}), two[1]]
+    assert loader(other).fingerprint != reader.fingerprint
+    with pytest.raises(ConfigError, match=rf"data\.sources\.zh: {field}.* was"):
+      loader(other, past=state, start_step=7)
+  with pytest.raises(ConfigError, match="format"):
+    loader(two, past={**state, "formats": [1, 1]}, start_step=7)
 
 
 def test_from_config(two, monkeypatch):
@@ -307,3 +327,40 @@ from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
 """
   subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+def test_an_id_past_the_vocabulary_is_refused_even_if_the_store_was_changed_later(tmp_path):
+  reader = loader([source(write(tmp_path / "s", [20] * 30))], vocab_size=100 * UNIQUE)
+  assert reader.row(0).tokens_BT.max() < 100 * UNIQUE
+  tokens = np.memmap(tmp_path / "s" / "00000.ds", "<u4", mode="r+")
+  tokens[:] = 100 * UNIQUE  # as many bytes as before
+  tokens.flush()
+  with pytest.raises(ConfigError, match=r"s: holds token id 10000, the model's vocabulary has 10000 rows.*--verify"):
+    next(reader.batches(0))
+
+
+def masked_store(path, lengths):
+  """Every token but the first three of each document counts."""
+  with StoreWriter(path, vocab_size=1 << 20, eos_id=0) as writer:
+    for i, n in enumerate(lengths):
+      mask = np.arange(n) >= 3
+      writer.add(list(range(UNIQUE * i, UNIQUE * i + n)), text=f"masked {i}", loss_mask=mask)
+  return open_store(path)
+
+
+@pytest.mark.parametrize("policy", ["concat", "best_fit", "pad"])
+@pytest.mark.parametrize("crossing", [False, True])
+def test_the_loss_mask_of_a_store_reaches_batches_ledger_and_evaluation(tmp_path, policy, crossing):
+  lengths = np.random.default_rng(3).integers(4, 60, 50)
+  reader = loader([source(masked_store(tmp_path / "s", lengths))], packing_policy=policy, cross_documents=crossing, num_steps=40)
+  counted = 0
+  for batch in reader.batches(0):
+    weight = batch.weights_BT > 0
+    assert (batch.targets_BT[weight] % UNIQUE >= 3).all()
+    inside = (batch.segments_BT > 0) & (batch.targets_BT == batch.tokens_BT + 1)  # not the joints between documents
+    np.testing.assert_array_equal(weight[inside], batch.targets_BT[inside] % UNIQUE >= 3)
+    counted += int(weight.sum())
+  assert reader.ledger(40)[0]["tokens"] == counted > 0
+  held = reader.heldout_rows("a", max_tokens=10**6)
+  assert held.num_tokens == sum(int((b.weights_BT > 0).sum()) for b in held.batches)
+  assert held.num_tokens == int((lengths[reader.sources[0].heldout_documents] - 3).sum())

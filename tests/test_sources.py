@@ -85,7 +85,7 @@ def test_from_config_goes_by_name_and_turns_times_into_steps(tmp_path, texts):
   config.train.length = "10 steps"
   found, lines = problems_of(config)
   assert lines == [] and [s.name for s in found] == ["a", "z"] and [s.role for s in found] == ["domain", "replay"]
-  assert found[1].share == ((0.0, 0.5), (5.0, 0.1), (8.0, 1.0))
+  assert found[1].share == ((0.0, 0.5, "linear"), (5.0, 0.1, "linear"), (8.0, 1.0, "linear"))
   assert found[0].num_pairs(np.array([0, 1])) == found[0].store.lengths[:2].sum() - 2
 
 

@@ -1,8 +1,12 @@
-"""The update: accumulation, meshes, padding and the division that is done once."""
+"""The update: accumulation, meshes, padding, the sources' weights and the division that is done once."""
+
+import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from cpt_jax import mesh as mesh_lib
@@ -16,7 +20,7 @@ RULES = dict(decay_rules=((".*norm", 0.0), (".*", 1.0)), rate_rules=((".*", 1.0)
 
 
 # A large eps: with a small one Adam turns the rounding of a gradient near zero into a whole step.
-def build(spec, *, microbatches=1, z_loss=0.0, clip_norm=1.0, frozen=()):
+def build(spec, *, microbatches=1, z_loss=0.0, clip_norm=1.0, frozen=(), source_weights=(1.0, 1.0)):
   rates = schedule.make(
     "rewarm",
     num_steps=10,
@@ -34,7 +38,14 @@ def build(spec, *, microbatches=1, z_loss=0.0, clip_norm=1.0, frozen=()):
     rates, params, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=clip_norm, **{**RULES, "frozen": frozen}
   )
   update = step.make_train_step(
-    spec, tx, rates, settings=SETTINGS, num_sources=2, microbatches=microbatches, z_loss=z_loss, frozen=frozen
+    spec,
+    tx,
+    rates,
+    settings=SETTINGS,
+    source_weights=source_weights,
+    microbatches=microbatches,
+    z_loss=z_loss,
+    frozen=frozen,
   )
   return state.create(params, tx), jax.jit(update), rates
 
@@ -46,6 +57,36 @@ def train(spec, batches, place=lambda b: b, **kwargs):
     now, metrics = update(now, place(batch))
     measured.append(jax.device_get(metrics))
   return jax.device_get(now), measured
+
+
+def gradient(spec, batch, *, params=None, settings=SETTINGS, source_weights=(1.0, 1.0), microbatches=1, z_loss=1e-2):
+  """What the optimizer is given for one batch, and what the step measured."""
+  tx = optax.trace(0.0)  # keeps the newest gradient
+  now = state.create(transformer.init(spec, jax.random.key(0)) if params is None else params, tx)
+  update = step.make_train_step(
+    spec,
+    tx,
+    lambda count: jnp.float32(1),
+    settings=settings,
+    source_weights=source_weights,
+    microbatches=microbatches,
+    z_loss=z_loss,
+  )
+  now, metrics = jax.jit(update)(now, batch)
+  return jax.device_get(now.opt_state.trace), jax.device_get(metrics)
+
+
+def masked(batch, seed=0):
+  """With a loss mask that leaves the sources uneven numbers of tokens, and a row without any."""
+  random = np.random.default_rng(seed)
+  kept_BT = random.random(batch.weights_BT.shape) < np.where(batch.source_B, 0.3, 0.8)[:, None]
+  kept_BT[1] = False
+  return batch._replace(weights_BT=batch.weights_BT * kept_BT.astype(np.float32))
+
+
+def only(batch, source):
+  """The batch with the rows of one source in the loss."""
+  return batch._replace(weights_BT=batch.weights_BT * (batch.source_B == source).astype(np.float32)[:, None])
 
 
 def assert_close(found, expected, *, rtol=2e-5, atol=2e-6):
@@ -74,15 +115,6 @@ def test_every_mesh_trains_as_one_device_does(tiny_spec, random_batch, axes):
   assert_close(eight, one, rtol=1e-4, atol=1e-5)
 
 
-def test_accumulation_on_a_mesh(tiny_spec, random_batch):
-  batches = [random_batch(3, rows=16)]
-  alone, _ = train(tiny_spec, batches)
-  mesh = mesh_lib.make_mesh(data=2, fsdp=2, context=1, tensor=2)
-  with jax.set_mesh(mesh):
-    spread, _ = train(tiny_spec, batches, place=lambda b: mesh_lib.to_global(mesh, b), microbatches=2)
-  assert_close(spread.params, alone.params, rtol=1e-4, atol=1e-5)
-
-
 def test_rows_of_padding_change_nothing(tiny_spec, random_batch):
   batch = random_batch(5, rows=6)
   short, measured = train(tiny_spec, [batch])
@@ -93,10 +125,137 @@ def test_rows_of_padding_change_nothing(tiny_spec, random_batch):
   assert_close(measured_padded, measured)
 
 
-def test_source_sums_add_up_to_the_whole(tiny_spec, random_batch):
-  _, [metrics] = train(tiny_spec, [random_batch(7)])
-  np.testing.assert_allclose(metrics.sums.source_loss_M.sum(), metrics.sums.loss, rtol=1e-6)
-  assert metrics.sums.source_tokens_M.sum() == metrics.sums.tokens
+def test_the_objective_and_its_division_equal_the_float64_reference(tiny_spec, random_batch):
+  # Of the whole gradient the output head's can be had from the hidden states alone, by numpy.
+  weights_M, z_weight = np.array([0.3, 2.0]), 0.1
+  spec, batch = dataclasses.replace(tiny_spec, tied=False), masked(random_batch(11))
+  params = transformer.init(spec, jax.random.key(3))
+  hidden_BTD = transformer.apply(
+    params, spec, batch.tokens_BT, batch.positions_BT, batch.segments_BT, compute_dtype=jnp.float32, attention="plain"
+  )
+  hidden_BTD, head_DV = (np.asarray(x, np.float64) for x in (hidden_BTD, params["head"]))
+  logits_BTV = hidden_BTD @ head_DV
+  log_partition_BT = np.log(np.exp(logits_BTV).sum(-1))
+  is_target_BTV = np.arange(spec.vocab_size) == batch.targets_BT[..., None]
+  nll_BT = log_partition_BT - (logits_BTV * is_target_BTV).sum(-1)
+  probs_BTV = np.exp(logits_BTV - log_partition_BT[..., None])
+  d_logits_BTV = probs_BTV * (1 + 2 * z_weight * log_partition_BT[..., None]) - is_target_BTV
+  weights_BT = weights_M[batch.source_B][:, None] * batch.weights_BT
+  expected_DV = np.einsum("BT,BTD,BTV->DV", weights_BT, hidden_BTD, d_logits_BTV) / weights_BT.sum()
+
+  found, metrics = gradient(
+    spec,
+    batch,
+    params=params,
+    settings=SETTINGS._replace(loss_chunk=5),
+    source_weights=tuple(weights_M),
+    microbatches=2,
+    z_loss=z_weight,
+  )
+  np.testing.assert_allclose(found["head"], expected_DV, rtol=1e-5, atol=1e-6 * np.abs(expected_DV).max())
+  for m, (loss_sum, num_tokens) in enumerate(zip(metrics.sums.loss_M, metrics.sums.tokens_M, strict=True)):
+    is_counted_BT = only(batch, m).weights_BT > 0
+    assert num_tokens == is_counted_BT.sum() > 0
+    np.testing.assert_allclose(loss_sum, nll_BT[is_counted_BT].sum(), rtol=1e-5)  # without the source's weight
+
+
+def test_the_whole_gradient_is_that_of_each_source_by_its_weight_and_its_tokens(tiny_spec, random_batch):
+  batch = masked(random_batch(12))
+  found, metrics = gradient(tiny_spec, batch, source_weights=(0.25, 3.0))
+  of_source = [gradient(tiny_spec, only(batch, m))[0] for m in range(2)]
+  parts_M = np.array([0.25, 3.0]) * metrics.sums.tokens_M
+  parts_M /= parts_M.sum()
+  assert_close(found, jax.tree.map(lambda a, b: parts_M[0] * a + parts_M[1] * b, *of_source))
+
+
+def test_equal_weights_are_the_mean_over_all_tokens(tiny_spec, random_batch):
+  batch = masked(random_batch(13))
+
+  @jax.grad
+  def mean(params):
+    sums = step.batch_sums(params, batch, tiny_spec, settings=SETTINGS, num_sources=2)
+    return (sums.loss + 1e-2 * sums.z_loss) / batch.weights_BT.sum()
+
+  found, _ = gradient(tiny_spec, batch)
+  assert_close(found, jax.device_get(jax.jit(mean)(transformer.init(tiny_spec, jax.random.key(0)))), atol=1e-7)
+
+
+def test_a_factor_of_all_weights_changes_nothing(tiny_spec, random_batch):
+  batch = masked(random_batch(14))
+  found, metrics = gradient(tiny_spec, batch, source_weights=(0.3, 2.0))
+  for factor in (5.0, 1e-30, 1e300):
+    again = gradient(tiny_spec, batch, source_weights=(0.3 * factor, 2.0 * factor))
+    jax.tree.map(np.testing.assert_array_equal, again, (found, metrics))
+
+
+def test_a_source_of_weight_zero_is_measured_and_pulls_nothing(tiny_spec, random_batch):
+  batch = masked(random_batch(15))
+  found, metrics = gradient(tiny_spec, batch, source_weights=(0.0, 0.1))
+  without, _ = gradient(tiny_spec, only(batch, 1))
+  _, whole = gradient(tiny_spec, batch)
+  assert_close(found, without, atol=1e-7)
+  assert_close(metrics.sums, whole.sums, rtol=1e-6)
+  assert (metrics.sums.tokens_M > 0).all()
+  nothing, metrics = gradient(tiny_spec, only(batch, 0), source_weights=(0.0, 0.1))
+  assert not any(leaf.any() for leaf in jax.tree.leaves(nothing)) and metrics.grad_norm == 0 and metrics.sums.loss > 0
+
+
+def test_few_tokens_of_a_small_weight_are_divided_by_all_the_same(tiny_spec, random_batch):
+  # The weighted number of tokens may lie far below 1.
+  batch = only(random_batch(16), 1)
+  found, _ = gradient(tiny_spec, batch, source_weights=(1.0, 1e-6))
+  expected, _ = gradient(tiny_spec, batch)
+  assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+  "weights", [(0.0, 0.0), (), (1.0, -1.0), (-1.0, -1.0), (1.0, np.nan), (np.inf, 1.0), (1.0, 1e-13)], ids=str
+)
+def test_weights_that_make_no_objective_are_refused(tiny_spec, weights):
+  with pytest.raises(ValueError, match=r"source_weights=.*one of them more than 0"):
+    gradient(tiny_spec, None, source_weights=weights)
+
+
+def test_a_batch_that_cannot_be_counted_is_refused(tiny_spec):
+  tx = optax.identity()
+  update = step.make_train_step(
+    tiny_spec, tx, optax.constant_schedule(1.0), settings=SETTINGS, source_weights=(1.0,), microbatches=1, z_loss=0.0
+  )
+  arrays = [jax.ShapeDtypeStruct((2**15, 2**16), np.dtype(np.int32))] * 5
+  with pytest.raises(ValueError, match=r"train.batch_rows x data.row_len = \(32768, 65536\)"):
+    jax.eval_shape(update, None, Batch(*arrays, jax.ShapeDtypeStruct((2**15,), np.dtype(np.int32))))
+
+
+UNEVEN = (0.25, 3.0)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tiny_spec, random_batch):
+  batch = masked(random_batch(17, rows=16))
+  return batch, *gradient(tiny_spec, batch, source_weights=UNEVEN)
+
+
+@pytest.mark.parametrize(
+  ("axes", "microbatches"),
+  [
+    ((1, 1, 1, 1), 2),
+    ((1, 1, 1, 1), 4),
+    ((8, 1, 1, 1), 2),
+    ((1, 8, 1, 1), 1),
+    ((1, 1, 8, 1), 1),
+    ((1, 1, 4, 2), 4),
+    ((2, 2, 1, 2), 2),
+  ],
+  ids=str,
+)
+def test_uneven_weights_give_the_gradient_of_one_device_on_every_mesh_and_by_parts(tiny_spec, on_one_device, axes, microbatches):
+  batch, expected, one = on_one_device
+  mesh = mesh_lib.make_mesh(**dict(zip(mesh_lib.AXES, axes, strict=True)), devices=jax.devices()[: math.prod(axes)])
+  with jax.set_mesh(mesh):
+    found, many = gradient(tiny_spec, mesh_lib.to_global(mesh, batch), source_weights=UNEVEN, microbatches=microbatches)
+  assert_close(found, expected, rtol=1e-4, atol=1e-7)
+  assert_close(many, one, rtol=1e-5)
+  np.testing.assert_array_equal(many.sums.tokens_M, one.sums.tokens_M)
 
 
 def test_the_reported_rate_is_the_one_that_moved_the_parameters(tiny_spec, random_batch):

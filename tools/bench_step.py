@@ -56,7 +56,8 @@ class Training:
     abstract = transformer.abstract_params(self.spec)
     tx = optimizer.from_config(config, rates, abstract)
     self.state = state.create(pretrained.load_params(base, self.spec, abstract), tx)
-    self._step = jax.jit(step.from_config(config, self.spec, tx, rates, num_sources=num_sources), donate_argnums=0)
+    train_step = step.from_config(config, self.spec, tx, rates, source_weights=(1.0,) * num_sources)
+    self._step = jax.jit(train_step, donate_argnums=0)
 
   def step(self, batch: Any) -> Any:
     """One update; returns its metrics."""
@@ -84,7 +85,7 @@ class Loop:
 
     directory.mkdir(parents=True, exist_ok=True)
     self._training, self._batches = training, batches
-    self._writer = metrics.Writer(directory, start_step=0, tensorboard=False)
+    self._writer = metrics.Writer(directory, start_step=0, evaluates_first=True, tensorboard=False)
     self._meter = metrics.from_config(training.config, names, training.spec, training.mesh)
     self._lines = io.StringIO()
     with contextlib.redirect_stdout(self._lines):

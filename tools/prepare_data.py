@@ -7,6 +7,7 @@ Exit codes: 0 done, 65 bad input texts, 74 disk or file error, 75 interrupted (g
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags
@@ -14,7 +15,7 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone that is not installed
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data import chat, documents, prepare, store
+from cpt_jax.data import chat, decontaminate, documents, prepare, store
 
 _INPUT = flags.DEFINE_multi_string("input", [], "Path or quoted glob of .txt, .jsonl or .parquet (.gz, .zst too); repeatable.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "Directory of the base model, or its tokenizer.json or SentencePiece model.")
@@ -34,17 +35,31 @@ _MAX_BAD = flags.DEFINE_integer("max_bad", -1, "Fail at more bad records than th
 _MAX_DOCUMENT_MB = flags.DEFINE_float(
   "max_document_mb", 16.0, "A longer document is a bad record. Memory: 110 to 400 times this."
 )
+_DECONTAMINATE = flags.DEFINE_multi_string(
+  "decontaminate",
+  [],
+  "Path or quoted glob of evaluation texts; documents that share a run of words with one are left out; repeatable.",
+)
+_DECONTAMINATE_FIELD = flags.DEFINE_multi_string(
+  "decontaminate_field",
+  ["text"],
+  "Field of .jsonl and .parquet evaluation records, e.g. question; repeatable, one of them is enough.",
+)
+_NGRAM_WORDS = flags.DEFINE_integer("ngram_words", decontaminate.NGRAM_WORDS, "Words in a row that make a document contaminated.")
 _VERIFY = flags.DEFINE_string("verify", "", "Instead of preparing: read a store whole and check every file against its digest.")
 
 
+def verify() -> list[str]:
+  """Checks a store; returns the lines to print."""
+  opened = store.open_store(_VERIFY.value)
+  damaged = opened.verify()
+  if damaged:
+    raise documents.DataError("\n".join([f"{_VERIFY.value}: damaged; copy it again or make it again:", *damaged]))
+  return [f"{_VERIFY.value}: whole; {opened.num_documents:,} documents, {opened.num_tokens:,} tokens"]
+
+
 def run() -> list[str]:
-  """Does what the flags ask for; returns the lines to print."""
-  if _VERIFY.value:
-    opened = store.open_store(_VERIFY.value)
-    damaged = opened.verify()
-    if damaged:
-      raise documents.DataError("\n".join([f"{_VERIFY.value}: damaged; copy it again or make it again:", *damaged]))
-    return [f"{_VERIFY.value}: whole; {opened.num_documents:,} documents, {opened.num_tokens:,} tokens"]
+  """Prepares as the flags say; returns the lines to print."""
   missing = [f"--{f.name}" for f in (_INPUT, _TOKENIZER, _OUTPUT) if not f.value]
   if missing:
     example = "--input 'texts/*.jsonl' --tokenizer path/to/base --output store/name"
@@ -62,16 +77,24 @@ def run() -> list[str]:
     on_bad=_ON_BAD.value,
     max_bad=_MAX_BAD.value,
     max_document_bytes=int(_MAX_DOCUMENT_MB.value * (1 << 20)),
+    contamination=contamination(),
   ).lines()
 
 
-def main(argv: list[str]) -> int:
+def contamination() -> decontaminate.Contamination | None:
+  """What the flags say to compare documents with."""
+  if not _DECONTAMINATE.value:
+    return None
+  return decontaminate.build(_DECONTAMINATE.value, fields=_DECONTAMINATE_FIELD.value, ngram_words=_NGRAM_WORDS.value)
+
+
+def finish(argv: list[str], run: Callable[[], list[str]]) -> int:
   """Exit code, after printing what was done or what is wrong."""
   if len(argv) > 1:
     print(f"unexpected arguments {argv[1:]}: quote the pattern of --input, so that the shell leaves it alone", file=sys.stderr)
     return 78
   try:
-    print("\n".join(run()))
+    print("\n".join(verify() if _VERIFY.value else run()))
   except documents.DataError as error:
     print(error, file=sys.stderr)
     return 65
@@ -85,6 +108,11 @@ def main(argv: list[str]) -> int:
     print(f"{_OUTPUT.value}: interrupted; give the same command again to go on", file=sys.stderr)
     return 75
   return 0
+
+
+def main(argv: list[str]) -> int:
+  """Exit code, after printing what was done or what is wrong."""
+  return finish(argv, run)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class _BombError(Exception):
   """Decompression gives far more than text would."""
 
 
-def find_files(inputs: list[str]) -> list[str]:
+def find_files(inputs: list[str], *, flag: str = "--input") -> list[str]:
   """The files of paths and globs (`**` too): in the order of the inputs, sorted within each glob, each file once.
 
   Raises:
@@ -91,22 +91,22 @@ def find_files(inputs: list[str]) -> list[str]:
   for pattern in inputs:
     matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     if not matches:
-      problems.add(f"--input {pattern!r}: no file matches; check the path and quote the pattern against the shell")
+      problems.add(f"{flag} {pattern!r}: no file matches; check the path and quote the pattern against the shell")
     for path in matches:
       if os.path.isdir(path):
         if path == pattern:
           example = os.path.join(pattern, "**", "*.jsonl")
-          problems.add(f"--input {pattern!r}: a directory; say which of its files, e.g. {example!r}")
+          problems.add(f"{flag} {pattern!r}: a directory; say which of its files, e.g. {example!r}")
       elif kind_of(path) is None:
         expected = f"{', '.join(KINDS)}, plain or with {' or '.join(COMPRESSIONS)}"
-        problems.add(f"--input {pattern!r}: {path}: expected {expected}; narrow the pattern or rename the file")
+        problems.add(f"{flag} {pattern!r}: {path}: expected {expected}; narrow the pattern or rename the file")
       elif os.path.realpath(path) not in seen:
         seen.add(os.path.realpath(path))
         files.append(path)
   if problems.lines:
     raise ConfigError("\n".join(problems.lines))
   if not files:
-    raise ConfigError(f"--input {' '.join(map(repr, inputs))}: no file matches; name .txt, .jsonl or .parquet files")
+    raise ConfigError(f"{flag} {' '.join(map(repr, inputs))}: no file matches; name .txt, .jsonl or .parquet files")
   return files
 
 

@@ -1,4 +1,4 @@
-"""Sources, plans and shares -> batches of rows, evaluation rows and the ledger.
+"""Sources, plans and segments -> batches of rows, evaluation rows and the ledger.
 
 Invariant: `row(i)` is a pure function of (fingerprint, i), so one integer is the whole state, whatever the processes, threads
 and restarts. Called by train.loop, evals and tools.
@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -18,15 +17,20 @@ import numpy as np
 
 from cpt_jax import config as configs
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.data import packing
+from cpt_jax.data import order as orders
+from cpt_jax.data import packing, selection
 from cpt_jax.data import tokenizer as tokenizers
 from cpt_jax.data.batch import Batch
-from cpt_jax.data.mixture import Mixture
+from cpt_jax.data.order import Order, Read
+from cpt_jax.data.selection import Selection
 from cpt_jax.data.shuffle import Shuffle
 from cpt_jax.data.sources import Source
+from cpt_jax.data.store import open_store
 
-FORMAT = 1  # of `state`, and of the order of rows that a fingerprint stands for
-MANY_EPOCHS = 4.0  # up to here repeats are worth almost as much as new text (Muennighoff et al. 2305.16264, sec. 5)
+FORMAT = 2  # of `state`, and of the order of rows that a fingerprint stands for
+MANY_EPOCHS = (
+  4.0  # up to here repeats are worth almost as much as new text (Muennighoff et al. 2305.16264; D-CPT law, 2406.01375)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +54,33 @@ class SourceSummary(NamedTuple):
   train_tokens: int  # an epoch's targets
   train_rows: int  # an epoch's rows
   efficiency: float  # share of the rows' positions that are no padding
+  num_split: int  # documents of an epoch that are cut
+  selection: Selection
   heldout_documents: int
   heldout_tokens: int  # targets of all held-out documents
-  share_start: float  # normalised, of the first batch
+  share_start: float  # normalised, of the first batch that this start reads
   share_end: float  # normalised, of the last batch
   rows: int  # that the run reads
   tokens: int  # that the run reads, from the mean row; `Loader.ledger` counts exactly
   epochs: float
-  note: str  # what deserves a second look; empty if nothing does
+  end: str  # when it runs out, and what happens then
+  notes: tuple[str, ...]  # what deserves a second look
 
 
 class Loader:
   """The rows of a run.
 
-  By the mixture, row i of the run is the n-th row of a source. A source's rows are those of its packing plan in a fresh
+  By the order, row i of the run is the n-th row of a source. A source's rows are those of its packing plan in a fresh
   permutation for each epoch, seeded by the source's name and `seed` alone: another source, or another order of the sources,
   changes no source's own order.
+
+  With `vocab_size` no batch holds an id that the model has no row for: an error names the store.
+
+  `past` is the `state` of a checkpoint from which the run goes on at `start_step`; sources go on from the rows where they were,
+  under new shares if these changed.
+
+  Raises:
+    ConfigError: `past` cannot be continued with these sources and settings; names each that differs.
   """
 
   def __init__(
@@ -77,37 +92,97 @@ class Loader:
     row_len: int,
     packing_policy: str,
     cross_documents: bool = False,
+    split_positions: str = "restart",
     seed: int = 0,
     num_threads: int = 16,
     eval_batch_rows: int | None = None,
     tokenizer: tokenizers.Tokenizer | None = None,
+    vocab_size: int | None = None,
+    past: dict | None = None,
+    start_step: int = 0,
   ):
     self.sources = tuple(sources)
     self.names = tuple(source.name for source in sources)
     self.num_steps, self.batch_rows, self.row_len = num_steps, batch_rows, row_len
-    self.cross_documents, self.seed, self.num_threads = cross_documents, seed, num_threads
-    self.eval_batch_rows = eval_batch_rows or batch_rows
-    self._tokenizer = tokenizer
-    self.mixture = Mixture([source.share for source in sources], num_steps=num_steps, batch_rows=batch_rows)
-    self.plans = [_plan(source, row_len=row_len, policy=packing_policy, cross_documents=cross_documents) for source in sources]
-    self._orders = [
+    self.cross_documents, self.split_positions, self.seed, self.num_threads = cross_documents, split_positions, seed, num_threads
+    self.start_step, self.eval_batch_rows = start_step, eval_batch_rows or batch_rows
+    self._tokenizer, self._vocab_size = tokenizer, vocab_size
+    self.settings = {
+      "seed": seed,
+      "train.batch_rows": batch_rows,
+      "data.row_len": row_len,
+      "data.packing": packing_policy,
+      "data.cross_documents": cross_documents,
+      "data.split_positions": split_positions,
+    }
+    if past:
+      _check_past(past, self.settings)
+    self.selections = [_select(source) for source in sources]
+    self.plans = [
+      _plan(source, chosen, row_len=row_len, policy=packing_policy, cross_documents=cross_documents)
+      for source, chosen in zip(sources, self.selections, strict=True)
+    ]
+    self._shuffles = [
       Shuffle(max(plan.num_rows, 1), name=source.name, seed=seed) for source, plan in zip(sources, self.plans, strict=True)
     ]
-    self.fingerprint = self._fingerprint(packing_policy)
-    self._tallies = [_Tally(plan.row_tokens, order) for plan, order in zip(self.plans, self._orders, strict=True)]
+    self._tallies = [_Tally(plan, shuffle) for plan, shuffle in zip(self.plans, self._shuffles, strict=True)]
+    segments = orders.continued(
+      [orders.from_json(segment) for segment in past["segments"]] if past else [],
+      {s.name: orders.terms(s, epoch_rows=plan.num_rows) for s, plan in zip(sources, self.plans, strict=True)},
+      step=start_step,
+      read={name: Read(**read) for name, read in past["read"].items()} if past else {},
+    )
+    self.order = Order(segments, num_steps=num_steps, batch_rows=batch_rows)
+    self.end_step = self.order.end_step  # where the run ends: num_steps, or before that where a source's end stops it
+    self.fingerprint = _digest([FORMAT, packing.FORMAT, self.settings, [_content(segment) for segment in segments]])
+
+  @property
+  def is_changed(self) -> bool:
+    """Does a new segment begin where this start goes on."""
+    return len(self.order.segments) > 1 and self.order.segments[-1].start_step == self.start_step
+
+  @property
+  def loss_weights(self) -> tuple[float, ...]:
+    """Of each source's tokens in the objective."""
+    return tuple(source.loss_weight for source in self.sources)
 
   def row(self, index: int) -> Batch:
     """Row `index` of the run, as a batch of one."""
     return self._batch(index, 1)
 
+  def locate(self, index: int) -> tuple[int, int, list[tuple[int, int, int]]]:
+    """Of row `index` of the run: its source, which of the source's rows it is, and its pieces as in packing.Plan."""
+    name, nth = self.order.locate(index)
+    m = self.names.index(name)
+    return m, nth, self.plans[m].pieces(self._shuffles[m][nth])
+
   def _batch(self, first: int, num_rows: int) -> Batch:
     """Rows [first, first + num_rows) of the run."""
     batch = packing.empty_batch(num_rows, self.row_len)
     for b in range(num_rows):
-      m, nth = self.mixture.locate(first + b)
-      pieces = self.plans[m].pieces(self._orders[m][nth])
-      packing.pack_row(batch, b, self.sources[m].store, pieces, source=m, cross_documents=self.cross_documents)
+      m, _, pieces = self.locate(first + b)
+      packing.pack_row(
+        batch,
+        b,
+        self.sources[m].store,
+        pieces,
+        source=m,
+        cross_documents=self.cross_documents,
+        split_positions=self.split_positions,
+      )
+    self._check_ids(batch)
     return batch
+
+  def _check_ids(self, batch: Batch) -> None:
+    """JAX would clamp an id past the vocabulary without a word, and files may change after they were opened."""
+    largest = max(int(batch.tokens_BT.max()), int(batch.targets_BT.max()))
+    if self._vocab_size is not None and largest >= self._vocab_size:
+      b = int(np.argmax((np.maximum(batch.tokens_BT, batch.targets_BT) == largest).any(1)))
+      path = self.sources[int(batch.source_B[b])].store.path
+      raise ConfigError(
+        f"{path}: holds token id {largest}, the model's vocabulary has {self._vocab_size} rows; its store.json says otherwise, "
+        f"so the files were changed or damaged (tools/prepare_data.py --verify {path}); make the store again"
+      )
 
   def batches(self, start_step: int, *, rows: slice | None = None) -> Iterator[Batch]:
     """The batches of the steps from `start_step` to the run's end, read ahead by threads.
@@ -116,7 +191,7 @@ class Loader:
     """
     first, last, stride = (rows or slice(None)).indices(self.batch_rows)
     assert stride == 1 and last > first, f"{rows} of {self.batch_rows} rows"
-    if start_step >= self.num_steps:
+    if start_step >= self.end_step:
       return
     part = _Part(self, start_step=start_step, first=first, num_rows=last - first)
     dataset = grain.MapDataset.source(part)
@@ -128,39 +203,37 @@ class Loader:
     finally:
       iterator.close()
 
+  def record(self) -> dict:
+    """What the rows of the run are, JSON-able: settings and segments; `from_record` reads it."""
+    return {
+      "formats": [FORMAT, packing.FORMAT],
+      "fingerprint": self.fingerprint,
+      "num_steps": self.num_steps,
+      "settings": self.settings,
+      "segments": [segment.to_json() for segment in self.order.segments],
+    }
+
   def state(self, step: int) -> dict:
-    """What a checkpoint keeps, JSON-able: `step` steps are finished."""
-    return {"format": FORMAT, "next_row": step * self.batch_rows, "fingerprint": self.fingerprint}
+    """What a checkpoint keeps, JSON-able: `step` steps are finished. The position is one integer, the rest is the record."""
+    read = {name: read._asdict() for name, read in self.read(step).items()}
+    return {**self.record(), "next_row": step * self.batch_rows, "read": read}
 
-  def check_state(self, state: dict) -> int:
-    """The step at which a run with this state goes on.
-
-    Raises:
-      ConfigError: the state is of other rows than this loader's.
-    """
-    if state["format"] != FORMAT or state["fingerprint"] != self.fingerprint:
-      raise ConfigError(
-        f"the checkpoint has read rows of {state['fingerprint']} (format {state['format']}), the config's are {self.fingerprint} "
-        f"(format {FORMAT}): seed, train.batch_rows or something of data.* (stores, shares, packing, row_len, heldout_frac, "
-        "cross_documents) differs; put it back, or start a new run in another workdir with start.weights"
-      )
-    step, rest = divmod(state["next_row"], self.batch_rows)
-    assert rest == 0, f"{state} is inside a batch of {self.batch_rows}"
-    return step
+  def read(self, step: int) -> dict[str, Read]:
+    """What was read of each source before `step`, sources that the run has given up too; counted exactly."""
+    found = dict(self.order.segments[-1].read)
+    rows = self.order.rows(step)
+    for source, plan, tally in zip(self.sources, self.plans, self._tallies, strict=True):
+      n = rows[source.name]
+      found[source.name] = Read(n, *tally.count(n), n / plan.num_rows) if n else Read()
+    return found
 
   def ledger(self, step: int) -> list[dict]:
-    """For each source, what was read before `step`: rows, tokens (weight above 0, exact), epochs (1.5 = one and a half)."""
-    rows_M = self.mixture.counts(step).tolist()
-    return [
-      {
-        "source": source.name,
-        "role": source.role,
-        "rows": rows,
-        "tokens": tally.tokens(rows) if rows else 0,
-        "epochs": rows / plan.num_rows if rows else 0.0,
-      }
-      for source, plan, tally, rows in zip(self.sources, self.plans, self._tallies, rows_M, strict=True)
-    ]
+    """`read` as records, the run's sources first."""
+    read, roles = self.read(step), {source.name: source.role for source in self.sources}
+    for segment in self.order.segments:
+      roles = {name: terms["role"] for name, terms in segment.sources.items()} | roles
+    names = [*self.names, *(name for name in read if name not in self.names)]
+    return [{"source": name, "role": roles.get(name, ""), **read[name]._asdict()} for name in names]
 
   def heldout_rows(
     self, source_name: str, *, max_tokens: int, batch_rows: int | None = None, rows: slice | None = None
@@ -177,56 +250,70 @@ class Loader:
     m = self.names.index(source_name)
     source = self.sources[m]
     documents = _whole_documents(source.heldout_documents, source.store.lengths, max_tokens=max_tokens)
-    plan = packing.plan(source.store.lengths, row_len=self.row_len, policy="best_fit", documents=documents, shuffle=False)
+    counter = packing.target_counter(source.store)
+    lengths = source.store.lengths
+    plan = packing.plan(
+      lengths, row_len=self.row_len, policy="best_fit", documents=documents, shuffle=False, count_targets=counter
+    )
     make = functools.partial(self._heldout_batch, m, plan, batch_rows or self.eval_batch_rows, rows or slice(None))
     batches = _Batches(-(-plan.num_rows // (batch_rows or self.eval_batch_rows)), make)
-    return HeldOut(batches, plan.num_tokens, self._num_bytes(source, documents), len(documents))
+    return HeldOut(batches, plan.num_targets, self._num_bytes(source, documents), len(documents))
 
   def describe(self) -> list[SourceSummary]:
     """What the run will read, an entry for each source."""
-    rows_M = self.mixture.counts(self.num_steps).tolist()
-    first_M, last_M = self.mixture.shares(0), self.mixture.shares(max(self.num_steps - 1, 0))
+    rows, last_step = self.order.rows(self.end_step), max(self.end_step - 1, self.start_step)
+    first, last = (self.order.shares(step) if self.end_step > self.start_step else {} for step in (self.start_step, last_step))
+    ends = {name: _end_words(step, action) for name, step, action in self.order.ends}
     summaries = []
-    for m, (source, plan, rows) in enumerate(zip(self.sources, self.plans, rows_M, strict=True)):
-      epochs = rows / plan.num_rows if rows else 0.0
+    for source, plan, chosen in zip(self.sources, self.plans, self.selections, strict=True):
+      epochs = rows[source.name] / plan.num_rows if rows[source.name] else 0.0
       summary = SourceSummary(
         source=source.name,
         role=source.role,
         store=str(source.store.path),
         store_tokens=source.store.num_tokens,
         train_documents=len(source.train_documents),
-        train_tokens=plan.num_tokens,
+        train_tokens=plan.num_targets,
         train_rows=plan.num_rows,
         efficiency=plan.efficiency,
+        num_split=plan.num_split,
+        selection=chosen,
         heldout_documents=len(source.heldout_documents),
         heldout_tokens=source.num_pairs(source.heldout_documents),
-        share_start=float(first_M[m]),
-        share_end=float(last_M[m]),
-        rows=rows,
-        tokens=round(epochs * plan.num_tokens),
+        share_start=first.get(source.name, 0.0),
+        share_end=last.get(source.name, 0.0),
+        rows=rows[source.name],
+        tokens=round(epochs * plan.num_targets),
         epochs=epochs,
-        note=_note(source, rows, epochs),
+        end=ends.get(source.name, "" if not epochs else self._epoch_words(source.name, plan.num_rows)),
+        notes=tuple(_notes(source, chosen, epochs)),
       )
       summaries.append(summary)
     return summaries
 
-  def check_epochs(self, problems: Problems) -> None:
-    """Adds a problem for each source that the run would read more often than its `max_epochs`."""
-    for m, (source, plan) in enumerate(zip(self.sources, self.plans, strict=True)):
-      rows = int(self.mixture.counts(self.num_steps)[m])
-      limit = math.floor(source.max_epochs * plan.num_rows)
-      if source.max_epochs and rows > limit:
-        fits = _last_step_within(self.mixture, m, limit)
-        problems.add(
-          f"data.sources.{source.name}.max_epochs={source.max_epochs:g}: the run would read it {rows / plan.num_rows:.3g} times "
-          f"({rows} rows, it has {plan.num_rows}); set train.length to {fits} steps or fewer, lower its share to about "
-          f"{limit / rows:.2g} of what it is, or raise max_epochs"
-        )
+  def check_ends(self, problems: Problems) -> None:
+    """Adds a problem for each source that runs out where its `at_end` forbids it."""
+    for name, step, action in self.order.ends:
+      if action != "error":
+        continue
+      m = self.names.index(name)
+      source, plan = self.sources[m], self.plans[m]
+      key = f"max_epochs={source.max_epochs:g}" if source.at_end == "repeat" else f"at_end={source.at_end!r}"
+      problems.add(
+        f"data.sources.{name}.{key}: it runs out in step {step} of {self.num_steps} (an epoch has {plan.num_rows} rows); set "
+        f"train.length to {step} steps or fewer, lower its share to about {step / self.num_steps:.2g} of what it is, raise "
+        f"max_epochs, or choose another at_end"
+      )
 
-  def _fingerprint(self, policy: str) -> str:
-    sources = [[s.name, s.store.fingerprint, s.heldout_frac, s.share] for s in self.sources]
-    content = [FORMAT, packing.FORMAT, sources, self.batch_rows, self.row_len, policy, self.cross_documents, self.seed]
-    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+  def _epoch_words(self, name: str, epoch_rows: int) -> str:
+    """When a source that is repeated was read whole, for people."""
+    low, high = self.start_step, self.end_step
+    if self.order.rows(high)[name] < epoch_rows or self.order.rows(low)[name] >= epoch_rows:
+      return ""
+    while high - low > 1:
+      middle = (low + high) // 2
+      low, high = (middle, high) if self.order.rows(middle)[name] < epoch_rows else (low, middle)
+    return f"step {high}: repeats"
 
   def _heldout_batch(self, m: int, plan: packing.Plan, batch_rows: int, part: slice, number: int) -> Batch:
     rows = range(number * batch_rows, (number + 1) * batch_rows)[part]
@@ -234,6 +321,7 @@ class Loader:
     for b, row in enumerate(rows):
       # Past the last row of the plan there is padding, which is a row without pieces.
       packing.pack_row(batch, b, self.sources[m].store, plan.pieces(row) if row < plan.num_rows else [], source=m)
+    self._check_ids(batch)
     return batch
 
   def _num_bytes(self, source: Source, documents: np.ndarray) -> int:
@@ -248,11 +336,13 @@ class Loader:
     return sum(len(self._tokenizer.decode(source.store.document(i).tolist()).encode()) for i in documents.tolist())
 
 
-def from_config(config, sources: Sequence[Source]) -> Loader:
-  """The loader of a resolved config.
+def from_config(
+  config, sources: Sequence[Source], *, vocab_size: int | None = None, past: dict | None = None, start_step: int = 0
+) -> Loader:
+  """The loader of a resolved config; `vocab_size` (of the model; None = not checked), `past` and `start_step` as for `Loader`.
 
   Raises:
-    ConfigError: a source that would be read more often than its max_epochs, or shares that are all 0 at some step.
+    ConfigError: a source that runs out where it must not, shares that are all 0 at some step, or a past that cannot go on.
   """
   path = config.data.tokenizer or config.start.hf
   lacks_bytes = any(source.store.num_bytes is None for source in sources)
@@ -263,15 +353,60 @@ def from_config(config, sources: Sequence[Source]) -> Loader:
     row_len=config.data.row_len,
     packing_policy=config.data.packing,
     cross_documents=config.data.cross_documents,
+    split_positions=config.data.split_positions,
     seed=config.seed,
     num_threads=config.data.prefetch,
     eval_batch_rows=config.eval.batch_rows or config.train.batch_rows // config.train.microbatches,
     tokenizer=tokenizers.load(path) if lacks_bytes and path else None,
+    vocab_size=vocab_size,
+    past=past,
+    start_step=start_step,
   )
   problems = Problems()
-  loader.check_epochs(problems)
+  loader.check_ends(problems)
   problems.raise_if_any()
   return loader
+
+
+def changed_settings(config, past: dict) -> list[str]:
+  """Settings of the config under which the rows of `past` cannot go on, a line each."""
+  now = {key: configs.get(config, key) for key in past["settings"]}
+  return [f"{key} was {old!r}, now it is {now[key]!r}" for key, old in past["settings"].items() if now[key] != old]
+
+
+def from_record(record: dict, step: int) -> Loader:
+  """The loader that read the rows of `step` of a run, from its record alone.
+
+  Raises:
+    ConfigError: a store is not there any more, or holds something else now.
+  """
+  segments = [orders.from_json(segment) for segment in record["segments"]]
+  known = [segment for segment in segments if segment.start_step <= step]
+  if not known or step >= record["num_steps"]:
+    raise ConfigError(f"step {step}: the run has the steps {segments[0].start_step} to {record['num_steps'] - 1}")
+  begin, sources = known[-1], []
+  for name, terms in begin.sources.items():
+    store = open_store(terms["store"])
+    if store.fingerprint != terms["fingerprint"]:
+      raise ConfigError(f"{terms['store']}: holds {store.fingerprint}, the run read {terms['fingerprint']} as {name}")
+    brackets = tuple((from_tokens, share) for from_tokens, share in terms["length_shares"])
+    kept = {
+      key: terms[key] for key in ("role", "heldout_frac", "at_end", "max_epochs", "loss_weight", "min_tokens", "max_tokens")
+    }
+    sources.append(Source(name, store, share=tuple(map(tuple, terms["share"])), length_shares=brackets, **kept))
+  settings = record["settings"]
+  return Loader(
+    sources,
+    num_steps=segments[len(known)].start_step if len(known) < len(segments) else record["num_steps"],
+    batch_rows=settings["train.batch_rows"],
+    row_len=settings["data.row_len"],
+    packing_policy=settings["data.packing"],
+    cross_documents=settings["data.cross_documents"],
+    split_positions=settings["data.split_positions"],
+    seed=settings["seed"],
+    past={**record, "segments": record["segments"][: len(known)], "read": {n: r._asdict() for n, r in begin.read.items()}},
+    start_step=begin.start_step,
+  )
 
 
 class _Part:
@@ -281,30 +416,33 @@ class _Part:
     self._loader, self._start_step, self._first, self._num_rows = loader, start_step, first, num_rows
 
   def __len__(self) -> int:
-    return self._loader.num_steps - self._start_step
+    return self._loader.end_step - self._start_step
 
   def __getitem__(self, index: int) -> Batch:
     return self._loader._batch((self._start_step + index) * self._loader.batch_rows + self._first, self._num_rows)
 
 
 class _Tally:
-  """Tokens of a source's first rows, in the order in which they are read; counts on from where it was last asked."""
+  """Targets and documents of a source's first rows, in the order in which they are read; counts on from where it was asked."""
 
-  def __init__(self, row_tokens: np.ndarray, order: Shuffle):
-    self._row_tokens, self._order = row_tokens, order
-    self._rows, self._tokens = 0, 0  # the last answer
+  def __init__(self, plan: packing.Plan, shuffle: Shuffle):
+    self._plan, self._shuffle = plan, shuffle
+    self._rows, self._targets, self._documents = 0, 0, 0  # the last answer
     self._lock = threading.Lock()
 
-  def tokens(self, num_rows: int) -> int:
-    """Of the first `num_rows` rows."""
+  def count(self, num_rows: int) -> tuple[int, int]:
+    """Of the first `num_rows` rows: targets, and documents that begin in them."""
+    plan = self._plan
     with self._lock:
-      epochs = num_rows // len(self._row_tokens)
-      epoch_begin = epochs * len(self._row_tokens)
-      if not epoch_begin <= self._rows <= num_rows:  # whole epochs need no counting
-        self._rows, self._tokens = epoch_begin, epochs * int(self._row_tokens.sum(dtype=np.int64))
-      read = self._order.rows(self._rows, num_rows)
-      self._rows, self._tokens = num_rows, self._tokens + int(self._row_tokens[read].sum(dtype=np.int64))
-      return self._tokens
+      epochs = num_rows // plan.num_rows
+      if not epochs * plan.num_rows <= self._rows <= num_rows:  # whole epochs need no counting
+        self._rows = epochs * plan.num_rows
+        self._targets, self._documents = epochs * plan.num_targets, epochs * int(plan.row_docs.sum(dtype=np.int64))
+      rows = self._shuffle.rows(self._rows, num_rows)
+      self._rows = num_rows
+      self._targets += int(plan.row_targets[rows].sum(dtype=np.int64))
+      self._documents += int(plan.row_docs[rows].sum(dtype=np.int64))
+      return self._targets, self._documents
 
 
 class _Batches(Sequence[Batch]):
@@ -324,21 +462,64 @@ class _Batches(Sequence[Batch]):
     return self._make(number % self._length)
 
 
-def _plan(source: Source, *, row_len: int, policy: str, cross_documents: bool) -> packing.Plan:
-  store = source.store
+def _check_past(past: dict, settings: dict) -> None:
+  """Raises ConfigError where rows of the past would not be what they were."""
+  if past["formats"] != [FORMAT, packing.FORMAT]:
+    raise ConfigError(
+      f"the checkpoint's rows are of format {past['formats']}, this version's of {[FORMAT, packing.FORMAT]}: finish the run with "
+      "the version that began it, or start a new one with start.weights"
+    )
+  wrong = [f"{key} was {old!r}, now it is {settings[key]!r}" for key, old in past["settings"].items() if settings[key] != old]
+  if wrong:
+    raise ConfigError("\n".join(wrong) + "\nThis would change which rows were read; put it back, or start with start.weights")
+
+
+def _select(source: Source) -> Selection:
+  try:
+    return selection.select(
+      source.store.lengths,
+      source.train_documents,
+      min_tokens=source.min_tokens,
+      max_tokens=source.max_tokens,
+      length_shares=source.length_shares,
+      hashes=source.store.doc_hashes() if source.length_shares else None,
+    )
+  except ConfigError as error:
+    raise ConfigError(f"data.sources.{source.name}.{error}") from None
+
+
+def _plan(source: Source, chosen: Selection, *, row_len: int, policy: str, cross_documents: bool) -> packing.Plan:
   key = {
-    "store": store.fingerprint,
+    "store": source.store.fingerprint,
     "heldout_frac": source.heldout_frac,
+    "min_tokens": source.min_tokens,
+    "max_tokens": source.max_tokens,
+    "length_shares": [list(bracket) for bracket in source.length_shares],
     "row_len": row_len,
     "policy": policy,
     "cross_documents": cross_documents,
   }
-  make = functools.partial(_make_plan, source, row_len=row_len, policy=policy, cross_documents=cross_documents)
-  return packing.load_or_make(store.path, key=key, make=make)
+  make = functools.partial(
+    packing.plan,
+    source.store.lengths,
+    row_len=row_len,
+    policy=policy,
+    cross_documents=cross_documents,
+    documents=chosen.documents,
+    count_targets=packing.target_counter(source.store),
+  )
+  return packing.load_or_make(source.store.path, key=key, make=make)
 
 
-def _make_plan(source: Source, **options) -> packing.Plan:
-  return packing.plan(source.store.lengths, documents=source.train_documents, **options)
+def _content(segment: orders.Segment) -> dict:
+  """What of a segment decides its rows: not where its stores lie, nor what their tokens weigh."""
+  free = {"store": "", "role": "", "loss_weight": 0}
+  content = segment.to_json()
+  return content | {"sources": [[name, {**terms, **free}] for name, terms in segment.sources.items()]}
+
+
+def _digest(content: list) -> str:
+  return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _whole_documents(documents: np.ndarray, lengths: np.ndarray, *, max_tokens: int) -> np.ndarray:
@@ -355,21 +536,28 @@ def _whole_documents(documents: np.ndarray, lengths: np.ndarray, *, max_tokens: 
   return documents[taken or [int(pairs.argmin())]]
 
 
-def _note(source: Source, rows: int, epochs: float) -> str:
-  if rows == 0:
-    return f"{source.name} is evaluated, not trained on"
-  if epochs > MANY_EPOCHS:
-    return (
+def _notes(source: Source, chosen: Selection, epochs: float) -> Iterator[str]:
+  if not source.is_trained:
+    yield f"{source.name} is evaluated, not trained on"
+  elif epochs > MANY_EPOCHS:
+    yield (
       f"{source.name} is read {epochs:.3g} times; up to about {MANY_EPOCHS:g} repeats are worth almost as much as new text, "
-      "later ones less and less (Muennighoff et al. 2305.16264)"
+      "later ones less and less (Muennighoff et al. 2305.16264; for continual pretraining the D-CPT law, 2406.01375)"
     )
-  return ""
+  if source.is_trained and source.loss_weight == 0:
+    yield f"{source.name} is read but nothing is learnt from it (loss_weight=0)"
+  if chosen.num_too_short or chosen.num_too_long:
+    left_out = chosen.tokens_too_short + chosen.tokens_too_long
+    yield (
+      f"{source.name}: {chosen.num_too_short:,} documents are too short and {chosen.num_too_long:,} too long; "
+      f"{left_out:,} tokens are left out"
+    )
+  for bracket in chosen.brackets:
+    yield (
+      f"{source.name}: documents from {bracket.from_tokens:,} tokens are {bracket.share:.1%} of its tokens (asked for "
+      f"{bracket.share_wanted:.1%}), each read {bracket.copies:.3g} times an epoch"
+    )
 
 
-def _last_step_within(mixture: Mixture, m: int, max_rows: int) -> int:
-  """The longest run in steps that reads at most `max_rows` of source m."""
-  low, high = 0, mixture.num_steps
-  while low < high:
-    middle = (low + high + 1) // 2
-    low, high = (middle, high) if mixture.counts(middle)[m] <= max_rows else (low, middle - 1)
-  return low
+def _end_words(step: int, action: str) -> str:
+  return f"step {step}: " + {"renormalise": "others share", "stop": "run stops", "error": "refused"}[action]

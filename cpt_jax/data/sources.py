@@ -12,12 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from cpt_jax import config as configs
-from cpt_jax import durations
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.data import tokenizer as tokenizers
 from cpt_jax.data.store import TokenStore, open_store
 
-Knots = tuple[tuple[float, float], ...]
+Knots = tuple[tuple[float, float, str], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +26,14 @@ class Source:
   name: str
   store: TokenStore
   role: str  # "replay" or "domain"
-  share: Knots  # (step, share), see data.mixture
+  share: Knots  # (step, share, curve), see data.quotas
   heldout_frac: float
-  max_epochs: float = 0.0  # 0 = no limit
+  at_end: str = "repeat"  # or "stop", "renormalise", "error": what happens when it was read `max_epochs` times
+  max_epochs: float = 0.0  # 0 = once; with "repeat" = no limit
+  loss_weight: float = 1.0  # of its tokens in the objective
+  min_tokens: int = 0  # of a training document; 0 = no limit
+  max_tokens: int = 0
+  length_shares: tuple[tuple[int, float], ...] = ()  # see data.selection
 
   @functools.cached_property
   def _split_hashes(self) -> np.ndarray:
@@ -54,7 +58,7 @@ class Source:
   @property
   def is_trained(self) -> bool:
     """Has it a share above 0 at any time."""
-    return any(share > 0 for _, share in self.share)
+    return any(share > 0 for _, share, _ in self.share)
 
   def num_pairs(self, documents: np.ndarray) -> int:
     """(input, target) pairs of documents of the store: their tokens less one each."""
@@ -90,9 +94,10 @@ def from_config(config, problems: Problems) -> list[Source]:
       name,
       store,
       role=entry.role,
-      share=tuple((_steps(config, when), share) for when, share in entry.share),
+      share=_knots(config, name),
       heldout_frac=config.data.heldout_frac,
-      max_epochs=entry.max_epochs,
+      length_shares=tuple((int(from_tokens), float(share)) for from_tokens, share in entry.length_shares),
+      **{key: entry[key] for key in ("at_end", "max_epochs", "loss_weight", "min_tokens", "max_tokens")},
     )
     if check(source, problems):
       found.append(source)
@@ -139,9 +144,11 @@ def check_vocabulary(sources: Sequence[Source], vocab_size: int, problems: Probl
       )
 
 
-def _steps(config, when: str | int | float) -> float:
-  """A knot's time in steps, not rounded."""
-  return durations.parse(when).steps(tokens_per_step=configs.tokens_per_step(config), run_steps=configs.num_steps(config))
+def _knots(config, name: str) -> Knots:
+  """A source's share over time, times in steps, not rounded."""
+  entry = config.data.sources[name]
+  knots = [(when, float(shares.get(name, 0.0)), "hold") for when, shares in config.data.stages] or entry.share
+  return tuple((float(configs.steps_at(config, when)), share, curve) for when, share, curve in knots)
 
 
 def _tokenizer_fingerprint(config, problems: Problems) -> tuple[str, str] | None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 
 class SourceLoss(NamedTuple):
@@ -46,8 +45,9 @@ def _each(batches: Iterable, on_batch: Callable[[], None]) -> Iterable:
 
 def _source_loss(held: Any, sums: list) -> SourceLoss:
   # Float64 on the host: a float32 running sum would round away the last digits of a long evaluation.
-  loss_sum = math.fsum(float(s.loss) for s in jax.device_get(sums))
-  num_tokens = int(np.rint(math.fsum(float(s.tokens) for s in jax.device_get(sums))))
+  sums = jax.device_get(sums)
+  loss_sum = math.fsum(float(s.loss) for s in sums)
+  num_tokens = sum(int(s.tokens) for s in sums)
   assert num_tokens == held.num_tokens, f"evaluated {num_tokens} targets of {held.num_tokens}"
   return SourceLoss(
     loss_sum / num_tokens, loss_sum / math.log(2) / held.num_bytes, num_tokens, held.num_bytes, held.num_documents

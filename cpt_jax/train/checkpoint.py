@@ -68,12 +68,16 @@ class Checkpoints:
     if self._best_metric and losses:
       metrics = {f"eval/{name}/loss": loss.loss for name, loss in losses.items()}
     self._checkpointer.save_checkpointables_async(
-      step, {_STATE: trees.paths(state), _META: {"format": FORMAT, **meta}}, force=True, metrics=metrics
+      # One text: orbax takes a dictionary with truth values or nested lists for arrays.
+      step,
+      {_STATE: trees.paths(state), _META: {"json": json.dumps({"format": FORMAT, **meta})}},
+      force=True,
+      metrics=metrics,
     )
 
   def meta(self, step: int) -> dict:
     """What was saved beside the arrays."""
-    meta = self._checkpointer.load_checkpointables(step, {_META: None})[_META]
+    meta = json.loads(self._checkpointer.load_checkpointables(step, {_META: None})[_META]["json"])
     if meta["format"] > FORMAT:
       raise ConfigError(f"{self.directory}/{step} has format {meta['format']}, this version reads up to {FORMAT}; update cpt_jax")
     return meta
@@ -225,6 +229,8 @@ def identity(config: Any, run_dir: pathlib.Path) -> dict[str, str]:
 # eval.tokens: the base was measured on those held-out documents.
 _FREE = ("log.", "checkpoint.", "debug.", "eval.every", "eval.batch_rows", "mesh.", "data.prefetch")
 _FREE += ("model.remat", "model.attention", "model.loss_chunk")
+# Those that may change what lies ahead; data.order keeps the past as it was, or refuses.
+_FREE += ("train.length", "data.sources.", "data.stages", "data.on_bad", "data.max_bad")
 
 
 def check_same_run(saved: dict, config: dict) -> None:

@@ -139,6 +139,21 @@ def header(config: Any, workdir: Any, spec: Any, mesh: Any, start: str, *, num_p
   say(f"length   {config.train.length}, {config.train.batch_rows} rows of {config.data.row_len} a step")
 
 
+def data_changes(loader: Any, *, rate: float) -> None:
+  """What is new in a run that goes on, and where it ends before its length."""
+  if loader.is_changed:
+    before, now = (list(segment.sources) for segment in loader.order.segments[-2:])
+    words = [f"{name} joins" for name in now if name not in before] + [f"{name} leaves" for name in before if name not in now]
+    changed = "; ".join(words) or "shares or lengths changed"
+    say(f"data     segment {len(loader.order.segments)} begins at step {loader.start_step}: {changed}; next rate {rate:.3e}")
+  if loader.end_step < loader.num_steps:
+    why = ", ".join(f"{name} runs out" for name, step, action in loader.order.ends if action != "renormalise")
+    say(
+      f"data     the run ends at step {loader.end_step} of {loader.num_steps}: {why}. The rate does not reach its last value; "
+      f"train.length='{loader.end_step} steps' lets it"
+    )
+
+
 def summary(result: dict[str, Any]) -> None:
   """The table at the end: per source the base, the result and the difference, and what was consumed."""
   rows = []
@@ -149,11 +164,11 @@ def summary(result: dict[str, Any]) -> None:
     rows.append(
       [source["source"], source["role"], f"{base['loss']:.4f}", f"{now['loss']:.4f}", f"{change:+.4f}", meaning]
       + [f"{base['bits_per_byte']:.4f}", f"{now['bits_per_byte']:.4f}", f"{now['bits_per_byte'] - base['bits_per_byte']:+.4f}"]
-      + [count(source["tokens"]), f"{source['epochs']:.2f}"]
+      + [count(source["tokens"]), count(source["documents"]), f"{source['epochs']:.2f}"]
     )
   table(
     f"held-out loss at step {result['step']}: nats per token, bits per byte, and what was trained on",
-    ["source", "role", "base", "result", "change", "", "base b/B", "result b/B", "change b/B", "tokens", "epochs"],
+    ["source", "role", "base", "result", "change", "", "base b/B", "result b/B", "change b/B", "tokens", "documents", "epochs"],
     rows,
     left=2,
   )

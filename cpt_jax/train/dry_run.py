@@ -14,7 +14,7 @@ from cpt_jax import config as config_lib
 from cpt_jax import mesh as mesh_lib
 from cpt_jax import trees
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.train import console, loop, optimizer, schedule, start, state, step
+from cpt_jax.train import console, loop, optimizer, schedule, state, step
 
 
 def describe(config: Any, workdir: pathlib.Path) -> int:
@@ -23,18 +23,17 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
   Raises:
     ConfigError: what the run itself would refuse.
   """
-  inputs = loop.open_inputs(config)
+  inputs = loop.open_inputs(config, workdir)
   config, spec = inputs.config, inputs.spec
   sizes, assumed = _mesh_sizes(config)
   loop.check_mesh(sizes, spec, config)
   num_steps = config_lib.num_steps(config)
-  begin = start.choose_start(config, workdir, inputs.base)
 
   console.say(f"run      {workdir}")
   console.say(
     f"model    {spec.family}, {spec_lib.num_parameters(spec):,} parameters, {spec.num_layers} layers of width {spec.width}"
   )
-  console.say(f"start    {begin.describe(optimizer=config.start.optimizer)}")
+  console.say(f"start    {inputs.begin.describe(optimizer=config.start.optimizer)}")
   console.say(f"mesh     {' x '.join(f'{name} {size}' for name, size in sizes.items())}{assumed}")
   _data(inputs, num_steps)
   console.table(
@@ -79,6 +78,8 @@ def _data(inputs: loop.Inputs, num_steps: int) -> None:
       "tokens read",
       "epochs",
       "filled",
+      "documents cut",
+      "runs out",
     ],
     [
       [row.source, row.role, f"{row.train_documents:,}", console.count(row.train_tokens), f"{row.heldout_documents:,}"]
@@ -87,15 +88,18 @@ def _data(inputs: loop.Inputs, num_steps: int) -> None:
         f"{row.share_end:.3f}",
         console.count(row.tokens),
         f"{row.epochs:.2f}",
-        f"{row.efficiency:.1%}",
+        f"{row.efficiency:.2%}",
+        f"{row.num_split:,}",
+        row.end or "-",
       ]
       for row in summaries
     ],
     left=2,
   )
+  console.data_changes(inputs.loader, rate=float(inputs.rates(inputs.begin.step)))
   for row in summaries:
-    if row.note:
-      console.say(f"note: {row.note}")
+    for note in row.notes:
+      console.say(f"note: {note}")
 
 
 def _groups(config: Any, params: Any) -> None:

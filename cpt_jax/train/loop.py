@@ -1,4 +1,4 @@
-"""The run, told in order: resolve and open, mesh, data, start, compile, loop, close.
+"""The run, told in order: resolve and open, mesh, data, compile, start, loop, close.
 
 Invariant: evaluate if due, save if due, THEN fetch rows, dispatch the step, and write the metrics of the step before.
 Called by main.
@@ -16,7 +16,7 @@ import optax
 from cpt_jax import config as config_lib
 from cpt_jax import hosts
 from cpt_jax import mesh as mesh_lib
-from cpt_jax.config import Problems
+from cpt_jax.config import ConfigError, Problems
 from cpt_jax.data import pipeline, prepare, sources, store
 from cpt_jax.data.batch import Batch
 from cpt_jax.evals import drift, perplexity
@@ -32,6 +32,7 @@ class Inputs(NamedTuple):
 
   config: Any
   base: start.Start
+  begin: start.Start
   spec: spec_lib.ModelSpec
   hf_config: dict
   loader: pipeline.Loader
@@ -39,10 +40,10 @@ class Inputs(NamedTuple):
   tx: optax.GradientTransformation
 
 
-def open_inputs(config: Any) -> Inputs:
+def open_inputs(config: Any, workdir: pathlib.Path | None = None) -> Inputs:
   """Opens model config, tokenizer and stores, prepares stores that name their text, and makes schedule and optimizer.
 
-  Needs no device.
+  Needs no device. A run that has saved steps in `workdir` goes on from them; without one it is a new run.
 
   Raises:
     ConfigError: everything that is wrong with them, a line each.
@@ -67,8 +68,13 @@ def open_inputs(config: Any) -> Inputs:
     opened = sources.from_config(config, problems)
     sources.check_vocabulary(opened, spec.vocab_size, problems)
     problems.raise_if_any()
-    loader = pipeline.from_config(config, opened)
-  return Inputs(config, base, spec, hf_config, loader, rates, tx)
+    begin = start.choose_start(config, workdir, base)
+    past = start.data_past(begin)
+    if past and begin.kind == "resume" and (changed := pipeline.changed_settings(config, past)):
+      console.say(f"the texts are read from their beginning, not from where {begin.path} was: {', '.join(changed)}")
+      past = None
+    loader = pipeline.from_config(config, opened, vocab_size=spec.vocab_size, past=past, start_step=begin.step)
+  return Inputs(config, base, begin, spec, hf_config, loader, rates, tx)
 
 
 def run(config: Any, workdir: pathlib.Path) -> int:
@@ -79,12 +85,13 @@ def run(config: Any, workdir: pathlib.Path) -> int:
   """
   console.console.quiet = not hosts.is_main()
   # ---- 1. resolve and open: model config, stores, schedule, optimizer ----
-  config, base, spec, hf_config, loader, rates, tx = open_inputs(config)
-  num_steps = config_lib.num_steps(config)
+  config, base, begin, spec, hf_config, loader, rates, tx = open_inputs(config, workdir)
+  num_steps = loader.end_step
 
   with checkpoint.claim(workdir, config), stop_signals() as stop:
     with hosts.main_first("workdir"):  # it is claimed and has its records when the others look
-      begin = start.choose_start(config, workdir, base)
+      if start.choose_start(config, workdir, base) != begin:
+        raise ConfigError(f"--workdir={workdir}: another process saved a step there in this moment; give the same command again")
       same = checkpoint.identity(config, workdir)
     hosts.agree(same | {"data fingerprint": loader.fingerprint, "start": begin.describe(), "model": str(spec)})
     finished = metrics.read_summary(workdir, num_steps)
@@ -103,40 +110,51 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     # ---- 3. data ----
     heldout = {name: loader.heldout_rows(name, max_tokens=config.eval.tokens, rows=my_eval_rows) for name in loader.names}
 
-    # ---- 4. start ----
+    # ---- 4. compile: at first use, from the cache when this program was compiled before ----
+    settings = step.settings_from_config(config)
+    jit = jax.jit if not config.debug.no_jit else lambda f, **_: f
+    train_step = jit(step.from_config(config, spec, tx, rates, source_weights=loader.loss_weights), donate_argnums=0)
+    eval_step = jit(step.make_eval_step(spec, settings=settings, num_sources=len(loader.names)))
+
+    def to_device(batch: Batch, num_rows: int = eval_rows) -> Batch:
+      return mesh_lib.to_global(mesh, batch, num_rows=num_rows)
+
+    def evaluate(params: Any, names: tuple[str, ...]) -> dict[str, perplexity.SourceLoss]:
+      return perplexity.evaluate(params, {name: heldout[name] for name in names}, eval_step=eval_step, to_device=to_device)
+
+    # ---- 5. start ----
     checkpoints = checkpoint.from_config(config, workdir)
     described = begin.describe(optimizer=config.start.optimizer)
     console.header(config, workdir, spec, mesh, described, num_parameters=spec_lib.num_parameters(spec))
+    console.data_changes(loader, rate=float(rates(begin.step)))
     meta = checkpoints.meta(begin.checkpoint) if begin.kind == "run" else {}
+    base_losses = {name: perplexity.SourceLoss(**values) for name, values in meta.get("base_losses", {}).items()}
     if meta:
-      loader.check_state(meta["loader"])
       base = base._replace(checkpoint=meta["base_checkpoint"])  # the other run may have gone on since
     params = start.base_params(base, spec, seed=config.seed)
     if params is None:
       console.say(f"{base.path} does not keep its checkpoint of step {base.checkpoint} any more: drift is not measured")
+    elif meta:  # a source that has joined the run is compared with the base too
+      base_losses |= evaluate(params, tuple(name for name in loader.names if name not in base_losses))
     base_copy = None if params is None else drift.keep_base(params)
     train_state = start.initial_state(begin, params, spec, tx, checkpoints, keep_optimizer=config.start.optimizer == "keep")
     del params  # the step donates the state; the base lives on in base_copy
     first_step = int(train_state.step)
-
-    # ---- 5. compile: at first use, from the cache when this program was compiled before ----
-    settings = step.settings_from_config(config)
-    jit = jax.jit if not config.debug.no_jit else lambda f, **_: f
-    train_step = jit(step.from_config(config, spec, tx, rates, num_sources=len(loader.names)), donate_argnums=0)
-    eval_step = jit(step.make_eval_step(spec, settings=settings, num_sources=len(loader.names)))
+    if hosts.is_main():
+      metrics.write_segments(workdir, loader.record())
 
     # ---- 6. loop ----
     last_step = max(first_step, min(num_steps, config.debug.stop_after or num_steps))
     eval_every, save_every = config_lib.steps_of(config, "eval.every"), config_lib.steps_of(config, "checkpoint.every")
     batches = loader.batches(first_step, rows=my_rows)
-    writer = metrics.Writer(workdir if hosts.is_main() else None, start_step=first_step, tensorboard=config.log.tensorboard)
+    evaluates_first = not base_losses.keys() >= set(loader.names) or first_step % eval_every == 0 or first_step == last_step
+    record_dir = workdir if hosts.is_main() else None
+    writer = metrics.Writer(
+      record_dir, start_step=first_step, evaluates_first=evaluates_first, tensorboard=config.log.tensorboard
+    )
     meter = metrics.from_config(config, loader.names, spec, mesh)
     bar = console.TrainProgress(start_step=first_step, num_steps=num_steps)
-    base_losses = {name: perplexity.SourceLoss(**values) for name, values in meta.get("base_losses", {}).items()}
     losses = dict(base_losses)
-
-    def to_device(batch: Batch, num_rows: int = eval_rows) -> Batch:
-      return mesh_lib.to_global(mesh, batch, num_rows=num_rows)
 
     def report() -> None:
       try:
@@ -155,13 +173,14 @@ def run(config: Any, workdir: pathlib.Path) -> int:
         # ORDER: evaluate, save, and only then fetch rows; a resume begins at exactly this line.
         stopping = stop.reached(now) and now < last_step
         save_due = stopping or now == last_step or (now % save_every == 0 and now > first_step)
-        eval_due = not base_losses or now % eval_every == 0 or now == last_step or (save_due and config.checkpoint.best_metric)
+        eval_due = now % eval_every == 0 or now == last_step or (save_due and config.checkpoint.best_metric)
+        eval_due = evaluates_first if now == first_step else eval_due
         if eval_due and not stopping:
           report()
           meter.pause()
           with bar.phase("evaluate"):
-            losses = perplexity.evaluate(train_state.params, heldout, eval_step=eval_step, to_device=to_device)
-          base_losses = base_losses or losses
+            losses = evaluate(train_state.params, loader.names)
+          base_losses = losses | base_losses
           moved = {} if base_copy is None else drift.by_layer(train_state.params, base_copy)
           writer.eval(now, losses, base_losses, moved)
           writer.ledger(now, loader.ledger(now))
@@ -249,6 +268,13 @@ def _prepare_missing_stores(config: Any) -> None:
     if not entry.text or (pathlib.Path(entry.store) / store.MANIFEST).exists():
       continue
     console.say(f"data.sources.{name}: preparing {entry.text} into {entry.store}")
-    report = prepare.prepare([entry.text], tokenizer=config.data.tokenizer, output=entry.store, text_field=entry.text_field)
+    report = prepare.prepare(
+      [entry.text],
+      tokenizer=config.data.tokenizer,
+      output=entry.store,
+      on_bad=config.data.on_bad,
+      max_bad=config.data.max_bad,
+      **{key: entry[key] for key in ("records", "text_field", "answer_field", "train_on")},
+    )
     for line in report.lines():
       console.say(line)

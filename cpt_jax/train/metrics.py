@@ -44,14 +44,17 @@ def peak_flops(device_kind: str) -> float | None:
 class Writer:
   """The metric files of one run; without a `run_dir` it writes nothing (the processes beside the first)."""
 
-  def __init__(self, run_dir: pathlib.Path | None, *, start_step: int, tensorboard: bool):
+  def __init__(self, run_dir: pathlib.Path | None, *, start_step: int, evaluates_first: bool, tensorboard: bool):
     self._files, self._events = {}, None
+    self._last_read: dict[str, dict] = {}
     if run_dir is None:
       return
     for name in ("metrics.jsonl", "ledger.jsonl"):
-      drop_after(run_dir / name, start_step)
+      drop_after(run_dir / name, start_step, evaluates_first=evaluates_first)
       # Line buffered: a run that is killed has its last full record on disk.
       self._files[name] = open(run_dir / name, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by close)
+    if ledger := read(run_dir / "ledger.jsonl"):
+      self._last_read = {entry["source"]: entry for entry in ledger[-1]["sources"]}
     self._events = _event_writer(run_dir, start_step) if tensorboard else None
 
   def train(self, reading: "Reading") -> None:
@@ -65,8 +68,14 @@ class Writer:
     self._write(step, "eval", {"sources": sources, "drift": moved})
 
   def ledger(self, step: int, sources: list[dict]) -> None:
-    """One record of ledger.jsonl: what was consumed of each source before `step`."""
-    self._append("ledger.jsonl", {"step": step, "sources": sources})
+    """One record of ledger.jsonl: what was read of each source before `step`, and in the `window` since the record before."""
+    entries = []
+    for entry in sources:
+      before = self._last_read.get(entry["source"], {})
+      window = {key: entry[key] - before.get(key, 0) for key in ("rows", "tokens", "documents", "epochs")}
+      entries.append({**entry, "window": window})
+    self._last_read = {entry["source"]: entry for entry in sources}
+    self._append("ledger.jsonl", {"step": step, "sources": entries})
 
   def _write(self, step: int, kind: str, values: dict[str, Any]) -> None:
     self._append("metrics.jsonl", {"step": step, "kind": kind, **values})
@@ -99,9 +108,10 @@ def read(path: pathlib.Path) -> list[dict]:
   return records
 
 
-def drop_after(path: pathlib.Path, step: int) -> None:
-  """Removes what lies after `step`: a resumed run does those steps again, and evaluates at `step` again."""
-  kept = [r for r in read(path) if r["step"] < step or (r["step"] == step and r.get("kind") == "train")]
+def drop_after(path: pathlib.Path, step: int, *, evaluates_first: bool) -> None:
+  """Removes what lies after `step`: a resumed run does those steps again, and may evaluate at `step` again."""
+  stay = ("train",) if evaluates_first else ("train", "eval", None)  # the ledger's records have no kind
+  kept = [r for r in read(path) if r["step"] < step or (r["step"] == step and r.get("kind") in stay)]
   if path.exists():
     write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
@@ -153,7 +163,9 @@ class Meter:
       raise FloatingPointError(f"step {step}: loss sum {host.sums.loss}, gradient norm {host.grad_norm}")
     if not self._is_warm:
       self._is_warm, self._start_secs = True, time.monotonic()
-    self._sums = host.sums if self._sums is None else jax.tree.map(np.add, self._sums, host.sums)
+    # Wider than on the device: the steps of one record may hold more tokens than int32 counts.
+    sums = Sums(*(x.astype(np.int64 if x.dtype.kind == "i" else np.float64) for x in host.sums))
+    self._sums = sums if self._sums is None else jax.tree.map(np.add, self._sums, sums)
     if step % self._log_every:
       return Reading(step, None, 0.0, None)
     values = summarize(self._sums, self._names) | {"rate": float(host.rate), "grad_norm": float(host.grad_norm)}
@@ -178,8 +190,14 @@ def summary(
   step: int, base_losses: dict[str, SourceLoss], losses: dict[str, SourceLoss], ledger: list[dict], checkpoint: str, exported: str
 ) -> dict[str, Any]:
   """What the run came to: summary.json, and the table at the end."""
-  sources = [{**row, "base": base_losses[row["source"]]._asdict(), "result": losses[row["source"]]._asdict()} for row in ledger]
+  measured = [row for row in ledger if row["source"] in losses]  # sources that the run has given up are not evaluated
+  sources = [{**row, "base": base_losses[row["source"]]._asdict(), "result": losses[row["source"]]._asdict()} for row in measured]
   return {"step": step, "sources": sources, "checkpoint": checkpoint, "exported": exported}
+
+
+def write_segments(run_dir: pathlib.Path, record: dict) -> None:
+  """Keeps which rows the run reads, segment by segment, as `data.pipeline.from_record` takes it."""
+  write_atomically(run_dir / "segments.json", json.dumps(record, indent=1).encode())
 
 
 def write_summary(run_dir: pathlib.Path, result: dict[str, Any]) -> None:
@@ -208,14 +226,11 @@ def from_config(config: Any, names: tuple[str, ...], spec: ModelSpec, mesh: Any)
 
 
 def summarize(sums: Sums, names: tuple[str, ...]) -> dict[str, Any]:
-  """Means of sums, as floats: the loss, and that of each source that took part."""
-  losses = {
-    name: float(loss) / float(count)
-    for name, loss, count in zip(names, sums.source_loss_M, sums.source_tokens_M, strict=True)
-    if count > 0
-  }
-  tokens = float(sums.tokens)
-  return {"loss": float(sums.loss) / tokens if tokens else math.nan, "source_loss": losses, "tokens": int(tokens)}
+  """Means of sums, as floats: the loss over all tokens, and that of each source that took part; no source weighs more."""
+  by_source = zip(names, sums.loss_M, sums.tokens_M, strict=True)
+  losses = {name: float(loss) / int(count) for name, loss, count in by_source if count > 0}
+  tokens = int(sums.tokens)
+  return {"loss": float(sums.loss) / tokens if tokens else math.nan, "source_loss": losses, "tokens": tokens}
 
 
 def _flatten(prefix: str, values: dict[str, Any]) -> list[tuple[str, float]]:

@@ -39,7 +39,7 @@ class Start(NamedTuple):
     }[self.kind]
 
 
-def choose_start(config: Any, workdir: pathlib.Path, base: Start) -> Start:
+def choose_start(config: Any, workdir: pathlib.Path | None, base: Start) -> Start:
   """The first that applies; 2 to 5 are `base`, by `choose_base`:
 
   1. the run's own newest checkpoint in `workdir`
@@ -51,7 +51,7 @@ def choose_start(config: Any, workdir: pathlib.Path, base: Start) -> Start:
   Raises:
     ConfigError: the run would be over before its first step.
   """
-  steps = saved_steps(workdir)
+  steps = saved_steps(workdir) if workdir else []
   if steps:
     return Start("run", str(workdir), steps[-1], steps[-1])
   if base.step >= config_lib.num_steps(config):
@@ -72,6 +72,21 @@ def choose_base(config: Any) -> Start:
   if start.weights:
     return Start("weights", start.weights, 0, _newest_step(start.weights, "start.weights"))
   return Start("scratch", config.model.scratch)
+
+
+def data_past(begin: Start) -> dict | None:
+  """What a run that goes on from `begin` has read, as `data.pipeline.Loader` takes it; None where it has read nothing."""
+  if begin.kind not in ("run", "resume"):
+    return None
+  checkpoints = Checkpoints(begin.path)
+  past = checkpoints.meta(begin.checkpoint)["loader"]
+  checkpoints.close()
+  if begin.kind == "resume" and begin.step == 0:  # steps are counted anew, rows go on
+    merged: dict = {}
+    for segment in past["segments"]:
+      merged |= segment["sources"]
+    past = {**past, "segments": [{"start_step": 0, "read": past["read"], "sources": merged}]}
+  return past
 
 
 def load_spec(base: Start) -> tuple[ModelSpec, dict]:

@@ -1,6 +1,6 @@
 """One update: state and batch -> state and what was measured on the way.
 
-Invariant: sums over microbatches, devices and hosts, then ONE division by the number of weighted tokens; the rate that is
+Invariant: sums over microbatches, devices and hosts, then ONE division by the weighted number of tokens; the rate that is
 reported is the rate that was used. Called by train.loop, tools.bench.
 """
 
@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from cpt_jax import trees
+from cpt_jax import mesh, trees
 from cpt_jax.data.batch import Batch
 from cpt_jax.model import loss, transformer
 from cpt_jax.model.spec import ModelSpec
@@ -22,8 +23,8 @@ from cpt_jax.train.state import TrainState
 class StepMetrics(NamedTuple):
   """Measured by one step; stays on the device until train.metrics reads it."""
 
-  sums: loss.Sums  # over the step's batch, before the update
-  grad_norm: jax.Array  # of the mean gradient, before clipping
+  sums: loss.Sums  # over the step's batch, before the update, without the sources' weights
+  grad_norm: jax.Array  # of the objective's gradient, before clipping
   rate: jax.Array  # the schedule's value in this update
 
 
@@ -45,15 +46,15 @@ def settings_from_config(config: Any) -> ModelSettings:
 
 
 def from_config(
-  config: Any, spec: ModelSpec, optimizer: optax.GradientTransformation, schedule: Callable, *, num_sources: int
+  config: Any, spec: ModelSpec, optimizer: optax.GradientTransformation, schedule: Callable, *, source_weights: Sequence[float]
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-  """The update that a config asks for."""
+  """The update that a config asks for; `source_weights` as in `make_train_step`."""
   return make_train_step(
     spec,
     optimizer,
     schedule,
     settings=settings_from_config(config),
-    num_sources=num_sources,
+    source_weights=source_weights,
     microbatches=config.train.microbatches,
     z_loss=config.train.z_loss,
     frozen=config.optimizer.frozen,
@@ -61,7 +62,7 @@ def from_config(
 
 
 def batch_sums(params: Any, batch: Batch, spec: ModelSpec, *, settings: ModelSettings, num_sources: int) -> loss.Sums:
-  """Loss sums of a batch, in all and per source."""
+  """Loss sums of a batch, per source."""
   hidden_BTD = transformer.apply(
     params,
     spec,
@@ -81,20 +82,29 @@ def make_train_step(
   schedule: Callable[[jax.Array], jax.Array],
   *,
   settings: ModelSettings,
-  num_sources: int,
+  source_weights: Sequence[float],
   microbatches: int,
   z_loss: float,
   frozen: Sequence[str] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
   """The update as a pure function; the caller jits it and donates the state.
 
-  Leaves whose path a pattern of `frozen` matches get no gradient: it is not computed, and not part of the norm.
+  It goes down the gradient of `sum_m w_m (loss_m + z_loss * z_loss_m) / sum_m w_m tokens_m`, with the step's sums `loss.Sums` of
+  each source m and its weight w_m, whatever share of the rows it has. A batch in which that divides by 0 has gradient 0.
+
+  Args:
+    source_weights: for each source 1e-12 of the largest or more, or 0: its rows are measured, no more. Only their ratios count.
+    frozen: leaves whose path one of these patterns matches get no gradient: it is not computed, and not part of the norm.
+
+  Raises:
+    ValueError: other weights; when the update is traced, a batch of 2^31 positions or more.
   """
+  weights_M = _relative(source_weights)
 
   def objective(params, batch):
     params = trees.map_with_path(lambda path, p: jax.lax.stop_gradient(p) if is_frozen(path) else p, params)
-    sums = batch_sums(params, batch, spec, settings=settings, num_sources=num_sources)
-    return sums.loss + z_loss * sums.z_loss, sums
+    sums = batch_sums(params, batch, spec, settings=settings, num_sources=len(weights_M))
+    return jnp.sum(weights_M * (sums.loss_M + z_loss * sums.z_loss_M)), sums
 
   def is_frozen(path):
     return any(re.fullmatch(pattern, path) for pattern in frozen)
@@ -102,9 +112,12 @@ def make_train_step(
   gradient = jax.grad(objective, has_aux=True)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    if batch.weights_BT.size > np.iinfo(np.int32).max:
+      raise ValueError(f"train.batch_rows x data.row_len = {batch.weights_BT.shape}: a step counts up to 2^31 - 1 positions")
     grads, sums = accumulate(gradient, state.params, batch, microbatches=microbatches)
-    # A batch without a single weighted token would divide by zero; its gradient is zero and so is the update's.
-    scale = 1.0 / jnp.maximum(sums.tokens, 1.0)
+    tokens = jnp.sum(weights_M * sums.tokens_M.astype(jnp.float32))
+    # A batch in which nothing has weight would divide by zero; its gradient is zero already.
+    scale = 1.0 / jnp.where(tokens > 0, tokens, 1.0)
     grads = jax.tree.map(lambda g: g * scale, grads)
     rate = schedule(state.step)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -115,12 +128,32 @@ def make_train_step(
   return train_step
 
 
+def _relative(source_weights: Sequence[float]) -> np.ndarray:
+  """The weights over the largest of them, float32: a factor that all have in common is gone before anything is rounded to it."""
+  weights_M = np.asarray(source_weights, np.float64)
+  largest = weights_M.max(initial=0.0)
+  # Less than that part of the largest (chosen by hand), and gradients that are times the weight would leave float32's range.
+  is_right_M = (weights_M == 0) | (weights_M >= 1e-12 * largest)
+  if not (0 < largest < np.inf and is_right_M.all()):
+    raise ValueError(
+      f"source_weights={tuple(source_weights)}: give each source 0 or a finite number no less than 1e-12 of the largest, and"
+      " one of them more than 0"
+    )
+  return (weights_M / largest).astype(np.float32)
+
+
 def accumulate(gradient: Callable, params: Any, batch: Batch, *, microbatches: int) -> tuple[Any, loss.Sums]:
   """Sums of gradients and losses over `microbatches` parts of the batch, one after the other."""
   if microbatches == 1:
     return gradient(params, batch)
+
   # Strided, so that each device's rows stay on it: part a holds rows a, a + A, a + 2A, ...
-  parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+  def split(x):
+    shape = (x.shape[0] // microbatches, microbatches, *x.shape[1:])
+    # Told, not found out: JAX divides the parts, too, where an axis of one device is left over.
+    return mesh.reshape(x, shape, to=("batch", None, "seq")[: len(shape)]).swapaxes(0, 1)
+
+  parts = jax.tree.map(split, batch)
 
   def add_part(total, part):
     return jax.tree.map(jnp.add, total, gradient(params, part)), None
