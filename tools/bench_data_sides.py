@@ -255,7 +255,8 @@ def _loader(directory: pathlib.Path, knots: Any, *, num_steps: int, batch_rows: 
     sources.Source(str(m), store.open_store(folder / str(m)), role="domain", share=tuple(of_m), heldout_frac=0.02)
     for m, of_m in enumerate(knots)
   ]
-  return pipeline.Loader(found, num_steps=num_steps, batch_rows=batch_rows, row_len=row_len, packing_policy="best_fit")
+  shape = dict(num_steps=num_steps, batch_rows=batch_rows, row_len=row_len)
+  return pipeline.Loader(found, **shape, packing_policy="best_fit", vocab_size=found[0].store.vocab_size)
 
 
 # What is measured of a side.
