@@ -184,6 +184,11 @@ def test_rows_are_extrapolated_on_a_line_through_those_measured(bench_data):
   assert extrapolated["first"] == {"wall_secs": pytest.approx(21.0), "cpu_secs": 0.5} and extrapolated["measured_at"] == 100
 
 
+def test_noise_is_not_extrapolated(bench_data):
+  turns = {row: [{"wall_secs": [secs], "cpu_secs": [secs]}] for row, secs in ((0, 1.0), (100, 1.9))}
+  assert bench_data._at(turns, 10**9)["first"] == {"wall_secs": 1.9, "cpu_secs": 1.9}
+
+
 def test_sides_that_read_other_shares_are_refused(bench_data):
   bench_data._check_shares({"a": [[{"sources": 2, "first_rows": [100, 200]}]]}, num_rows=300)
   with pytest.raises(RuntimeError, match="a read 300 rows of source 0 of 2, not 100"):

@@ -250,8 +250,11 @@ def _speed_ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> d
 
 
 def _at(turns: dict[int, list[dict[str, Any]]], row: int) -> dict[str, Any]:
-  """Median seconds at a row, of first seeks and of later ones; where a side did not go there, on the line through its nearest
-  and its furthest row."""
+  """Median seconds at a row, of first seeks and of later ones.
+
+  Where a side did not go there, on the line through its nearest and its furthest row; as at the furthest one if that took less
+  than twice the nearest's time, since a line through noise says nothing.
+  """
 
   def median(of_row: int, clock: str, which: slice) -> float | None:
     found = [s for turn in turns[of_row] for s in turn[clock][which]]
@@ -264,7 +267,7 @@ def _at(turns: dict[int, list[dict[str, Any]]], row: int) -> dict[str, Any]:
   line = {}
   for clock in _CLOCKS:
     near, far = median(0, clock, kinds["first"]), median(furthest, clock, kinds["first"])
-    line[clock] = near + max(far - near, 0.0) / furthest * row
+    line[clock] = near + (far - near) / furthest * row if far > 2 * near else far
   return {"row": row, "measured_at": furthest, "first": line, "later": dict.fromkeys(_CLOCKS)}
 
 
