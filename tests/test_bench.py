@@ -25,7 +25,9 @@ SECTIONS = {
   },
   "overhead": {"block_steps", "sizes"},
   "loader": {"training_positions_per_sec", "shapes"},
-  "prepare": {"text_bytes", "store", "workers"},
+  "mixture": {"row_len", "fixed", "packed", "skipped"},
+  "seek": {"sides", "skipped"},
+  "prepare": {"text_bytes", "store", "workers", "tokenized", "speed_ratio", "large_bytes", "large", "skipped"},
   "memory": {"models"},
   "startup": {"starts", "is_shipped_base"},
 }
@@ -77,6 +79,22 @@ def bench_step(root, monkeypatch):
   return bench_step
 
 
+@pytest.fixture
+def bench_data(root, monkeypatch):
+  monkeypatch.syspath_prepend(root / "tools")
+  import bench_data
+
+  return bench_data
+
+
+@pytest.fixture
+def bench_data_sides(root, monkeypatch):
+  monkeypatch.syspath_prepend(root / "tools")
+  import bench_data_sides
+
+  return bench_data_sides
+
+
 def stats_of(samples):
   return set(samples) == {"min", "median", "mad", "mean"} and samples["min"] <= samples["median"]
 
@@ -100,11 +118,99 @@ def test_overhead(bench):
   assert "loop less bare step" in printed
 
 
+def test_mixture(bench):
+  record, printed = bench("mixture", "--nopeers")
+  assert not record["skipped"] and "mixing and packing" in printed
+  assert {entry["sources"] for entry in record["fixed"]} == {2, 3} == {entry["sources"] for entry in record["packed"]}
+  for num_sources in (2, 3):
+    of_side = {entry["side"]: entry for entry in record["fixed"] if entry["sources"] == num_sources}
+    ours, theirs = of_side["cpt_jax"]["samples"], of_side["grain mix"]["samples"]
+    for clock in ("wall_secs", "cpu_secs"):
+      (ratio,) = of_side["cpt_jax"]["speed_ratio"][clock]
+      assert ratio == pytest.approx(ours["rows"][0] / ours[clock][0] * theirs[clock][0] / theirs["rows"][0])
+    assert of_side["cpt_jax, shuffled"]["speed_ratio"]["peer"] == "grain mix, shuffled"
+  for entry in record["packed"]:
+    assert 0.5 < entry["filled"] <= 1 and stats_of(entry["rows_per_sec"])
+    assert entry["positions_per_sec"] == pytest.approx(entry["rows_per_sec"]["median"] * entry["row_len"])
+
+
+@pytest.mark.slow
+def test_seek(bench):
+  record, printed = bench("seek", "--nopeers")
+  sides = {side["side"]: side for side in record["sides"]}
+  assert not record["skipped"] and "cpt_jax Loader, packed, 64 ramped sources" in sides and len(sides) == 4
+  for side in sides.values():
+    assert [row["row"] for row in side["rows"]] == [0, 10**6, 10**9] and stats_of(side["open"]["peak_bytes"])
+    near, far = side["samples"]["0"], side["samples"]["1000"]
+    assert len(near) == len(far) == 1 and len(near[0]["wall_secs"]) == 4
+    assert side["rows"][0]["first"]["wall_secs"] == near[0]["wall_secs"][0]
+    assert side["rows"][0]["later"]["wall_secs"] == pytest.approx(np.median(near[0]["wall_secs"][1:]))
+  assert "~" in printed and "(from 1,000)" in printed
+
+
 def test_prepare(bench):
-  record, _ = bench("prepare")
-  assert record["text_bytes"] >= 200_000
+  record, _ = bench("prepare", "--nopeers")
+  assert record["text_bytes"] >= 200_000 and record["large_bytes"] >= 1_000_000
   assert record["store"]["num_bytes"] == record["text_bytes"]
   assert {number: len(r["samples"]["wall_secs"]) for number, r in record["workers"].items()} == {"1": 1, "2": 1}
+  (sample,) = record["tokenized"]["cpt_jax"]
+  assert sample["ds_bytes"] == 2 * record["store"]["num_tokens"]
+  assert record["large"]["peak_bytes"] > record["large"]["before_bytes"] > 0 and not record["speed_ratio"]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("section", ["mixture", "seek", "prepare"])
+def test_peers_are_measured_or_skipped_by_name(bench, section):
+  record, printed = bench(section)
+  if section == "prepare":
+    sides = set(record["tokenized"])
+    wanted = {"cpt_jax", "datatrove"}
+  else:
+    entries = record["fixed"] if section == "mixture" else record["sides"]
+    sides = {entry["side"] for entry in entries}
+    wanted = sides | {side for side in record["skipped"] if side.startswith(("HF", "mosaic"))}
+    assert any(side.startswith("HF") for side in wanted) and any(side.startswith("mosaic") for side in wanted)
+  assert wanted == sides | set(record["skipped"]) and not sides & set(record["skipped"])
+  assert all("Error" in why for why in record["skipped"].values()) and ("skipped" in printed) == bool(record["skipped"])
+
+
+def test_rows_are_extrapolated_on_a_line_through_those_measured(bench_data):
+  turns = {
+    0: [{"wall_secs": [1.0], "cpu_secs": [0.5]}],
+    100: [{"wall_secs": [4.0], "cpu_secs": [0.5]}, {"wall_secs": [2.0], "cpu_secs": [0.5]}],
+  }
+  measured, extrapolated = bench_data._at(turns, 100), bench_data._at(turns, 1000)
+  assert measured["first"] == {"wall_secs": 3.0, "cpu_secs": 0.5} and measured["measured_at"] == 100
+  assert extrapolated["first"] == {"wall_secs": pytest.approx(21.0), "cpu_secs": 0.5} and extrapolated["measured_at"] == 100
+
+
+def test_noise_is_not_extrapolated(bench_data):
+  turns = {row: [{"wall_secs": [secs], "cpu_secs": [secs]}] for row, secs in ((0, 1.0), (100, 1.9))}
+  assert bench_data._at(turns, 10**9)["first"] == {"wall_secs": 1.9, "cpu_secs": 1.9}
+
+
+def test_sides_that_read_other_shares_are_refused(bench_data):
+  bench_data._check_shares({"a": [[{"sources": 2, "first_rows": [100, 200]}]]}, num_rows=300)
+  with pytest.raises(RuntimeError, match="a read 300 rows of source 0 of 2, not 100"):
+    bench_data._check_shares({"a": [[{"sources": 2, "first_rows": [300, 0]}]]}, num_rows=300)
+
+
+@pytest.mark.parametrize("pair", [("cpt_jax", "cpt_jax, read ahead"), ("grain mix", "grain mix, read ahead")])
+def test_fixed_rows_are_read_in_order_and_in_their_shares(bench_data_sides, tmp_path, pair):
+  bench_data_sides.make_rows(tmp_path, 3, num_rows=48)
+  batches = [[next(reader) for _ in range(6)] for reader in (bench_data_sides.READERS[side](tmp_path, 3) for side in pair)]
+  np.testing.assert_array_equal(*batches)
+  ids = np.concatenate(batches[0])[:, :2]
+  assert [int((ids[:, 0] == m).sum()) for m in range(3)] == [8, 16, 24]  # 1/6, 1/3 and 1/2
+  for m in range(3):
+    np.testing.assert_array_equal(ids[ids[:, 0] == m, 1], np.arange((ids[:, 0] == m).sum()))
+
+
+def test_turns_are_balanced(root, monkeypatch):
+  monkeypatch.syspath_prepend(root / "tools")
+  import bench_samples
+
+  assert "".join(bench_samples.in_turns(list("abc"), rounds=3)) == "abccbaabc"
 
 
 @pytest.mark.slow

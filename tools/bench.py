@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import app, flags
@@ -33,7 +33,9 @@ sys.path.insert(0, str(_ROOT))  # a clone that is not installed
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what the peers and the processes of their own are held to as well
 
+import bench_data
 import bench_memory
+import bench_samples
 import bench_step
 
 from cpt_jax.config import ConfigError
@@ -43,8 +45,9 @@ NOISY, EXIT_CONFIG = 3, 78
 MAX_LOAD = 1.5  # a busier machine measures its neighbours
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "orbax-checkpoint", "tokenizers", "safetensors")
 _PEERS = ("torch", "transformers", "accelerate")
+_DATA_PEERS = ("datasets", "mosaicml-streaming", "datatrove")
 
-_SECTIONS = flags.DEFINE_list("sections", [], "Of step, overhead, loader, prepare, memory, startup; all by default.")
+_SECTIONS = flags.DEFINE_list("sections", [], "Of those that the docs name; all by default.")
 _OUTPUT = flags.DEFINE_string("output", "runs/bench", "Directory for a SECTION.json of each section.")
 _FORCE = flags.DEFINE_bool("force", False, "Measure on a busy machine too; the result says that it is noisy.")
 _QUICK = flags.DEFINE_bool("quick", False, "A tiny model and few samples: shows that it works; its figures mean nothing.")
@@ -128,12 +131,12 @@ def measure_step(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
   if differences and max(differences.values()) > 1e-4:
     raise RuntimeError(f"the sides do not train alike, so their times mean nothing: largest relative differences {differences}")
   samples: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-  for turn in range(rounds):  # A B C D, then D C B A: what drifts slowly hits all alike
-    for side in sides if turn % 2 == 0 else sides[::-1]:
-      samples[side].append(run(side, num_steps=num_warm + num_timed, skip=num_warm))
+  for side in bench_samples.in_turns(sides, rounds=rounds):
+    samples[side].append(run(side, num_steps=num_warm + num_timed, skip=num_warm))
   clocks = ("wall_secs", "cpu_secs")
   stats = {
-    side: {clock: _stats([t for turn in turns for t in turn[clock]]) for clock in clocks} for side, turns in samples.items()
+    side: {clock: bench_samples.stats([t for turn in turns for t in turn[clock]]) for clock in clocks}
+    for side, turns in samples.items()
   }
   ratios = {
     f"{ours} / {theirs}": {clock: _paired_ratios(samples[ours], samples[theirs], clock) for clock in clocks}
@@ -156,7 +159,7 @@ def measure_step(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
   table = []
   for side in sides:
     wall, cpu = stats[side]["wall_secs"], stats[side]["cpu_secs"]
-    ratio = next((_ratio_cells(r) for name, r in ratios.items() if name.startswith(f"{side} /")), ["", ""])
+    ratio = next((bench_samples.ratio_cells(r) for name, r in ratios.items() if name.startswith(f"{side} /")), ["", ""])
     cells = [side, f"{result['positions_per_sec'][side]:,.0f}", *_ms(wall), f"{cpu['mean'] * 1e3:.1f}"]
     table.append([*cells, *ratio, f"{differences[side]:.1e}"])
   table += [[side, f"skipped: {why}", *[""] * 7] for side, why in result["skipped"].items()]
@@ -192,10 +195,10 @@ def measure_overhead(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
       "rows": rows,
       "row_len": row_len,
       "target_secs": target_secs,
-      "bare_secs": _stats(bare),
-      "loop_secs": _stats(whole),
-      "overhead": _stats(overheads),
-      "overhead_secs": _stats([w - b for w, b in zip(whole, bare, strict=True)]),
+      "bare_secs": bench_samples.stats(bare),
+      "loop_secs": bench_samples.stats(whole),
+      "overhead": bench_samples.stats(overheads),
+      "overhead_secs": bench_samples.stats([w - b for w, b in zip(whole, bare, strict=True)]),
       "host_secs": {name: secs / (pairs * block) for name, secs in loop.host_secs.items()},
       "samples": {"bare_secs": bare, "loop_secs": whole},
     }
@@ -233,10 +236,10 @@ def measure_loader(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
     shape = {
       "rows": rows,
       "row_len": row_len,
-      "rows_per_sec": _stats(rates),
+      "rows_per_sec": bench_samples.stats(rates),
       "positions_per_sec": positions_per_sec,
       "times_training": positions_per_sec / bench.training_rate,
-      "row_secs": _stats(single),
+      "row_secs": bench_samples.stats(single),
       "samples": {"rows_per_sec": rates, "row_secs": single},
     }
     result["shapes"].append(shape)
@@ -245,28 +248,6 @@ def measure_loader(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
     cells += [f"{bench.training_rate:,.0f}", f"{shape['times_training']:,.0f}", f"{shape['row_secs']['median'] * 1e6:.0f}"]
     table.append([*cells, "yes" if shape["times_training"] >= 20 else "NO"])
   return result, table
-
-
-def measure_prepare(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
-  """Text a second of tools/prepare_data.py, the whole command, start included."""
-  text, turns = bench.directory / "prepare.jsonl", (1, 2, 2, 1)
-  num_bytes = _write_varied(text, bench.texts.values(), min_bytes=200_000 if bench.quick else 20_000_000)
-  secs: dict[int, dict[str, list[float]]] = {number: {"wall_secs": [], "cpu_secs": []} for number in (1, 2)}
-  for turn, workers in enumerate(turns[: 2 if bench.quick else 4]):
-    store = bench.directory / f"prepared_{turn}"
-    command = [sys.executable, str(_ROOT / "tools/prepare_data.py"), f"--input={text}", f"--tokenizer={_ROOT / 'examples/base'}"]
-    with _timed(secs[workers]):
-      _call([*command, f"--output={store}", f"--num_workers={workers}"], env={**os.environ})
-  manifest = json.loads((store / "store.json").read_text())
-  totals = {key: manifest[key] for key in ("num_documents", "num_tokens", "num_bytes")}
-  workers, table = {}, []
-  for number, samples in secs.items():
-    wall, cpu = _stats(samples["wall_secs"]), _stats(samples["cpu_secs"])
-    speed = num_bytes / 1e6 / wall["median"]
-    workers[str(number)] = {"wall_secs": wall, "cpu_secs": cpu, "mb_per_sec": speed, "samples": samples}
-    secs_cells = [f"{wall['median']:.2f}", f"{wall['mad']:.2f}", f"{cpu['median']:.2f}"]
-    table.append([number, f"{num_bytes / 1e6:.1f}", *secs_cells, f"{speed:.2f}"])
-  return {"text_bytes": num_bytes, "store": totals, "workers": workers}, table
 
 
 def measure_memory(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
@@ -290,8 +271,8 @@ def measure_startup(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
   )
   for _ in range(repeats):
     for what in ("cpt_jax.main", "cpt_jax.train.loop"):
-      with _timed(secs[f"import {what}"]):
-        _call([sys.executable, "-c", f"import {what}"], env=environment)
+      with bench_samples.timed(secs[f"import {what}"]):
+        bench_samples.call([sys.executable, "-c", f"import {what}"], env=environment)
   # The weights' values do not matter here: where the shipped ones are missing, random ones start as fast.
   base = _ROOT / "examples/base" if not bench.quick and (_ROOT / "examples/base/config.json").exists() else bench.base
   cache, stores = bench.directory / "start_cache", bench.directory / "start_stores"
@@ -300,11 +281,11 @@ def measure_startup(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
     if kind != "compiled before":
       shutil.rmtree(cache, ignore_errors=True)
     of_kind = secs[f"quickstart, {kind}"]
-    with _timed(of_kind):
+    with bench_samples.timed(of_kind):
       of_kind["first_step_secs"].append(_start(bench, bench.directory / f"start_{turn}", base=base, stores=stores, cache=cache))
   starts, table = {}, []
   for what, samples in secs.items():
-    stats = {clock: _stats(s) for clock, s in samples.items() if s}
+    stats = {clock: bench_samples.stats(s) for clock, s in samples.items() if s}
     starts[what] = {**stats, "samples": samples}
     first = f"{stats['first_step_secs']['median']:.2f}" if "first_step_secs" in stats else ""
     wall, cpu = stats["wall_secs"], stats["cpu_secs"]
@@ -329,7 +310,23 @@ _MEASURE: dict[str, tuple[Callable[[Bench], tuple[dict[str, Any], list[list[Any]
     "loader alone; the bar is 20 times what the step trains on",
     ["rows x positions", "rows/s", "MAD", "positions/s", "step positions/s", "times", "us/row, one thread", "held"],
   ),
-  "prepare": (measure_prepare, "prepare_data, the whole command", ["workers", "MB of text", "s", "MAD", "CPU s", "MB/s"]),
+  "mixture": (
+    bench_data.measure_mixture,
+    "mixing and packing, rows of 2048 but where it says so; ratios are speeds of cpt_jax over its peer's, so above 1 is faster; "
+    "the bars, held to CPU time: 1, and 5M positions/s packed",
+    ["sources", "side", "rows/s", "MAD", "positions/s", "rows/CPU s", "positions/CPU s", "wall ratio", "CPU ratio", "held"],
+  ),
+  "seek": (
+    bench_data.measure_seek,
+    "time to the first batch at a row, in a fresh process and CPU time of it; then of later seeks; ~ is extrapolated; the bars, "
+    "held to CPU time: 50 ms at any row, 5 s and 200 MB to open 64 sources and a million steps",
+    ["side", "open s", "open CPU s", "open MB", "row 0", "row 10^6", "row 10^9", "held"],
+  ),
+  "prepare": (
+    bench_data.measure_prepare,
+    "preparation; ratios are speeds of cpt_jax over datatrove's, so above 1 is faster",
+    ["what", "MB of text", "s", "MAD", "CPU s", "MB/CPU s", "wall ratio", "CPU ratio", "peak MB"],
+  ),
   "memory": (
     measure_memory,
     "peak host memory beside the parameters, MB; allowed is twice the largest stacked tensor and 300 MB",
@@ -346,7 +343,7 @@ _MEASURE: dict[str, tuple[Callable[[Bench], tuple[dict[str, Any], list[list[Any]
 def environment() -> dict[str, Any]:
   """What the figures depend on beside the code."""
   versions = {"python": platform.python_version()}
-  for name in (*_PACKAGES, *_PEERS):
+  for name in (*_PACKAGES, *_PEERS, *_DATA_PEERS):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[name] = importlib.metadata.version(name)
   cpu = {"model": platform.processor(), "cores": os.cpu_count(), "flags": []}
@@ -400,15 +397,7 @@ def main(argv: list[str]) -> int:
 def _run_side(bench: Bench, side: str, *, num_steps: int, skip: int) -> dict[str, Any]:
   cores = ",".join(map(str, bench.cores))
   command = [sys.executable, bench_step.__file__, side, str(bench.base), str(num_steps), str(skip), cores]
-  return json.loads(_call(command, env=bench_step.environment(bench.cores)).splitlines()[-1])
-
-
-def _call(command: list[str], *, env: dict[str, str]) -> str:
-  """What the command printed; if it fails, its own words are the error."""
-  done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=_ROOT, check=False)
-  if done.returncode:
-    raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-  return done.stdout
+  return json.loads(bench_samples.call(command, env=bench_step.environment(bench.cores)).splitlines()[-1])
 
 
 def _write_tokens(bench: Bench, *, num_steps: int, rows: int, row_len: int) -> None:
@@ -447,16 +436,6 @@ def _paired_ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key
   return [sum(a[key]) / sum(b[key]) for a, b in zip(ours, theirs, strict=True)]
 
 
-def _ratio_cells(ratios: dict[str, list[float]]) -> list[str]:
-  return [f"{statistics.median(r):.2f} ({min(r):.2f} to {max(r):.2f})" for r in (ratios["wall_secs"], ratios["cpu_secs"])]
-
-
-def _stats(samples: list[float]) -> dict[str, float]:
-  median = statistics.median(samples)
-  mad = statistics.median(abs(s - median) for s in samples)
-  return {"min": min(samples), "median": median, "mad": mad, "mean": statistics.fmean(samples)}
-
-
 def _ms(stats: dict[str, float]) -> list[str]:
   return [f"{stats[key] * 1e3:.1f}" for key in ("median", "min", "mad")]
 
@@ -491,37 +470,6 @@ def _sized(bench: Bench, target_secs: float, *, row_len: int) -> tuple[Any, benc
       break
     rows = wanted
   return inputs, training
-
-
-def _write_varied(path: pathlib.Path, corpora: Iterable[pathlib.Path], *, min_bytes: int) -> int:
-  """The corpora's documents over and over, each time turned at another word; bytes of text written."""
-  texts = [text for corpus in corpora for text in _texts(corpus)]
-  num_bytes = number = 0
-  with open(path, "w", encoding="utf-8") as file:
-    while num_bytes < min_bytes:
-      text, turn = texts[number % len(texts)], number // len(texts)
-      cut = text.find(" ", 97 * turn % len(text)) + 1
-      text = text[cut:] + text[:cut]
-      file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-      num_bytes += len(text.encode())
-      number += 1
-  return num_bytes
-
-
-def _texts(corpus: pathlib.Path) -> Iterator[str]:
-  with gzip.open(corpus, "rt", encoding="utf-8") if corpus.suffix == ".gz" else open(corpus, encoding="utf-8") as lines:
-    for line in lines:
-      yield json.loads(line)["text"]
-
-
-@contextlib.contextmanager
-def _timed(samples: dict[str, list[float]]) -> Iterator[None]:
-  """Adds the wall time of the block, and the CPU time of the processes that ended in it."""
-  wall, before = time.perf_counter(), os.times()
-  yield
-  after = os.times()
-  samples["wall_secs"].append(time.perf_counter() - wall)
-  samples["cpu_secs"].append(after.children_user + after.children_system - before.children_user - before.children_system)
 
 
 def _start(bench: Bench, workdir: pathlib.Path, *, base: pathlib.Path, stores: pathlib.Path, cache: pathlib.Path) -> float:
