@@ -260,8 +260,7 @@ def test_a_run_that_a_source_stops_is_exported_and_complete(main, write_config, 
   assert rows == {"general": 6 * end, "small": 6 * end}
   for said in (dry, done):
     assert f"the run ends at step {end} of 99: small runs out" in said.stdout
-  words = " ".join(dry.stdout.split())
-  assert f"step {end}: run stops" in words
+  assert f"small runs out in step {end}: the run stops" in dry.stdout
   again = main(directory, tmp_path / "run")
   assert again.returncode == 0 and f"is complete at step {end}; nothing to do" in again.stdout
 
@@ -272,8 +271,7 @@ def test_ends_are_said_before_training_or_refused(main, write_config, place, tmp
   dry = main(directory, tmp_path / "run", "--dry_run")
   assert dry.returncode == 0, dry.stderr
   step = Recount(place / "small", "small").plan.num_rows // 3  # 3 rows of 12 a step
-  words = " ".join(dry.stdout.split())  # the table folds its cells
-  assert f"step {step}: others" in words and "repeats" in words, dry.stdout
+  assert f"small runs out in step {step}: others share what is left" in dry.stdout and "it is repeated" in dry.stdout
   refused = main(directory, tmp_path / "run", "--config.data.sources.small.at_end=error")
   assert refused.returncode == 78 and "Traceback" not in refused.stderr
   assert "data.sources.small.at_end='error': it runs out in step" in refused.stderr

@@ -260,7 +260,7 @@ def test_description_for_people(two):
   assert zh.train_tokens + zh.heldout_tokens == zh.store_tokens - 60
   assert zh.epochs == zh.rows / zh.train_rows and 0.9 < zh.efficiency <= 1
   assert "2305.16264" in zh.notes[0] and "2406.01375" in zh.notes[0]
-  assert re.fullmatch(r"step \d+: repeats", zh.end)
+  assert re.fullmatch(r"step \d+: it is repeated", zh.end)
   step = int(re.findall(r"\d+", zh.end)[0])  # after so many steps it was read once
   assert reader.order.rows(step - 1)["zh"] < zh.train_rows <= reader.order.rows(step)["zh"]
   short = loader(two, num_steps=5).describe()[0]

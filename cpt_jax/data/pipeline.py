@@ -318,7 +318,7 @@ class Loader:
     while high - low > 1:
       middle = (low + high) // 2
       low, high = (middle, high) if self.order.rows(middle)[name] < epoch_rows else (low, middle)
-    return f"step {high}: repeats"
+    return f"step {high}: it is repeated"
 
   def _heldout_batch(self, m: int, plan: packing.Plan, batch_rows: int, part: slice, number: int) -> Batch:
     rows = range(number * batch_rows, (number + 1) * batch_rows)[part]
@@ -565,4 +565,4 @@ def _notes(source: Source, chosen: Selection, epochs: float) -> Iterator[str]:
 
 
 def _end_words(step: int, action: str) -> str:
-  return f"step {step}: " + {"renormalise": "others share", "stop": "run stops", "error": "refused"}[action]
+  return f"step {step}: " + {"renormalise": "others share what is left", "stop": "the run stops", "error": "refused"}[action]

@@ -78,8 +78,7 @@ def _data(inputs: loop.Inputs, num_steps: int) -> None:
       "tokens read",
       "epochs",
       "filled",
-      "documents cut",
-      "runs out",
+      "docs cut",
     ],
     [
       [row.source, row.role, f"{row.train_documents:,}", console.count(row.train_tokens), f"{row.heldout_documents:,}"]
@@ -90,7 +89,6 @@ def _data(inputs: loop.Inputs, num_steps: int) -> None:
         f"{row.epochs:.2f}",
         f"{row.efficiency:.2%}",
         f"{row.num_split:,}",
-        row.end or "-",
       ]
       for row in summaries
     ],
@@ -98,6 +96,8 @@ def _data(inputs: loop.Inputs, num_steps: int) -> None:
   )
   console.data_changes(inputs.loader, rate=float(inputs.rates(inputs.begin.step)))
   for row in summaries:
+    if row.end:
+      console.say(f"end      {row.source} runs out in {row.end}")
     for note in row.notes:
       console.say(f"note: {note}")
 
