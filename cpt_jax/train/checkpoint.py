@@ -68,9 +68,9 @@ class Checkpoints:
     if self._best_metric and losses:
       metrics = {f"eval/{name}/loss": loss.loss for name, loss in losses.items()}
     self._checkpointer.save_checkpointables_async(
-      # One text: orbax takes a dictionary with truth values or nested lists for arrays.
       step,
-      {_STATE: trees.paths(state), _META: {"json": json.dumps({"format": FORMAT, **meta})}},
+      # One text: orbax takes a dictionary for a tree of arrays and stumbles over truth values; it wants one number in it.
+      {_STATE: trees.paths(state), _META: {"format": FORMAT, "json": json.dumps(meta)}},
       force=True,
       metrics=metrics,
     )
@@ -157,10 +157,10 @@ def read_meta(run_dir: str | pathlib.Path, step: int) -> dict:
   context.multiprocessing.barrier_sync_key_prefix = f"meta{alone}"
   directory = pathlib.Path(run_dir).absolute() / "ckpt" / str(step)
   with context:
-    meta = json.loads(ocp.load_checkpointables(str(directory), {_META: None})[_META]["json"])
+    meta = ocp.load_checkpointables(str(directory), {_META: None})[_META]
   if meta["format"] > FORMAT:
     raise ConfigError(f"{directory} has format {meta['format']}, this version reads up to {FORMAT}; update cpt_jax")
-  return meta
+  return json.loads(meta["json"])
 
 
 def saved_steps(run_dir: str | pathlib.Path) -> list[int]:
