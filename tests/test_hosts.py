@@ -32,10 +32,10 @@ def get_config():
   c.data.heldout_frac = 0.1
   c.data.sources.general = config.source(store="store", text="corpus.jsonl", role="replay", share=0.5)
   c.data.sources.poetry = config.source(store="store", text="corpus.jsonl", share=[(0, 0.1), ("50%", 0.9)])
-  c.train.length = "24 steps"
+  c.train.length = "60 steps"
   c.train.batch_rows = 12
   c.schedule.lr_peak = 3e-3
-  c.eval.every = "12 steps"
+  c.eval.every = "30 steps"
   c.eval.tokens = 500
   c.checkpoint.every = "4 steps"
   c.log.every = 1
@@ -146,6 +146,12 @@ def trained(workdir):
   return [record for record in metrics.read(workdir / "metrics.jsonl") if record["kind"] == "train"]
 
 
+def read_in_all(workdir):
+  """What the ledger says was read of each source before a step."""
+  records = metrics.read(workdir / "ledger.jsonl")
+  return {r["step"]: [{key: source[key] for key in source if key != "window"} for source in r["sources"]] for r in records}
+
+
 def open_records(process):
   """Names of the .jsonl files that a process holds open for writing."""
   files = set()
@@ -232,7 +238,7 @@ def test_two_processes_do_the_run_of_one(fleet, tmp_path):
   two = fleet(tmp_path / "two", *short, num=2)
   assert two.codes() == [0, 0], str(two)
   assert_same_run(tmp_path / "two", tmp_path / "one")
-  assert "step 4/24" in two.out(0) and "step" not in two.out(1)
+  assert "step 4/60" in two.out(0) and "step" not in two.out(1)
   parts = {path.name for path in (tmp_path / "two" / "ckpt" / "4" / "state").glob("ocdbt.process_*")}
   assert parts == {"ocdbt.process_0", "ocdbt.process_1"}, "each process saves its own shards"
 
@@ -254,18 +260,18 @@ def test_killed_and_resumed_on_any_number_of_processes_it_is_the_same_run(fleet,
   started.until(lambda: len(trained(workdir)) > 5 and checkpoint.saved_steps(workdir))
   started.kill()
   at = checkpoint.saved_steps(workdir)[-1]
-  assert at < 12
+  assert at < 48
   for num, stop_after, launcher in ((1, at + 3, None), (2, at + 6, by_slurm), (3, at + 9, by_open_mpi)):
     stage = fleet(workdir, f"--config.debug.stop_after={stop_after}", num=num, launcher=launcher)
     assert stage.codes() == [0] * num, str(stage)
     assert trained(workdir)[-1]["step"] == stop_after
   last = fleet(workdir, num=4)
   assert last.codes() == [0] * 4, str(last)
-  # The ends of the stages were evaluated too; the rest of the record is that of the run that never stopped.
-  records = [json.loads(line) for line in (workdir / "ledger.jsonl").read_text().splitlines()]
-  expected = [json.loads(line) for line in (whole / "ledger.jsonl").read_text().splitlines()]
-  assert [record for record in records if record["step"] in {e["step"] for e in expected}] == expected
-  evals = [json.dumps(r) for r in metrics.read(workdir / "metrics.jsonl") if r["kind"] == "train" or r["step"] in (0, 12, 24)]
+  # The ends of the stages were evaluated too, which makes the windows of the ledger shorter; the rest of the record is that of
+  # the run that never stopped.
+  records, expected = (read_in_all(where) for where in (workdir, whole))
+  assert expected.keys() == {0, 30, 60} and {step: records[step] for step in expected} == expected
+  evals = [json.dumps(r) for r in metrics.read(workdir / "metrics.jsonl") if r["kind"] == "train" or r["step"] in (0, 30, 60)]
   (tmp_path / "kept").mkdir()
   (tmp_path / "kept" / "metrics.jsonl").write_text("\n".join(evals))
   (tmp_path / "kept" / "ledger.jsonl").write_text((whole / "ledger.jsonl").read_text())
@@ -276,11 +282,24 @@ def test_killed_and_resumed_on_any_number_of_processes_it_is_the_same_run(fleet,
     np.testing.assert_allclose(tensor, wanted[name], atol=1e-5, err_msg=name)
 
 
+# A step takes milliseconds, and the word of a signal needs some hundred of them to reach the other process.
+LONG = ("--config.train.length=600 steps", "--config.eval.every=300 steps", "--config.checkpoint.every=1000 steps")
+
+
+@pytest.fixture(scope="module")
+def long_whole(root, place, tmp_path_factory):
+  """A run that lasts long enough to be stopped, on one process."""
+  workdir = tmp_path_factory.mktemp("long") / "run"
+  alone = Fleet(root, place, workdir, *LONG, num=1)
+  assert alone.codes() == [0], str(alone)
+  return workdir
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_stops_all_at_the_same_step(fleet, whole, tmp_path, number):
+def test_a_signal_to_one_stops_all_at_the_same_step(fleet, long_whole, tmp_path, number):
   workdir = tmp_path / "run"
-  two = fleet(workdir, "--config.checkpoint.every=1000 steps", num=2)
+  two = fleet(workdir, *LONG, num=2)
   two.until(lambda: len(trained(workdir)) > 3)
   # A second writer would not show in the files: each start replaces them, and only one of the two would write what is left.
   assert [open_records(process) for process in two.processes] == [{"metrics.jsonl", "ledger.jsonl"}, set()]
@@ -288,9 +307,9 @@ def test_a_signal_to_one_stops_all_at_the_same_step(fleet, whole, tmp_path, numb
   assert two.codes() == [75, 75], str(two)
   [saved] = checkpoint.saved_steps(workdir)
   assert f"stopped by a signal at step {saved}" in two.out(0) and trained(workdir)[-1]["step"] == saved
-  again = fleet(workdir, "--config.checkpoint.every=1000 steps", num=2)
+  again = fleet(workdir, *LONG, num=2)
   assert again.codes() == [0, 0], str(again)
-  assert_same_run(workdir, whole)
+  assert_same_run(workdir, long_whole)
 
 
 # ---- what they refuse ----
