@@ -17,7 +17,7 @@ RULES = dict(decay_rules=((".*", 1.0),), rate_rules=((".*", 1.0),), layer_rates=
 
 
 def make_tx(params):
-  return optimizer.make(lambda step: 1e-3, params, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0, **RULES)
+  return optimizer.make(params, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0, **RULES)
 
 
 def make_state(spec, *, step=0):
