@@ -1,7 +1,7 @@
 """The config of a run and a design -> the configs of the short runs that tell its rate and replay share.
 
-Invariant: a trial differs from the run in length, rates, shares, seed and what it keeps, and in nothing else; the same design gives
-the same configs, byte for byte, so a probe that was stopped finds what it has done. Called by probe.runs, tools.plan.
+Invariant: a trial differs from the run in length, rates, shares, seed and what it keeps, and in nothing else; the same design
+gives the same configs, byte for byte, so a probe that was stopped finds what it has done. Called by probe.runs, tools.plan.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def grid(rates: Sequence[float], replays: Sequence[float], *, steps: int, seeds:
 def trial_config(config: Any, trial: Trial) -> Any:
   """The config of a trial of the run that `config` describes.
 
-  Rates keep their ratio to the peak, and the sources of a role the ratio of their shares at the run's end; the shares stand still.
+  Rates keep their ratio to the peak, and the sources of a role the ratio of their shares at the run's end; shares stand still.
 
   Raises:
     ConfigError: a replay share above 0 in a run without replay sources, or below 1 without domain sources.
@@ -83,5 +83,6 @@ def by_role(config: Any) -> dict[str, list[str]]:
 def last_shares(config: Any) -> dict[str, float]:
   """The share of each source at the end of the run, not normalised."""
   if config.data.stages:
-    return {name: float(config.data.stages[-1][1].get(name, 0.0)) for name in config.data.sources}
+    last = config.data.stages[-1][1]
+    return {name: float(last[name]) if name in last else 0.0 for name in config.data.sources}
   return {name: Share(entry.share)[-1][1] for name, entry in config.data.sources.items()}

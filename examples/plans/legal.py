@@ -1,4 +1,4 @@
-"""A plan to try: the shipped base, English and the texts of software licences. A weak shift: the base saw no legal English.
+"""A plan to try: the shipped base on the texts of software licences, replaying English. It has seen no legal English.
 
 Run:   python tools/plan.py --config=examples/plans/legal.py --output=plan/legal
 """
@@ -14,9 +14,7 @@ def get_config():
   c.data.sources.general = config.source(
     store="store/quickstart/english", text="examples/corpora/english.jsonl.gz", role="replay", share=0.25
   )
-  c.data.sources.legal = config.source(
-    store="store/legal", text="store/text/legal/licence-texts.txt", role="domain", share=0.75
-  )
+  c.data.sources.legal = config.source(store="store/legal", text="store/text/legal/licence-texts.txt", role="domain", share=0.75)
   c.train.length = "262_144 tokens"
   c.train.batch_rows = 8
   c.schedule.name = "wsd"

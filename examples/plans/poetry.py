@@ -1,4 +1,4 @@
-"""A plan to try: the shipped base, English and Song poetry. A strong shift: 5% of what the base saw was Chinese, none of it poetry.
+"""A plan to try: the shipped base on Song poetry, replaying English. Of what the base saw 5% was Chinese, none of it these poems.
 
 Run:   python tools/plan.py --config=examples/plans/poetry.py --output=plan/poetry
 """
