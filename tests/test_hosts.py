@@ -284,7 +284,7 @@ def test_killed_and_resumed_on_any_number_of_processes_it_is_the_same_run(fleet,
 
 # A step takes milliseconds, and the word of a signal needs some hundred of them to reach the other process. The rate is low, or
 # the rounding of another number of processes would grow over so many steps.
-LONG = ("--config.train.length=600 steps", "--config.eval.every=300 steps", "--config.checkpoint.every=1000 steps")
+LONG = ("--config.train.length=300 steps", "--config.eval.every=150 steps", "--config.checkpoint.every=1000 steps")
 LONG += ("--config.schedule.lr_peak=1e-5", "--config.schedule.lr_final=1e-6")
 
 
