@@ -17,8 +17,8 @@ LAYERS = [
   ["model.spec", "model.rope", "model.layers", "model.attention", "model.transformer", "model.loss", "model.hf_files"]
   + ["model.pretrained"],
   ["evals.perplexity", "evals.drift"],
-  ["train.schedule", "train.optimizer", "train.state", "train.step", "train.checkpoint", "train.start", "train.metrics"]
-  + ["train.console", "train.loop", "train.dry_run"],
+  ["train.schedule", "train.guard", "train.optimizer", "train.state", "train.step", "train.checkpoint", "train.start"]
+  + ["train.metrics", "train.console", "train.loop", "train.dry_run"],
   ["main"],
 ]
 NEVER = {0: {"jax", "flax", "optax", "orbax", "grain"}, 2: {"jax", "flax", "optax", "orbax"}}
