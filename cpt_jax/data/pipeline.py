@@ -464,8 +464,13 @@ class _Tally:
 
   def between(self, first: int, stop: int) -> tuple[int, int]:
     """Of the rows [first, stop): targets, and documents that begin in them."""
-    rows = self._shuffle.rows(first, stop)
-    return int(self._plan.row_targets[rows].sum(dtype=np.int64)), int(self._plan.row_docs[rows].sum(dtype=np.int64))
+    targets, documents = 0, 0
+    while first < stop:  # an epoch at a time
+      end = min(stop, (first // self._plan.num_rows + 1) * self._plan.num_rows)
+      rows, first = self._shuffle.rows(first, end), end
+      targets += int(self._plan.row_targets[rows].sum(dtype=np.int64))
+      documents += int(self._plan.row_docs[rows].sum(dtype=np.int64))
+    return targets, documents
 
 
 class _Batches(Sequence[Batch]):
