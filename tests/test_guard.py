@@ -254,6 +254,8 @@ def test_what_cannot_be_gone_back_from_stops(loss):
   assert (found["act"], found["to_step"], found["rewinds"]) == ("stop", 30, 0) and "no share moves" in found["why"]
   assert decided(settings=DEFAULT._replace(on_collapse="hold"))["shares"] == guard._plain(guard.held(RAMP, 30))
   assert decided(settings=DEFAULT._replace(on_collapse="hold"), knots=still) is None  # as it is after it was held
+  held = watch(DEFAULT._replace(on_collapse="hold"), knots=still)
+  assert "nothing to hold" in held.evaluated(30, held_out(loss), BASE) and held.evaluated(40, held_out(3.0), BASE) == ""
   assert decided(settings=DEFAULT._replace(general_loss_rise=0.0)) is None
 
 

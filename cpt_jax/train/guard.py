@@ -176,8 +176,11 @@ class Watch:
         self._outside.pop(name, None)
         self._windows[name] = [*window, loss][-_WINDOW_RECORDS:]
 
-  def evaluated(self, step: int, losses: Mapping[str, Any], base_losses: Mapping[str, Any]) -> None:
-    """Held-out losses (evals.perplexity.SourceLoss) of the state of `step`, and of the base."""
+  def evaluated(self, step: int, losses: Mapping[str, Any], base_losses: Mapping[str, Any]) -> str:
+    """Takes in held-out losses (evals.perplexity.SourceLoss) of the state of `step`, and of the base.
+
+    Returns what a person should know where the loss rose too far and `decide` will do nothing about it; else "".
+    """
     rise, self._over = self.settings.general_loss_rise, {}
     if rise:
       changes = {name: losses[name].loss - base_losses[name].loss for name in sorted(self._protected & losses.keys())}
@@ -186,6 +189,9 @@ class Watch:
     is_apart = not self._good or step >= self._good[-1] + self._log_every
     if self.settings.rewinds and not self._over and not self._outside and is_apart:
       self._good = [*self._good[-1:], step]
+    if self._over and self.settings.on_collapse == "hold" and not moves(self._knots, step):
+      return f"step {step}: {rise_words(self._over, rise)}; no share moves any more, so there is nothing to hold"
+    return ""
 
   def saves(self, step: int) -> bool:
     """Must there be a checkpoint of `step` to go back to."""
@@ -419,8 +425,7 @@ def words(record: Mapping[str, Any]) -> str:
     found = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
     return f"step {record['step']}: {found} is not finite, so the update is skipped; its rows: {rows}"
   if record["guard"] == "collapse":
-    rises = ", ".join(f"{name} {rise:+.4f}" for name, rise in record["rise"].items())
-    seen = f"held-out loss over the base's {rises} nats/token, guard.general_loss_rise={record['limit']:g}"
+    seen = rise_words(record["rise"], record["limit"])
   else:
     seen = "training loss outside its band, " + ", ".join(f"{n} since step {s}" for n, s in record["outside_since"].items())
   done = {
@@ -431,6 +436,12 @@ def words(record: Mapping[str, Any]) -> str:
   }[record["act"]]
   why = f" ({record['asked_for']} was asked for, but {record['why']})" if record["why"] else ""
   return f"step {record['step']}: {seen}; {done}{why}" + " (undone by a later one)" * (record["kind"] == "undone")
+
+
+def rise_words(rises: Mapping[str, float], limit: float) -> str:
+  """By how much which losses rose, beside the limit."""
+  found = ", ".join(f"{name} {rise:+.4f}" for name, rise in rises.items())
+  return f"held-out loss over the base's {found} nats/token, guard.general_loss_rise={limit:g}"
 
 
 def advice(record: Mapping[str, Any]) -> str:

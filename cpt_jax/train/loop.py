@@ -221,7 +221,9 @@ def _run(config: Any, workdir: pathlib.Path) -> int:
           writer.ledger(now, loader.ledger(now))
           bar.evaluated(now, losses, base_losses)
           if now % eval_every == 0 or now == num_steps:
-            watch.evaluated(now, losses, base_losses)
+            warning = watch.evaluated(now, losses, base_losses)
+            if warning:
+              console.say(f"guard    {warning}")
         decision = None if stopping else watch.decide(now, loader)
         save_due = (save_due or watch.saves(now)) if decision is None else decision["to_step"] == now
         if save_due and now not in checkpoints.steps():
