@@ -232,6 +232,23 @@ def default() -> Any:
   c.eval.tokens = 100_000  # held-out tokens per source, at most (whole documents)
   c.eval.batch_rows = 0  # rows of an evaluation batch; 0 = train.batch_rows / train.microbatches
 
+  # What ends or changes a run that goes wrong; the rules stand in docs/guards.md.
+  c.guard = ConfigDict()
+  # An update whose loss or gradient is not finite is always skipped; so many in a row (1 or more) end the run with exit code 86.
+  c.guard.nonfinite_steps = 3
+  # Nats per token that the held-out loss of a replay source may rise above the base's, looked at in each evaluation; 0 = any.
+  c.guard.general_loss_rise = 0.0
+  # When it rose more: stop (saved, exit code 88), hold (the shares stay as they are), rewind (back to the last evaluation that
+  # was within; from there the shares move at half the speed).
+  c.guard.on_collapse = "stop"
+  # A source's training loss is outside its band when it is more than so many median absolute deviations above the median of its
+  # last 50 records inside (log.every steps each; from 8 records on); 0 = no band. Try 15.
+  c.guard.spike_mads = 0.0
+  c.guard.spike_records = 3  # records in a row outside that make a spike
+  # At a spike: skip (back to the last good evaluation before it; the rows read since are passed over), or as on_collapse.
+  c.guard.on_spike = "skip"
+  c.guard.max_rewinds = 2  # how often a run may go back, for either reason; then it stops
+
   c.checkpoint = ConfigDict()
   c.checkpoint.every = "10%"  # duration between checkpoints; there is always one at the end
   c.checkpoint.keep_last = 2  # newest checkpoints kept
@@ -265,6 +282,8 @@ CHOICES = {
   "data.packing": ("concat", "best_fit", "pad"),
   "data.split_positions": ("restart", "continue"),
   "data.on_bad": ("skip", "fail"),
+  "guard.on_collapse": ("stop", "hold", "rewind"),
+  "guard.on_spike": ("skip", "stop", "hold", "rewind"),
   "schedule.name": ("constant", "linear", "cosine", "wsd", "rewarm", "infinite"),
   "schedule.shape": ("linear", "1-sqrt"),
 }
@@ -290,6 +309,11 @@ _AT_LEAST = {
   "optimizer.clip_norm": 0.0,
   "eval.tokens": 1,
   "eval.batch_rows": 0,
+  "guard.nonfinite_steps": 1,
+  "guard.general_loss_rise": 0.0,
+  "guard.spike_mads": 0.0,
+  "guard.spike_records": 1,
+  "guard.max_rewinds": 0,
   "checkpoint.keep_last": 1,
   "log.every": 1,
   "debug.stop_after": 0,
@@ -554,6 +578,7 @@ def _check_sources(config: Any, problems: Problems) -> None:
     problems.add(f"checkpoint.best_metric={config.checkpoint.best_metric!r}: choose one of {', '.join(metrics)}")
   if largest == 0 and not problems.lines:
     problems.add("every source's share is 0: nothing would be trained on; give at least one a share above 0")
+  _check_guard(config, problems)
   weights = [entry.loss_weight for entry in config.data.sources.values()]
   if max(weights) == 0 and not problems.lines:
     problems.add("every source's loss_weight is 0: nothing would be learnt; give at least one a weight above 0")
@@ -580,6 +605,21 @@ def _check_stages(config: Any, problems: Problems) -> float:
     if durations.parse(knots[0][0]).amount != 0:
       problems.add(f"data.stages begin at {knots[0][0]!r}; the first stage begins at 0")
   return largest
+
+
+def _check_guard(config: Any, problems: Problems) -> None:
+  """Checks that what a guard watches, and what it would do, exists in this run."""
+  sources = config.data.sources.values()
+  if config.guard.general_loss_rise > 0 and not any(entry.role == "replay" for entry in sources):
+    problems.add(
+      f"guard.general_loss_rise={config.guard.general_loss_rise:g}: no source has role 'replay', whose loss it could watch; give "
+      "general text that role (share=0.0 only evaluates it), or set it to 0"
+    )
+  is_still = all(len(entry.share) == 1 for entry in sources) and len(config.data.stages) < 2
+  on = {"on_collapse": config.guard.general_loss_rise > 0, "on_spike": config.guard.spike_mads > 0}
+  for key, is_on in on.items():
+    if is_on and is_still and config.guard[key] in ("hold", "rewind") and not problems.lines:
+      problems.add(f"guard.{key}={config.guard[key]!r}: no share moves in this run, so none can be held or slowed; use 'stop'")
 
 
 def _check_knots(config: Any, key: str, knots: Any, problems: Problems) -> float:

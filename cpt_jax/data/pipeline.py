@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import grain
@@ -77,7 +77,7 @@ class Loader:
   With `vocab_size` no batch holds an id that the model has no row for: an error names the store.
 
   `past` is the `state` of a checkpoint from which the run goes on at `start_step`; sources go on from the rows where they were,
-  under new shares if these changed.
+  under new shares if these changed. `skip` says how many of its next rows a source passes over there.
 
   Raises:
     ConfigError: `past` cannot be continued with these sources and settings; names each that differs.
@@ -100,6 +100,7 @@ class Loader:
     vocab_size: int | None = None,
     past: dict | None = None,
     start_step: int = 0,
+    skip: Mapping[str, int] | None = None,
   ):
     self.sources = tuple(sources)
     self.names = tuple(source.name for source in sources)
@@ -135,6 +136,7 @@ class Loader:
       {s.name: orders.terms(s, epoch_rows=plan.num_rows) for s, plan in zip(sources, self.plans, strict=True)},
       step=start_step,
       read={name: Read(**read) for name, read in past["read"].items()} if past else {},
+      skip=skip,
     )
     self.order = Order(segments, num_steps=num_steps, batch_rows=batch_rows)
     self.end_step = self.order.end_step  # where the run ends: num_steps, or before that where a source's end stops it
@@ -227,8 +229,12 @@ class Loader:
     found = dict(self.order.segments[-1].read)
     rows = self.order.rows(step)
     for source, plan, tally in zip(self.sources, self.plans, self._tallies, strict=True):
-      n = rows[source.name]
-      found[source.name] = Read(n, *tally.count(n), n / plan.num_rows) if n else Read()
+      n, last = rows[source.name], self.order.segments[-1]
+      tokens, documents = tally.count(n + last.num_skipped(source.name))
+      for first, stop in last.skipped.get(source.name, ()):
+        passed = tally.between(first, stop)
+        tokens, documents = tokens - passed[0], documents - passed[1]
+      found[source.name] = Read(n, tokens, documents, n / plan.num_rows) if n else Read()
     return found
 
   def ledger(self, step: int) -> list[dict]:
@@ -342,9 +348,15 @@ class Loader:
 
 
 def from_config(
-  config, sources: Sequence[Source], *, vocab_size: int | None = None, past: dict | None = None, start_step: int = 0
+  config,
+  sources: Sequence[Source],
+  *,
+  vocab_size: int | None = None,
+  past: dict | None = None,
+  start_step: int = 0,
+  skip: Mapping[str, int] | None = None,
 ) -> Loader:
-  """The loader of a resolved config; `vocab_size` (of the model; None = not checked), `past` and `start_step` as for `Loader`.
+  """The loader of a resolved config; `vocab_size` (of the model; None = not checked), `past` to `skip` as for `Loader`.
 
   Raises:
     ConfigError: a source that runs out where it must not, shares that are all 0 at some step, or a past that cannot go on.
@@ -366,6 +378,7 @@ def from_config(
     vocab_size=vocab_size,
     past=past,
     start_step=start_step,
+    skip=skip,
   )
   problems = Problems()
   loader.check_ends(problems)
@@ -448,6 +461,16 @@ class _Tally:
       self._targets += int(plan.row_targets[rows].sum(dtype=np.int64))
       self._documents += int(plan.row_docs[rows].sum(dtype=np.int64))
       return self._targets, self._documents
+
+  def between(self, first: int, stop: int) -> tuple[int, int]:
+    """Of the rows [first, stop): targets, and documents that begin in them."""
+    targets, documents = 0, 0
+    while first < stop:  # an epoch at a time
+      end = min(stop, (first // self._plan.num_rows + 1) * self._plan.num_rows)
+      rows, first = self._shuffle.rows(first, end), end
+      targets += int(self._plan.row_targets[rows].sum(dtype=np.int64))
+      documents += int(self._plan.row_docs[rows].sum(dtype=np.int64))
+    return targets, documents
 
 
 class _Batches(Sequence[Batch]):

@@ -15,6 +15,8 @@ import rich.progress
 import rich.table
 import rich.text
 
+from cpt_jax.train import guard
+
 # Into a file or a pipe tables are written at a fixed width; rich would fold them to 80 columns.
 _IS_TERMINAL = sys.stdout.isatty()
 
@@ -144,6 +146,8 @@ def data_changes(loader: Any, *, rate: float) -> None:
   if loader.is_changed:
     before, now = (list(segment.sources) for segment in loader.order.segments[-2:])
     words = [f"{name} joins" for name in now if name not in before] + [f"{name} leaves" for name in before if name not in now]
+    skipped = {name: loader.order.segments[-1].num_skipped(name) - loader.order.segments[-2].num_skipped(name) for name in now}
+    words += [f"{n:,} rows of {name} are passed over" for name, n in skipped.items() if n]
     changed = "; ".join(words) or "shares or lengths changed"
     say(f"data     segment {len(loader.order.segments)} begins at step {loader.start_step}: {changed}; next rate {rate:.3e}")
   if loader.end_step < loader.num_steps:
@@ -152,6 +156,16 @@ def data_changes(loader: Any, *, rate: float) -> None:
       f"data     the run ends at step {loader.end_step} of {loader.num_steps}: {why}. The rate does not reach its last value; "
       f"train.length='{loader.end_step} steps' lets it"
     )
+
+
+def guards(config: Any, loader: Any, decisions: list[dict], asked: Any) -> None:
+  """A line for each guard that is on, and for what they have decided."""
+  for line in guard.describe(config, loader):
+    say(f"guard    {line}")
+  for decision in decisions:
+    say(f"guard    decided before: {guard.words(decision)}")
+  if not guard.is_followed(asked, decisions):
+    say("guard    the config asks for other shares than it did then: they are taken as they stand, not as a guard changed them")
 
 
 def summary(result: dict[str, Any]) -> None:
@@ -173,5 +187,7 @@ def summary(result: dict[str, Any]) -> None:
     left=2,
   )
   say(f"checkpoint    {result['checkpoint']}")
+  for line in result["guard"]:
+    say(f"guard         {line}")
   if result["exported"]:
     say(f"Hugging Face  {result['exported']}")
