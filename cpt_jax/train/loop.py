@@ -1,7 +1,7 @@
 """The run, told in order: resolve and open, mesh, data, compile, start, loop, close.
 
 Invariant: evaluate if due, save if due, THEN fetch rows, dispatch the step, and write the metrics of the step before.
-Called by main.
+Called by main, probe.runs.
 """
 
 import contextlib
@@ -77,13 +77,15 @@ def open_inputs(config: Any, workdir: pathlib.Path | None = None) -> Inputs:
   return Inputs(config, base, begin, spec, hf_config, loader, rates, tx)
 
 
-def run(config: Any, workdir: pathlib.Path) -> int:
+def run(config: Any, workdir: pathlib.Path, *, bar: Any = None) -> int:
   """Trains as `config` says, keeping everything in `workdir`; returns the process's exit code.
 
   Started again with the same arguments it goes on from its newest checkpoint, and ends with the same parameters as if it had
   never stopped. On several hosts each runs this at the same time; process 0 alone keeps the records and speaks.
+
+  `bar` shows how far it is instead of console.TrainProgress, whose methods it has.
   """
-  console.console.quiet = not hosts.is_main()
+  console.console.quiet |= not hosts.is_main()
   # ---- 1. resolve and open: model config, stores, schedule, optimizer ----
   config, base, begin, spec, hf_config, loader, rates, tx = open_inputs(config, workdir)
   num_steps = loader.end_step
@@ -155,7 +157,7 @@ def run(config: Any, workdir: pathlib.Path) -> int:
       record_dir, start_step=first_step, evaluates_first=evaluates_first, tensorboard=config.log.tensorboard
     )
     meter = metrics.from_config(config, loader.names, spec, mesh)
-    bar = console.TrainProgress(start_step=first_step, num_steps=num_steps)
+    bar = bar or console.TrainProgress(start_step=first_step, num_steps=num_steps)
     losses = dict(base_losses)
 
     def report() -> None:
@@ -209,6 +211,8 @@ def run(config: Any, workdir: pathlib.Path) -> int:
       exported = str(workdir / "hf")
       pretrained.save_params(train_state.params, spec, exported, source_dir=start.files_dir(config, base), hf_config=hf_config)
     result = metrics.summary(now, base_losses, losses, loader.ledger(now), str(workdir / "ckpt" / str(now)), exported)
+    if now == num_steps:
+      result = metrics.with_predictions(result, config.plan.losses)
     if hosts.is_main():
       metrics.write_summary(workdir, result)
     console.summary(result)
