@@ -19,9 +19,10 @@ LAYERS = [
   ["evals.perplexity", "evals.drift"],
   ["train.schedule", "train.optimizer", "train.state", "train.step", "train.checkpoint", "train.start", "train.metrics"]
   + ["train.console", "train.loop", "train.dry_run"],
+  ["laws.fit"],
   ["main"],
 ]
-NEVER = {0: {"jax", "flax", "optax", "orbax", "grain"}, 2: {"jax", "flax", "optax", "orbax"}}
+NEVER = {0: {"jax", "flax", "optax", "orbax", "grain"}, 2: {"jax", "flax", "optax", "orbax"}, 6: {"jax", "flax", "optax", "orbax"}}
 
 
 def modules(root):
