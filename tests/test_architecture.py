@@ -20,7 +20,7 @@ LAYERS = [
   ["train.schedule", "train.optimizer", "train.state", "train.step", "train.checkpoint", "train.start", "train.metrics"]
   + ["train.console", "train.loop", "train.dry_run"],
   ["analysis.runs", "laws.fit", "laws.separable", "laws.cells", "laws.replay", "laws.domain", "laws.dcpt", "laws.cmr"]
-  + ["laws.mixing", "laws.transfer", "laws.choose", "laws.recommend"],
+  + ["laws.mixing", "laws.transfer", "laws.choose", "laws.recommend", "laws.plots"],
   ["probe.trials", "probe.design", "probe.config_files", "probe.stacked", "probe.runs", "probe.outcome"],
   ["main"],
 ]

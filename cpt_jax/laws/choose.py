@@ -27,6 +27,7 @@ from cpt_jax.laws import cells as cells_lib
 from cpt_jax.laws import dcpt, domain, mixing, replay
 from cpt_jax.laws import fit as fit_lib
 from cpt_jax.laws.cells import Cell
+from cpt_jax.laws.separable import TOLERANCE
 
 INSIDE = ("cell", "rate", "replay", "budget")
 _NUM_FOLDS = 10
@@ -243,10 +244,11 @@ class _Started:
 
 def _fit_all(law: Any, inputs: dict[str, np.ndarray], loss_n: np.ndarray, *, num_starts: int, seed: int) -> fit_lib.Fit:
   """Least squares, then Huber's loss at the scale of its residuals: few runs that a law cannot follow do not bend it."""
-  rough = fit_lib.fit(law, inputs, loss_n, num_starts=num_starts, seed=seed, delta=1.0)
+  rough = fit_lib.fit(law, inputs, loss_n, num_starts=num_starts, seed=seed, delta=1.0, tolerance=TOLERANCE)
   scale = _MAD * float(np.median(np.abs(np.log(np.maximum(rough.predict(inputs), 1e-6) / loss_n))))
   started = _Started(law, tuple(rough.theta_P))
-  fitted = fit_lib.fit(started, inputs, loss_n, num_starts=2, seed=seed, delta=max(fit_lib.DELTA, _HUBER * scale))
+  delta = max(fit_lib.DELTA, _HUBER * scale)
+  fitted = fit_lib.fit(started, inputs, loss_n, num_starts=2, seed=seed, delta=delta, tolerance=TOLERANCE)
   return dataclasses.replace(fitted, law=law)
 
 
@@ -254,7 +256,8 @@ def _fit_others(fitted: fit_lib.Fit, fold: Fold, *, seed: int) -> fit_lib.Fit:
   """The fit to the runs that are not held out. Beginning at the fit to all of them saves time and tells nothing of the held-out ones."""
   law = _Started(fitted.law, tuple(fitted.theta_P))
   kept_n = ~fold.held_n
-  again = fit_lib.fit(law, _rows(fitted.inputs, kept_n), fitted.loss_n[kept_n], num_starts=2, seed=seed, delta=fitted.delta)
+  kept, loss_n = _rows(fitted.inputs, kept_n), fitted.loss_n[kept_n]
+  again = fit_lib.fit(law, kept, loss_n, num_starts=2, seed=seed, delta=fitted.delta, tolerance=TOLERANCE)
   return dataclasses.replace(again, law=fitted.law)
 
 

@@ -64,7 +64,7 @@ class GeneralChange(Separable):
   tokens0: float = 1.0
   name: ClassVar[str] = "cmr_general"
   linear: ClassVar = {"b2": ANY, "a2": ANY, "a3": ANY}
-  shape: ClassVar = {"s2": (-2.0, 0.5), "s3": (0.0, 2.0)}
+  shape: ClassVar = {"s2": (-2.0, -0.02), "s3": (0.02, 2.0)}  # apart, or the two powers could stand for each other
 
   def columns(self, shape_Q: np.ndarray, inputs: Inputs) -> np.ndarray:
     """1 and two powers."""

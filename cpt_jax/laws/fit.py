@@ -151,9 +151,12 @@ class Fit:
 
 
 def fit(
-  law: Law, inputs: Any, loss_n: np.ndarray, *, num_starts: int = 48, seed: int = 0, delta: float = DELTA
+  law: Law, inputs: Any, loss_n: np.ndarray, *, num_starts: int = 48, seed: int = 0, delta: float = DELTA, tolerance: float = _TOLERANCE
 ) -> Fit:
   """The parameters that fit best, of `num_starts` starts.
+
+  A search ends where a step changes the objective or the parameters by less than `tolerance` of themselves. The default suits
+  thousands of smooth losses; few noisy ones leave ridges on which only a larger one ends.
 
   Raises:
     ConfigError: too few or non-finite or non-positive losses, or no start from which the search converged.
@@ -176,7 +179,7 @@ def fit(
 
   rng = np.random.default_rng(seed)
   starts_QP = np.asarray(law.starts(inputs, loss_n, num=num_starts, rng=rng), np.float64)
-  search = _Search(law, inputs, loss_n)
+  search = _Search(law, inputs, loss_n, tolerance)
   ones_n = np.ones_like(loss_n)
   screened = [search.run(start_P, ones_n, delta=None, evaluations=_SCREEN_EVALUATIONS) for start_P in starts_QP]
   usable = sorted((end for end in screened if end is not None), key=lambda end: end.objective)
@@ -237,8 +240,8 @@ class _End:
 class _Search:
   """Least squares on log losses, in scaled parameters."""
 
-  def __init__(self, law: Law, inputs: Any, loss_n: np.ndarray):
-    self.law, self.inputs = law, inputs
+  def __init__(self, law: Law, inputs: Any, loss_n: np.ndarray, tolerance: float = _TOLERANCE):
+    self.law, self.inputs, self.tolerance = law, inputs, tolerance
     self.log_n = np.log(loss_n)
     # Below the floor the logarithm goes on as its tangent: no start is lost to a prediction under 0.
     self.floor = 0.05 * float(loss_n.min())
@@ -285,9 +288,9 @@ class _Search:
         loss=loss,
         f_scale=scale,
         x_scale="jac",
-        ftol=_TOLERANCE,
-        xtol=_TOLERANCE,
-        gtol=_TOLERANCE * scale,
+        ftol=self.tolerance,
+        xtol=self.tolerance,
+        gtol=self.tolerance * scale,
         max_nfev=evaluations,
       )
     return _End(self._outward(end.x), float(end.cost) / float(weights_n.sum()), end.status > 0)

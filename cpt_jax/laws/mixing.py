@@ -108,27 +108,20 @@ def best_shares(
     return {source: fitted.predict(inputs) for source, fitted in fits.items()}
 
   rng = np.random.default_rng(seed)
-  best_M, best_cost, width = measured_nM[0], np.inf, 1.0
-  nearest: dict[str, float] = {}
-  for _ in range(12):
-    center_M = (low_M + high_M) / 2 if width == 1.0 else best_M
-    candidates_cM = np.clip(center_M + width * (high_M - low_M) * rng.uniform(-0.5, 0.5, (4000, len(names))), low_M, high_M)
-    candidates_cM = np.concatenate([candidates_cM, measured_nM, best_M[None]])
+  best_M, over = (low_M + high_M) / 2, np.inf
+  for width in 0.6 ** np.arange(12):
+    drawn_cM = best_M + width * (high_M - low_M) * rng.uniform(-0.5, 0.5, (4000, len(names)))
+    candidates_cM = np.concatenate([np.clip(drawn_cM, low_M, high_M), measured_nM, best_M[None]])
     rest_c = 1.0 - candidates_cM.sum(axis=1)
     candidates_cM = candidates_cM[(rest_c >= rest_n.min() - 1e-9) & (rest_c <= rest_n.max() + 1e-9)]
     found = losses(candidates_cM)
     cost_c = np.sum([weight * found[source] for source, weight in weights.items()], axis=0)
-    over_c = np.max([found[source] - limit for source, limit in limits.items()], axis=0) if limits else np.full(len(cost_c), -1.0)
-    if not nearest or over_c.min() < max(nearest.values()):
-      nearest = {"over": float(over_c.min())}
-    cost_c = np.where(over_c <= 0, cost_c, np.inf)
-    i = int(np.argmin(cost_c if np.isfinite(cost_c).any() else over_c))
-    best_M, best_cost = candidates_cM[i], float(cost_c[i])
-    width *= 0.6
-  if not np.isfinite(best_cost):
-    raise ConfigError(
-      f"no mixture in the measured range keeps {', '.join(f'{s} <= {x:.4f}' for s, x in limits.items())}; the nearest is {nearest['over']:.4f} nats over"
-    )
+    over_c = np.max([np.zeros_like(cost_c), *(found[source] - limit for source, limit in limits.items())], axis=0)
+    i = np.lexsort((cost_c, over_c))[0]  # within the limits first, then the lowest sum
+    best_M, over = candidates_cM[i], float(over_c[i])
+  if over > 0:
+    wanted = ", ".join(f"{source} <= {limit:.4f}" for source, limit in limits.items())
+    raise ConfigError(f"no mixture in the measured range keeps {wanted}; the nearest is {over:.4f} nats over, allow that much more")
   return (
     {name: float(share) for name, share in zip(names, best_M, strict=True)},
     {source: float(loss[0]) for source, loss in losses(best_M[None]).items()},

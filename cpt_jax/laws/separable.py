@@ -15,6 +15,8 @@ import numpy as np
 import scipy.optimize
 
 Inputs = Mapping[str, np.ndarray]
+# Of fits to final losses (fit.fit): their noise, some thousandths, drowns what a smaller one would gain along a ridge.
+TOLERANCE = 1e-4
 ANY = (-np.inf, np.inf)
 POSITIVE = (0.0, np.inf)
 
