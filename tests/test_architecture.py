@@ -21,7 +21,7 @@ LAYERS = [
   + ["train.console", "train.loop", "train.dry_run"],
   ["analysis.runs", "laws.fit", "laws.separable", "laws.cells", "laws.replay", "laws.domain", "laws.dcpt", "laws.cmr"]
   + ["laws.mixing", "laws.transfer", "laws.choose", "laws.recommend", "laws.plots"],
-  ["probe.trials", "probe.design", "probe.config_files", "probe.stacked", "probe.runs", "probe.outcome"],
+  ["probe.trials", "probe.design", "probe.config_files", "probe.outcome", "probe.stacked", "probe.runs", "probe.tables"],
   ["main"],
 ]
 NEVER = {

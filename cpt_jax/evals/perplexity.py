@@ -1,6 +1,7 @@
 """Held-out rows of every source -> loss and bits per byte.
 
-Invariant: sums over whole documents, each target once, divided once; padding counts for nothing. Called by train.loop, probe.stacked.
+Invariant: sums over whole documents, each target once, divided once; padding counts for nothing.
+Called by train.loop, probe.stacked.
 """
 
 import math

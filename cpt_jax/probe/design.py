@@ -81,6 +81,7 @@ def make(
   replays: Sequence[float] = (),
   seeds: int = 2,
   trial_tokens: str = "",
+  longer: Sequence[float] = LONGER,
 ) -> Design:
   """The design; `budget` (the run's, default its train.length), `probe_budget` (also a share of it) and `trial_tokens` as durations.
 
@@ -91,7 +92,7 @@ def make(
   """
   per_step = config_lib.tokens_per_step(config)
   budget_tokens = _tokens("budget", budget or f"{config_lib.num_steps(config)} steps", per_step)
-  _check(config, rates, replays, seeds)
+  _check(config, rates, replays, seeds, longer)
   own = _own_replay(config)
   own = own if not replays else min(replays, key=lambda x: abs(x - own))
   design = Design(
@@ -101,7 +102,7 @@ def make(
     own_replay=own,
     seeds=tuple(range(seeds)),
     steps=1,
-    longer=LONGER,
+    longer=tuple(int(times) for times in longer),
     tokens_per_step=per_step,
     budget_tokens=math.ceil(budget_tokens),
   )
@@ -150,7 +151,7 @@ def _own_replay(config: Any) -> float:
   return sum(last[name] for name in by_role(config)["replay"]) / sum(last.values())
 
 
-def _check(config: Any, rates: Sequence[float], replays: Sequence[float], seeds: int) -> None:
+def _check(config: Any, rates: Sequence[float], replays: Sequence[float], seeds: int, longer: Sequence[float]) -> None:
   problems = config_lib.Problems()
   for role, names in by_role(config).items():
     if not names:
@@ -164,6 +165,8 @@ def _check(config: Any, rates: Sequence[float], replays: Sequence[float], seeds:
     problems.add(f"--rates={','.join(map(str, rates))}: rates are above 0, e.g. 3e-4,6e-4,1.2e-3,2.4e-3")
   if any(not 0 <= replay <= 1 for replay in replays):
     problems.add(f"--replays={','.join(map(str, replays))}: shares lie between 0 and 1, e.g. 0,0.01,0.05,0.25,0.5")
+  if any(times < 2 or times != int(times) for times in longer):
+    problems.add(f"--longer={','.join(map(str, longer))}: whole numbers from 2 up, e.g. 2,4")
   if seeds < 1:
     problems.add(f"--seeds={seeds}: 1 or more; with 2 there is a measure of noise")
   problems.raise_if_any()

@@ -23,6 +23,7 @@ from cpt_jax.analysis import runs as analysis
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.data.store import write_atomically
 from cpt_jax.probe import config_files, stacked
+from cpt_jax.probe.outcome import Measured, is_stable
 from cpt_jax.probe.trials import Trial, by_role, trial_config
 from cpt_jax.train import checkpoint, console, loop, metrics, start
 
@@ -59,25 +60,22 @@ def record_of(config: Any) -> dict[str, Any]:
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
   """A line for each key that makes another run of it. A key that a record does not know yet had its default."""
-  flat = [ConfigDict(record) for record in (found, wanted)]
-  defaults = json.loads(config_lib.default().to_json()), json.loads(config_lib.source().to_json())
-  lines = []
-  for key in sorted({key for record in flat for key in config_lib.leaf_keys(record)}):
-    if not key.startswith(_FREE):
-      before, now = (_value(record, key, defaults) for record in flat)
-      if not _is_close(before, now):
-        lines.append(f"  {key}: {json.dumps(before)} -> {json.dumps(now)}")
-  return lines
+  before, now = _flat(found), _flat(wanted)
+  return [
+    f"  {key}: {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}"
+    for key in sorted(before | now)
+    if not key.startswith(_FREE) and not _is_close(before.get(key), now.get(key))
+  ]
 
 
-def _value(record: Any, key: str, defaults: tuple[dict, dict]) -> Any:
-  in_source = key.startswith("data.sources.")
-  for tree, parts in ((record, key.split(".")), (defaults[in_source], key.split(".")[3 * in_source :])):
-    for part in parts:
-      tree = tree[part] if isinstance(tree, (dict, ConfigDict)) and part in tree else None
-    if tree is not None:
-      return json.loads(json.dumps(tree))
-  return None
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+  """Dotted key -> value, with the default of each key that is not there."""
+  flat = {}
+  trees = [("", config_lib.default()), *((f"data.sources.{name}.", config_lib.source()) for name in record["data"]["sources"])]
+  for prefix, tree in (*trees, ("", ConfigDict(record))):
+    plain = ConfigDict(json.loads(tree.to_json()))
+    flat |= {prefix + key: config_lib.get(plain, key) for key in config_lib.leaf_keys(plain)}
+  return json.loads(json.dumps(flat))
 
 
 def _is_close(a: Any, b: Any) -> bool:
@@ -175,16 +173,36 @@ def _groups(todo: Sequence[Trial], states: dict[Trial, str], folder: pathlib.Pat
   yield from waiting.values()
 
 
-def measured(config: Any, wanted: Sequence[Trial], folder: pathlib.Path) -> list[tuple[Trial, analysis.Run | None, str]]:
-  """Of the trials that are over: each with its run and how it diverged ("" = it did not)."""
+def measured(config: Any, wanted: Sequence[Trial], folder: pathlib.Path) -> list[Measured]:
+  """Those of the trials that are over."""
   found = []
   for trial in wanted:
     path = folder / trial.name
     state = state_of(path, trial_config(config, trial))
     if state in ("complete", "diverged"):
       message = json.loads((path / DIVERGED).read_text(encoding="utf-8"))["message"] if state == "diverged" else ""
-      found.append((trial, analysis.read_run(path), message))
+      found.append(Measured(trial, analysis.read_run(path), message))
   return found
+
+
+def sweep(
+  config: Any, ladder: Sequence[Trial], folder: pathlib.Path, *, bar: "Progress", stack: int = 1
+) -> tuple[list[Measured], int]:
+  """Goes up the ladder of rates until one is not stable: what was measured on the way, and the exit code of loop.run."""
+  found: list[Measured] = []
+  for at in range(0, len(ladder), stack):
+    code = run_trials(config, ladder[at : at + stack], folder, bar=bar, stack=stack)
+    found = measured(config, ladder[: at + stack], folder)
+    if code != loop.EXIT_DONE or is_swept(found, ladder):
+      return found, code
+  return found, loop.EXIT_DONE
+
+
+def is_swept(found: Sequence[Measured], ladder: Sequence[Trial]) -> bool:
+  """Was the lowest unstable rate found, with all below it, or the whole ladder climbed."""
+  over = {m.trial for m in found}
+  unstable = [i for i, trial in enumerate(ladder) if any(m.trial == trial and not is_stable(m, found) for m in found)]
+  return over >= set(ladder[: min(unstable, default=len(ladder))])
 
 
 def write_commands(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, slurm: bool) -> list[pathlib.Path]:
@@ -275,6 +293,8 @@ class Progress:
   def close(self) -> None:
     """Of a trial; the bar goes on."""
 
-  def end(self) -> None:
-    """Of all."""
+  def __enter__(self) -> "Progress":
+    return self
+
+  def __exit__(self, *_: Any) -> None:
     self._bar.stop()
