@@ -23,8 +23,8 @@ def as_python(config: Any, *, about: str) -> str:
         lines.append(f"  c.{key} = {value!r}")
   for name, entry in config.data.sources.items():
     ordinary = config_lib.source()
-    changed = [f"{field}={_plain(value)!r}" for field, value in entry.items() if _plain(value) != _plain(ordinary[field])]
-    lines.append(f"  c.data.sources.{name} = config.source({', '.join(changed)})")
+    changed = [f"    {field}={_plain(value)!r}," for field, value in entry.items() if _plain(value) != _plain(ordinary[field])]
+    lines += [f"  c.data.sources.{name} = config.source(", *changed, "  )"]
   about = about.replace("\\", "\\\\").replace('"""', "'''").strip()
   return "\n".join(
     [f'"""{about}\n"""' if "\n" in about else f'"""{about}"""', "", "from cpt_jax import config", "", ""]

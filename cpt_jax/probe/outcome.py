@@ -19,8 +19,8 @@ from cpt_jax.laws.recommend import Recommendation
 from cpt_jax.probe import config_files
 from cpt_jax.probe.trials import Trial, at_point
 
-# A rate is stable while its domain loss is at most this much above the lowest of the sweep, in nats; chosen by hand: some times
-# what two seeds of short runs differ by, and little beside what a rate costs that is really too high.
+# A rate is stable while its domain loss is at most this much above the lowest of the rates below it, in nats; chosen by hand: some
+# times what two seeds of short runs differ by, and little beside what a rate costs that is really too high.
 STABLE_NATS = 0.05
 
 
@@ -53,7 +53,7 @@ def base_domain_loss(run: Run) -> float:
 
 
 def is_stable(measured: Measured, sweep: Sequence[Measured]) -> bool:
-  """Did it not diverge, learn, and end within STABLE_NATS of the sweep's lowest domain loss (lower rates may not have arrived there)."""
+  """Did it learn, and end with a domain loss at most STABLE_NATS above the lowest of the rates below it."""
   loss = domain_loss(measured)
   better = [domain_loss(other) for other in sweep if other.trial.rate < measured.trial.rate]
   return loss < base_domain_loss(measured.run) and loss <= min(better, default=loss) + STABLE_NATS

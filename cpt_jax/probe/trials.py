@@ -44,7 +44,7 @@ def trial_config(config: Any, trial: Trial) -> Any:
     c.seed = config.seed + trial.seed
     for key in ("warmup", "cooldown", "anneal"):  # the same part of a trial as of the run
       if durations.parse(config.schedule[key]).unit != "%":
-        c.schedule[key] = f"{100 * config_lib.steps_of(config, f'schedule.{key}') / config_lib.num_steps(config):.6g}%"
+        c.schedule[key] = f"{100 * config_lib.steps_at(config, config.schedule[key]) / config_lib.num_steps(config):.6g}%"
     c.train.length = f"{trial.steps} steps"
     c.eval.every = f"{100 / NUM_EVALS:g}%"
     c.checkpoint.every = "100%"
@@ -89,7 +89,7 @@ def shares(config: Any, replay: float) -> dict[str, float]:
         "data.sources.NAME.share=0.1"
       )
   roles = {name: entry.role for name, entry in config.data.sources.items()}
-  return {name: wanted[role] * last[name] / totals[role] if totals[role] else 0.0 for name, role in roles.items()}
+  return {name: wanted[role] * (last[name] / totals[role]) if totals[role] else 0.0 for name, role in roles.items()}
 
 
 def by_role(config: Any) -> dict[str, list[str]]:
