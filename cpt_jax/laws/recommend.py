@@ -212,23 +212,29 @@ def fit_sources(
   cells = cells_lib.checked(cells)
   if confidence is not None and not 0.5 < confidence < 1:
     raise ConfigError(f"confidence={confidence:g}: must be above 0.5 and below 1, e.g. 0.9")
+  _check_budget(cells, tokens)
   choices = {
     source: choose_lib.choose(cells, source, laws=None if laws is None else laws[source], seed=seed) for source in cells[0].roles
   }
-  predictor = Predictor(choices, tuple(cells), float(tokens), level, confidence)
-  low, high = predictor.range("tokens")
-  farthest = choose_lib.FARTHEST["tokens"]
+  return Predictor(choices, tuple(cells), float(tokens), level, confidence)
+
+
+def _check_budget(cells: Sequence[Cell], tokens: float) -> None:
+  finished = [cell.tokens for cell in cells if all(math.isfinite(loss) for loss in cell.losses.values())]
+  if not finished:
+    raise ConfigError(f"all {len(cells)} runs diverged; run the grid again at lower rates")
+  low, high = min(finished), max(finished)
+  farthest = 2 ** choose_lib.FARTHEST["tokens"]
   if low == high and tokens != low:
     raise ConfigError(
       f"all finished runs have {low:g} tokens, so nothing says what {tokens:g} would do; "
       "run some cells at 2 and 4 times the tokens too"
     )
-  if not low / 2**farthest <= tokens <= high * 2**farthest:
+  if not low / farthest <= tokens <= high * farthest:
     raise ConfigError(
-      f"a run of {tokens:g} tokens is more than {2**farthest:g} times beyond the finished ones ({low:g} to {high:g}); "
-      f"run some cells at {tokens / 2**farthest:g} tokens or more"
+      f"a run of {tokens:g} tokens is more than {farthest:g} times beyond the finished ones ({low:g} to {high:g}); "
+      f"run some cells at {tokens / farthest:g} tokens or more"
     )
-  return predictor
 
 
 def recommend(
