@@ -28,5 +28,7 @@ def grid(shift: str, *, noise: float = 0.006, seeds: int = 2, budgets: tuple[int
   cells = []
   for rate, replay, tokens, s in places:
     losses = {name: float(loss + noise * rng.normal()) for name, loss in true_losses(shift, rate, replay, tokens).items()}
-    cells.append(Cell(rate, replay, tokens, s, losses, BASE[shift], {"en": "replay", "law": "domain"}, run=f"{rate:g}-{replay:g}-{s}"))
+    cells.append(
+      Cell(rate, replay, tokens, s, losses, BASE[shift], {"en": "replay", "law": "domain"}, run=f"{rate:g}-{replay:g}-{s}")
+    )
   return cells

@@ -19,16 +19,12 @@ LAYERS = [
   ["evals.perplexity", "evals.drift"],
   ["train.schedule", "train.optimizer", "train.state", "train.step", "train.checkpoint", "train.start", "train.metrics"]
   + ["train.console", "train.loop", "train.dry_run"],
-  ["analysis.runs", "laws.fit", "laws.separable", "laws.cells", "laws.replay", "laws.domain", "laws.dcpt", "laws.cmr"]
-  + ["laws.mixing", "laws.transfer", "laws.choose", "laws.recommend", "laws.plots"],
+  ["analysis.runs", "laws.fit", "laws.curves", "laws.annealing", "laws.separable", "laws.change", "laws.cells", "laws.replay"]
+  + ["laws.domain", "laws.dcpt", "laws.cmr", "laws.mixing", "laws.transfer", "laws.choose", "laws.recommend", "laws.plots"],
   ["probe.trials", "probe.design", "probe.config_files", "probe.outcome", "probe.stacked", "probe.runs", "probe.tables"],
   ["main"],
 ]
-NEVER = {
-  0: {"jax", "flax", "optax", "orbax", "grain"},
-  2: {"jax", "flax", "optax", "orbax"},
-  6: {"jax", "flax", "optax", "orbax"},
-}
+NEVER = {0: {"jax", "flax", "optax", "orbax", "grain"}} | {layer: {"jax", "flax", "optax", "orbax"} for layer in (2, 6)}
 
 
 def modules(root):

@@ -52,7 +52,9 @@ CURVES = [
 def test_gradient_and_recovery(law, theta_P):
   inputs = {"tokens": T, "base": np.full_like(T, 2.2)}
   law_checks.assert_gradient(law, theta_P, inputs)
-  law_checks.assert_recovers(law, theta_P, inputs, {"tokens": np.arange(2.5, 200), "base": np.full(198, 2.2)}, noise=0.002, within=2, num_starts=3)
+  law_checks.assert_recovers(
+    law, theta_P, inputs, {"tokens": np.arange(2.5, 200), "base": np.full(198, 2.2)}, noise=0.002, within=2, num_starts=3
+  )
 
 
 def test_ratio_from_fitted_runs():

@@ -61,11 +61,15 @@ def test_gradient(law, theta_P):
 
 
 def test_recovery():
-  law_checks.assert_recovers(dcpt.DCpt(role="domain", tokens0=2e5), DOMAIN, law_checks.grid(), law_checks.dense(), within=1.5, num_starts=3)
+  law_checks.assert_recovers(
+    dcpt.DCpt(role="domain", tokens0=2e5), DOMAIN, law_checks.grid(), law_checks.dense(), within=1.5, num_starts=3
+  )
   with_rate = dcpt.DCptRate(role="replay", rate0=8e-4, tokens0=2e5)
   law_checks.assert_recovers(with_rate, [*DOMAIN, 0.9], law_checks.grid(), law_checks.dense(), within=1.5, num_starts=3)
   elsewhere = law_checks.dense() | {"params": np.full(144, 2e6)}
-  law_checks.assert_recovers(SIZES, [1.2, 1.0, 0.1, 0.4, 0.3, 0.25, np.log(0.05), 0.6, 0.3], sizes_grid(), elsewhere, within=1.5, num_starts=3)
+  law_checks.assert_recovers(
+    SIZES, [1.2, 1.0, 0.1, 0.4, 0.3, 0.25, np.log(0.05), 0.6, 0.3], sizes_grid(), elsewhere, within=1.5, num_starts=3
+  )
 
 
 def test_signs_against_differences():
@@ -73,7 +77,7 @@ def test_signs_against_differences():
   inputs = law_checks.grid()
   law = dcpt.DCpt(role="domain", tokens0=2e5)
   keeps = [1.2, 0.2, 0.5, 0.3, 0.25, np.log(0.05), 1.0]
-  assert dcpt.violations(law, np.array(keeps), inputs) == {"d2L/dDdr < 0": 0.0} or not dcpt.violations(law, np.array(keeps), inputs)
+  assert dcpt.violations(law, np.array(keeps), inputs) == {}
   breaks = [1.2, 2.0, 0.01, 0.8, 0.25, np.log(0.05), 0.5]  # B r^eta / D^beta outgrows C's fall
   found = dcpt.violations(law, np.array(breaks), inputs)
   r = np.linspace(0.5, 1.0, 21)

@@ -25,7 +25,8 @@ def fits() -> dict[str, fit.Fit]:
   law = mixing.Mixing(names=NAMES)
   losses = {source: law.predict(np.array(theta_P), inputs) + 0.004 * rng.normal(size=24) for source, theta_P in TRUE.items()}
   return {
-    source: fit.fit(law, inputs, loss_n, num_starts=4, seed=0, delta=2e-3, tolerance=TOLERANCE) for source, loss_n in losses.items()
+    source: fit.fit(law, inputs, loss_n, num_starts=4, seed=0, delta=2e-3, tolerance=TOLERANCE)
+    for source, loss_n in losses.items()
   }
 
 

@@ -1,5 +1,6 @@
-"""The recommendation on grids whose truth is known: small regret, limits kept or refused, the frontier, the next best, the figures."""
+"""The recommendation on grids whose truth is known: small regret, limits kept or refused, frontier, next best, figures."""
 
+import dataclasses
 import functools
 import json
 import sys
@@ -13,12 +14,13 @@ from cpt_jax.laws import domain, plots, recommend, replay
 
 UNITS = {"rate0": 8e-4, "tokens0": 2e5}
 LAWS = {"en": (replay.Multiplicative(**UNITS),), "law": (domain.Shift(**UNITS),)}
+QUICK = {"en": (replay.Additive(**UNITS),), "law": (domain.LogGain(**UNITS),)}  # nearly linear: a fit takes milliseconds
 TOKENS = 2 * grids.TOKENS
 
 
 @functools.cache
-def predictor(shift: str, confidence: float | None = None) -> recommend.Predictor:
-  return recommend.fit_sources(grids.grid(shift), tokens=TOKENS, laws=LAWS, confidence=confidence)
+def predictor(shift: str) -> recommend.Predictor:
+  return recommend.fit_sources(grids.grid(shift), tokens=TOKENS, laws=LAWS)
 
 
 @functools.cache
@@ -47,12 +49,12 @@ def test_weighted_sum(shift, general):
   mine = grids.true_losses(shift, plan.rate, plan.replay, TOKENS)
   losses = truth(shift)[2]
   regret = general * mine["en"] + (1 - general) * mine["law"] - (general * losses["en"] + (1 - general) * losses["law"]).min()
-  assert 0 <= regret + 1e-4 and regret < 0.012
+  assert -1e-4 <= regret < 0.012
 
 
 def test_a_confident_limit_is_kept_with_room():
   plain = recommend.recommend(predictor("strong"), general_loss_rise=0.3)
-  sure = recommend.recommend(predictor("strong", 0.9), general_loss_rise=0.3)
+  sure = recommend.recommend(dataclasses.replace(predictor("strong"), confidence=0.9), general_loss_rise=0.3)
   assert sure.best.rise <= 0.3 and sure.losses["en"].change < 0.3 - 0.003
   assert sure.losses["en"].change < plain.losses["en"].change and sure.best.domain_loss > plain.best.domain_loss
   assert grids.true_losses("strong", sure.rate, sure.replay, TOKENS)["en"] - 3.9 <= 0.3
@@ -65,7 +67,7 @@ def test_a_limit_that_nothing_keeps():
   least = float((truth("strong")[2]["en"] - 3.9).min())
   text = str(error.value)
   said = float(text.split("least rise is ")[1].split(" ")[0])
-  assert said == pytest.approx(least, abs=0.012)
+  assert said == pytest.approx(least, abs=0.02)
   assert "rate 0.0003 and replay 0.5" in text and "allow" in text
   allowed = float(text.split("allow ")[1].split(" ")[0])
   assert recommend.recommend(predictor("strong"), general_loss_rise=allowed).best.rise <= allowed  # its own advice works
@@ -80,7 +82,7 @@ def test_a_limit_that_does_not_bind():
 
 
 def test_the_edge_of_the_grid_is_said():
-  plan = recommend.recommend(predictor("strong"), general_loss_rise=0.15)
+  plan = recommend.recommend(predictor("strong"), weights={"en": 0.9, "law": 0.1})
   assert plan.replay == 0.5 and any("replay is at the edge" in note and "measure more" in note for note in plan.notes)
 
 
@@ -101,7 +103,9 @@ def test_alternatives():
   by_name = {point.what: point for point in plan.alternatives}
   half = by_name["half the rate"]
   assert half.rate == plan.rate / 2 and half.replay == plan.replay
-  assert half.losses["law"].loss == pytest.approx(float(grids.true_losses("weak", half.rate, half.replay, TOKENS)["law"]), abs=0.02)
+  assert half.losses["law"].loss == pytest.approx(
+    float(grids.true_losses("weak", half.rate, half.replay, TOKENS)["law"]), abs=0.02
+  )
   assert not by_name["half the replay"].is_allowed and by_name["double the replay"].is_allowed
   measured = by_name["best measured cell"]
   assert measured.rate in grids.RATES and measured.replay in grids.REPLAYS and measured.is_allowed
@@ -112,8 +116,8 @@ def test_alternatives():
 
 def test_a_longer_run_says_that_it_is_extrapolated():
   cells = grids.grid("weak")
-  near = recommend.plan_from_cells(cells, tokens=4 * grids.TOKENS, general_loss_rise=0.1, laws=LAWS)
-  far = recommend.plan_from_cells(cells, tokens=32 * grids.TOKENS, general_loss_rise=0.1, laws=LAWS)
+  near = recommend.recommend(dataclasses.replace(predictor("weak"), tokens=4.0 * grids.TOKENS), general_loss_rise=0.1)
+  far = recommend.recommend(dataclasses.replace(predictor("weak"), tokens=32.0 * grids.TOKENS), general_loss_rise=0.1)
   assert far.losses["law"].doublings == pytest.approx(3) and any("extrapolated" in note for note in far.notes)
   assert not any("extrapolated" in note for note in near.notes)
   assert far.losses["law"].high - far.losses["law"].low > 1.5 * (near.losses["law"].high - near.losses["law"].low)
@@ -134,7 +138,7 @@ def test_several_sources_of_each_role():
     )
     for cell in grids.grid("weak")
   ]
-  laws = LAWS | {"code": LAWS["en"], "news": LAWS["law"]}
+  laws = QUICK | {"code": QUICK["en"], "news": QUICK["law"]}
   plan = recommend.plan_from_cells(cells, tokens=TOKENS, general_loss_rise=0.15, laws=laws)
   assert plan.best.rise == pytest.approx(plan.losses["code"].change) and plan.losses["en"].change < plan.best.rise
   assert plan.best.domain_loss == pytest.approx((plan.losses["law"].loss + plan.losses["news"].loss) / 2)
@@ -156,9 +160,12 @@ def test_diverged_everywhere_and_somewhere():
     cell._replace(losses={"en": float("inf"), "law": float("nan")}) if cell.rate == 2.4e-3 and cell.replay <= 0.05 else cell
     for cell in grids.grid("weak")
   ]
-  plan = recommend.plan_from_cells(cells, tokens=TOKENS, weights={"law": 1.0}, laws=LAWS)
+  plan = recommend.plan_from_cells(cells, tokens=TOKENS, weights={"law": 1.0}, laws=QUICK)
   assert plan.rate < 2.4e-3 or plan.replay > 0.05
   assert any("diverged at rate 0.0024 with replay 0," in note for note in plan.notes)
+  everywhere = [cell._replace(losses={"en": float("inf"), "law": float("nan")}) for cell in cells]
+  with pytest.raises(ConfigError, match="all 60 runs diverged"):
+    recommend.plan_from_cells(everywhere, tokens=TOKENS, weights={"law": 1.0}, laws=QUICK)
 
 
 def test_json_is_plain_and_whole():

@@ -19,6 +19,7 @@ TRUE = [
   (replay.Multiplicative(**UNITS), [0.05, 0.15, 0.9, 0.3, np.log(0.003)]),
   (replay.Metric(**UNITS), [0.1, -0.05, 0.01, 0.8, 0.3, np.log(0.005)]),
   (replay.Power(**UNITS), [0.01, 0.9, 0.8, 0.3, 0.5, np.log(0.01)]),
+  (replay.Balance(**UNITS), [0.01, 0.6, 0.8, 0.3, 0.6, np.log(0.05), 0.4]),
   (replay.Surface(**UNITS), [0.1, 0.1, 0.03, -0.08, 0.02, 0.01, -0.02, np.log(0.01)]),
   (domain.LogGain(**UNITS), [-0.6, 0.2, 0.05, 0.15, 0.2]),
   (domain.Shift(**UNITS), [1.8, 0.03, 1.0, 0.9, 0.6, 0.5]),
@@ -48,7 +49,9 @@ def test_published_forgetting_is_straight_in_the_logarithm_of_replay(table, lowe
 def test_one_curve_holds_no_replay_and_half_of_it(table, error):
   """With rho0 the logarithm reaches the run without replay as well; a law without such a bend cannot."""
   inputs, loss_n = runs(table)
-  fitted = fit.fit(replay.Additive(rate0=3e-4, tokens0=2e11), inputs, loss_n, num_starts=8, seed=0, delta=0.01, tolerance=TOLERANCE)
+  fitted = fit.fit(
+    replay.Additive(rate0=3e-4, tokens0=2e11), inputs, loss_n, num_starts=8, seed=0, delta=0.01, tolerance=TOLERANCE
+  )
   assert np.abs(fitted.predict(inputs) - loss_n).max() < error
   assert fitted.scores().r2 > 0.99
 
@@ -92,6 +95,6 @@ def test_a_rate_that_is_too_high_shows():
   """The domain's laws have a lowest loss in the rate, so that twice the best rate is predicted to be worse."""
   rate = np.geomspace(1e-4, 1e-1, 200)
   inputs = {"rate": rate, "tokens": np.full(200, 2e5), "replay": np.full(200, 0.1), "base": np.full(200, 6.0)}
-  for law, theta_P in TRUE[5:]:
+  for law, theta_P in TRUE[6:]:
     loss_n = law.predict(np.array(theta_P), inputs)
     assert 0 < int(np.argmin(loss_n)) < 199, law.name

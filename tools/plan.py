@@ -46,9 +46,7 @@ EXIT_DISK, EXIT_CONFIG = 74, 78
 
 def plan() -> int:
   """Designs, runs, fits, recommends and writes, as the flags say; returns the exit code."""
-  from cpt_jax.laws import plots, recommend
-  from cpt_jax.probe import design, outcome, runs, tables
-  from cpt_jax.train import console
+  from cpt_jax.probe import design
 
   config, output = config_lib.resolve(_CONFIG.value), pathlib.Path(_OUTPUT.value)
   trials_dir, objective = output / "trials", _objective(config)
@@ -64,6 +62,10 @@ def plan() -> int:
     trial_tokens=_TRIAL_TOKENS.value,
     longer=_numbers("longer", [times for times in _LONGER.value if times]),
   )
+  from cpt_jax.laws import plots, recommend  # jax comes with the rest, after what may be wrong with the flags
+  from cpt_jax.probe import outcome, runs, tables
+  from cpt_jax.train import console
+
   there = runs.found_trials(config, trials_dir)
   tables.design(designed, num_over=len(runs.measured(config, [t for t in designed.trials() if t in there], trials_dir)))
   if _DRY_RUN.value:

@@ -1,6 +1,6 @@
 """Finished runs -> rows of a grid (rate, replay share, tokens, seed) with the final loss of every source.
 
-Invariant: a row holds what was set and what was measured; nothing in it was fitted. A cell is the runs that differ by the seed alone.
+Invariant: a row holds what was set and measured, nothing that was fitted. A cell is the runs that differ by the seed alone.
 Called by laws.choose, laws.recommend and tools that plan a run.
 """
 
@@ -46,17 +46,21 @@ def checked(cells: Sequence[Cell]) -> list[Cell]:
     name = cell.run or f"cell {i}"
     if not (cell.rate > 0 and 0 <= cell.replay <= 1 and cell.tokens > 0):
       problems.add(
-        f"{name}: rate={cell.rate:g} replay={cell.replay:g} tokens={cell.tokens:g}: rate and tokens must be above 0 and replay in 0..1"
+        f"{name}: rate={cell.rate:g} replay={cell.replay:g} tokens={cell.tokens:g}: "
+        "rate and tokens must be above 0 and replay in 0..1"
       )
     if dict(cell.roles) != dict(first.roles):
       problems.add(f"{name}: its sources {dict(cell.roles)} differ from {dict(first.roles)} of {first.run or 'cell 0'}")
       continue
     for source in first.roles:
       if source not in cell.losses or source not in cell.base:
-        problems.add(f"{name}: no final loss or no loss of the base for source {source!r}; evaluate it at the start and at the end")
+        problems.add(
+          f"{name}: no final loss or no loss of the base for source {source!r}; evaluate it at the start and at the end"
+        )
       elif abs(cell.base[source] - first.base[source]) > 1e-3:
         problems.add(
-          f"{name}: the base's loss on {source!r} is {cell.base[source]:.4f}, {first.base[source]:.4f} in {first.run or 'cell 0'}; "
+          f"{name}: the base's loss on {source!r} is {cell.base[source]:.4f}, {first.base[source]:.4f} in "
+          f"{first.run or 'cell 0'}; "
           "fit runs of one base, evaluated in one way"
         )
   problems.raise_if_any()

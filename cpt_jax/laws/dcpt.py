@@ -3,13 +3,13 @@
 Invariant: r is the share of the corpus whose loss is predicted: the replay share for role "replay", 1 - replay for role "domain".
 Called by laws.choose and tools that look for a share.
 
-Que et al. (2406.01375), their form L3: L(N, D, r) = E + A / N^alpha + B r^eta / D^beta + C / (r + eps)^gamma, a fit for each corpus.
-It demands dL/dD < 0, dL/dr < 0 and d2L/dDdr < 0; with free parameters none of these is certain, so `violations` looks.
+Que et al. (2406.01375), their form L3: L(N, D, r) = E + A / N^alpha + B r^eta / D^beta + C / (r + eps)^gamma, a fit for each
+corpus. It demands dL/dD < 0, dL/dr < 0 and d2L/dDdr < 0; with free parameters none of these is certain, so `violations` looks.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.optimize
@@ -135,7 +135,7 @@ def violations(law: DCpt, theta_P: np.ndarray, inputs: Inputs, *, num: int = 21)
       np.geomspace(float(inputs["tokens"].min()), float(inputs["tokens"].max()) * (1 + 1e-6), num),
     )
   )
-  E, B, C = theta_P[:3]
+  _, B, C = theta_P[:3]
   eta, beta, ln_eps, gamma = theta_P[len(law.linear) : len(law.linear) + 4]
   D = tokens_n / law.tokens0
   learnt = B * share_n**eta * D**-beta
@@ -161,7 +161,8 @@ def crossing(share_n: np.ndarray, loss_n: np.ndarray, *, limit: float) -> float:
   i = int(above[0])
   if i == 0:
     raise ConfigError(
-      f"the loss is {loss_n[0]:.4f} at share {share_n[0]:g}, above the limit {limit:.4f}; allow at least {loss_n[0] - limit:.4f} more"
+      f"the loss is {loss_n[0]:.4f} at share {share_n[0]:g}, above the limit {limit:.4f}; "
+      f"allow at least {loss_n[0] - limit:.4f} more"
     )
   part = (limit - loss_n[i - 1]) / (loss_n[i] - loss_n[i - 1])
   return float(share_n[i - 1] + part * (share_n[i] - share_n[i - 1]))
@@ -189,7 +190,8 @@ def limited_domain(
   shares = np.geomspace(low, high, 65)
   i = int(np.argmin([loss(share) for share in shares]))
   bounds = (shares[max(i - 1, 0)], shares[min(i + 1, len(shares) - 1)])
-  inside = float(scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded").x)
+  found: Any = scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded")
+  inside = float(found.x)
   best = min((inside, float(shares[i])), key=loss)
   return best, loss(best)
 

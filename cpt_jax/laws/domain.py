@@ -1,10 +1,10 @@
 """Rate, replay share and tokens of a run -> its final loss on the text that is to be learnt.
 
-Invariant: loss = base - gain; e = rate / rate0 and t = tokens / tokens0 are relative to the grid's middle, the domain has the share 1 - rho.
+Invariant: loss = base - gain; e = rate / rate0, t = tokens / tokens0, and the domain's share is 1 - rho, rho being the replay's.
 Called by laws.choose.
 
-The gain grows with the rate, the tokens and the domain's share, by a logarithm or a saturating power; too high a rate takes some of it
-back. Which form serves is decided by held-out error (laws.choose), not here.
+The gain grows with the rate, the tokens and the domain's share, by a logarithm or a saturating power; too high a rate takes
+some of it back. Which form serves is decided by held-out error (laws.choose), not here.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class _Domain(Separable):
 
 @dataclasses.dataclass(frozen=True)
 class LogGain(_Domain):
-  """loss = base + g0 - a ln e + q (ln e)^2 - d ln t - s ln(1 - rho): Sailor's quadratic (2404.03608) for the text to be learnt."""
+  """loss = base + g0 - a ln e + q (ln e)^2 - d ln t - s ln(1 - rho): Sailor's quadratic (2404.03608) for new text."""
 
   name: ClassVar[str] = "domain_log"
   linear: ClassVar = {"g0": ANY, "a": ANY, "q": ANY, "d": ANY, "s": ANY}
@@ -44,11 +44,11 @@ class LogGain(_Domain):
 
 @dataclasses.dataclass(frozen=True)
 class Shift(_Domain):
-  """loss = base - B (1 - (1 + x)^-beta) + h e, x = E (e t)^k (1 - rho)^s: the distribution shift of the CPT law at the end of a run.
+  """loss = base - B (1 - (1 + x)^-beta) + h e, x = E (e t)^k (1 - rho)^s: the CPT law's shift at the end of a run.
 
-  The CPT law (2505.07796, eq. 4) has x = E S1, the sum of the rates; e t is that sum for runs of one schedule, k lets batches of other
-  noise bend it. Replay as a power of the domain's share is ours: the paper's own per-ratio fits contradict its printed factor.
-  h e is the loss that a rate leaves unlearnt.
+  The CPT law (2505.07796) has x = E S1, the sum of the rates; e t is that sum for runs of one schedule, and k lets it bend.
+  Replay as a power of the domain's share is ours, for the paper's own fits per ratio contradict its printed factor. h e is the
+  loss that a rate leaves unlearnt.
   """
 
   name: ClassVar[str] = "domain_shift"
@@ -78,7 +78,7 @@ class Shift(_Domain):
 
 @dataclasses.dataclass(frozen=True)
 class PowerGain(_Domain):
-  """loss = base + g0 + A x^-1 + h e, x = e^k t^m (1 - rho)^s: a power law in rate, tokens and share (the tokens' part of 2001.08361)."""
+  """loss = base + g0 + A x^-1 + h e, x = e^k t^m (1 - rho)^s: a power law in rate, tokens and share."""
 
   name: ClassVar[str] = "domain_power"
   linear: ClassVar = {"g0": ANY, "A": POSITIVE, "h": POSITIVE}

@@ -11,10 +11,13 @@ the best of many starts. Three things make it quick and keep it off the ridges o
     where a quasi-Newton method on the scalar needs thousands;
   - a parameter whose lower bound is above 0 is searched in its logarithm; the rest is scaled by the Jacobian's columns;
   - starts are first fitted by plain least squares, which has a wide basin; the best of them go on with the Huber loss.
+
+Two things may be added to it: weights of the observations, and a prior for parameters that data of this kind cannot fix.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import scipy.optimize
@@ -27,6 +30,7 @@ _NUM_POLISHED = 6  # starts that go on with the Huber loss, after plain least sq
 _SCREEN_EVALUATIONS = 80
 _POLISH_EVALUATIONS = 600
 _TOLERANCE = 1e-10
+_GRADIENT_TOLERANCE = 1e-8  # of the cost of an observation that is missed by delta
 _AGREES = 0.01  # a start found the same optimum when its objective is within this share of the best
 
 
@@ -59,6 +63,15 @@ class Law(Protocol):
   def starts(self, inputs: Any, loss_n: np.ndarray, *, num: int, rng: np.random.Generator) -> np.ndarray:
     """(num, P): where to begin, from the data and wide ranges, whatever the units of the rates and the size of the model."""
     ...
+
+
+class Prior(NamedTuple):
+  """Where a parameter lies when data say nothing, and within what: in logarithms (sd 0.5 is a factor of 1.65) where its lower
+  bound is above 0.
+  """
+
+  centre: float
+  sd: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +109,11 @@ class Fit:
   law: Law
   inputs: Any
   loss_n: np.ndarray
+  weights_n: np.ndarray  # their mean is 1
+  priors: Mapping[str, Prior]
+  num_independent: float
   theta_P: np.ndarray
-  objective: float  # mean Huber loss of the log losses
+  objective: float  # weighted mean Huber loss of the log losses, and what the priors add
   delta: float
   num_agreeing: int  # polished starts that ended at the same objective; 1 = nothing confirms this optimum
   thetas_KP: np.ndarray  # of resampled data; K = 0 before bootstrap
@@ -118,7 +134,8 @@ class Fit:
         f"{self.law.name}: {len(self.loss_n)} losses fix {len(self.theta_P)} parameters exactly, so nothing says how far "
         "predictions may be off; add measurements"
       )
-    return float(np.sqrt(np.sum(np.log(self.predict(self.inputs) / self.loss_n) ** 2) / free))
+    apart_n = np.log(self.predict(self.inputs) / self.loss_n)
+    return float(np.sqrt(np.sum(self.weights_n * apart_n**2) / free))
 
   def interval(self, inputs: Any, *, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
     """(low_n, high_n) between which a new measurement lies with probability `level`.
@@ -151,9 +168,22 @@ class Fit:
 
 
 def fit(
-  law: Law, inputs: Any, loss_n: np.ndarray, *, num_starts: int = 48, seed: int = 0, delta: float = DELTA, tolerance: float = _TOLERANCE
+  law: Law,
+  inputs: Any,
+  loss_n: np.ndarray,
+  *,
+  weights_n: np.ndarray | None = None,
+  priors: Mapping[str, Prior] | None = None,
+  num_independent: float | None = None,
+  num_starts: int = 48,
+  seed: int = 0,
+  delta: float = DELTA,
+  tolerance: float = _TOLERANCE,
 ) -> Fit:
   """The parameters that fit best, of `num_starts` starts.
+
+  A prior that is missed by its sd counts as much as one independent observation that is missed by delta; `num_independent`
+  says how many of those the losses are worth (None = as many as there are; neighbours on a curve are wrong together).
 
   A search ends where a step changes the objective or the parameters by less than `tolerance` of themselves. The default suits
   thousands of smooth losses; few noisy ones leave ridges on which only a larger one ends.
@@ -162,6 +192,8 @@ def fit(
     ConfigError: too few or non-finite or non-positive losses, or no start from which the search converged.
   """
   loss_n = np.asarray(loss_n, np.float64)
+  weights_n = np.ones(loss_n.shape) if weights_n is None else np.asarray(weights_n, np.float64)
+  priors = dict(priors or {})
   problems = []
   if loss_n.ndim != 1:
     problems.append(f"{law.name}: losses have shape {loss_n.shape}; give one number for each observation")
@@ -172,6 +204,8 @@ def fit(
     )
   if not (np.isfinite(loss_n).all() and (loss_n > 0).all()):
     problems.append(f"{law.name}: losses must be finite and above 0 (the fit is of their logarithm); remove the rows that are not")
+  if weights_n.shape != loss_n.shape or not (np.isfinite(weights_n).all() and (weights_n >= 0).all() and weights_n.any()):
+    problems.append(f"{law.name}: weights must be finite, not below 0, not all 0, and one for each of {loss_n.size} losses")
   if num_starts < 1:
     problems.append(f"{law.name}: num_starts={num_starts}; at least 1")
   if problems:
@@ -179,16 +213,17 @@ def fit(
 
   rng = np.random.default_rng(seed)
   starts_QP = np.asarray(law.starts(inputs, loss_n, num=num_starts, rng=rng), np.float64)
-  search = _Search(law, inputs, loss_n, tolerance)
-  ones_n = np.ones_like(loss_n)
-  screened = [search.run(start_P, ones_n, delta=None, evaluations=_SCREEN_EVALUATIONS) for start_P in starts_QP]
+  weights_n = weights_n / weights_n.mean()
+  independent = float(len(loss_n) if num_independent is None else num_independent)
+  search = _Search(law, inputs, loss_n, priors=priors, prior_weight=1 / independent, delta=delta, tolerance=tolerance)
+  screened = [search.run(start_P, weights_n, delta=None, evaluations=_SCREEN_EVALUATIONS) for start_P in starts_QP]
   usable = sorted((end for end in screened if end is not None), key=lambda end: end.objective)
   if not usable:
     raise ConfigError(
       f"{law.name}: its value is not a finite number at any of {num_starts} starts; look for zero rates, shares outside 0..1 "
       "or other inputs for which the law has no value"
     )
-  polished = [search.run(end.theta_P, ones_n, delta=delta, evaluations=_POLISH_EVALUATIONS) for end in usable[:_NUM_POLISHED]]
+  polished = [search.run(end.theta_P, weights_n, delta=delta, evaluations=_POLISH_EVALUATIONS) for end in usable[:_NUM_POLISHED]]
   ends = [end for end in polished if end is not None and end.is_converged]
   if not ends:
     raise ConfigError(
@@ -198,7 +233,17 @@ def fit(
   best = min(ends, key=lambda end: end.objective)
   agreeing = sum(end.objective <= best.objective * (1 + _AGREES) for end in ends)
   return Fit(
-    law, inputs, loss_n, best.theta_P, best.objective, delta, agreeing, np.zeros((0, len(best.theta_P)), np.float64)
+    law=law,
+    inputs=inputs,
+    loss_n=loss_n,
+    weights_n=weights_n,
+    priors=priors,
+    num_independent=independent,
+    theta_P=best.theta_P,
+    objective=best.objective,
+    delta=delta,
+    num_agreeing=agreeing,
+    thetas_KP=np.zeros((0, len(best.theta_P))),
   )
 
 
@@ -216,12 +261,20 @@ def bootstrap(fitted: Fit, *, num: int = 200, groups_n: np.ndarray | None = None
   if num < 1:
     raise ConfigError(f"{fitted.law.name}: {num} resampled data sets; at least 1")
   rng = np.random.default_rng(seed)
-  search = _Search(fitted.law, fitted.inputs, fitted.loss_n)
+  search = _Search(
+    fitted.law,
+    fitted.inputs,
+    fitted.loss_n,
+    priors=fitted.priors,
+    prior_weight=1 / fitted.num_independent,
+    delta=fitted.delta,
+  )
   thetas = []
   for _ in range(num):
     # Drawing with replacement is a count for each group, so the inputs are never copied or cut.
     for _ in range(100):
-      weights_n = rng.multinomial(num_groups, np.full(num_groups, 1 / num_groups))[group_n].astype(np.float64)
+      counts_n = rng.multinomial(num_groups, np.full(num_groups, 1 / num_groups))[group_n]
+      weights_n = counts_n * fitted.weights_n
       if np.count_nonzero(weights_n) >= num_parameters:
         break
     end = search.run(fitted.theta_P, weights_n, delta=fitted.delta, evaluations=_SCREEN_EVALUATIONS)
@@ -238,9 +291,19 @@ class _End:
 
 
 class _Search:
-  """Least squares on log losses, in scaled parameters."""
+  """Least squares on log losses, in scaled parameters; a prior is one more residual."""
 
-  def __init__(self, law: Law, inputs: Any, loss_n: np.ndarray, tolerance: float = _TOLERANCE):
+  def __init__(
+    self,
+    law: Law,
+    inputs: Any,
+    loss_n: np.ndarray,
+    *,
+    priors: Mapping[str, Prior],
+    prior_weight: float,
+    delta: float,
+    tolerance: float = _TOLERANCE,
+  ):
     self.law, self.inputs, self.tolerance = law, inputs, tolerance
     self.log_n = np.log(loss_n)
     # Below the floor the logarithm goes on as its tangent: no start is lost to a prediction under 0.
@@ -248,6 +311,13 @@ class _Search:
     low_P, high_P = np.array(law.bounds, np.float64).T
     self.is_log_P = low_P > 0
     self.low_P, self.high_P = self._inward(low_P), self._inward(high_P)
+    self.prior_weight = prior_weight
+    places = [law.parameters.index(name) for name in priors]
+    centre_P = np.ones(len(low_P))
+    centre_P[places] = [prior.centre for prior in priors.values()]
+    self.centre_P = self._inward(centre_P)
+    self.pull_RP = np.eye(len(low_P))[places] * np.array([delta / prior.sd for prior in priors.values()])[:, None]
+    self._seen: tuple[np.ndarray, np.ndarray] | None = None
 
   def _inward(self, theta_P: np.ndarray) -> np.ndarray:
     return np.where(self.is_log_P, np.log(np.where(self.is_log_P, theta_P, 1.0)), theta_P)
@@ -255,27 +325,36 @@ class _Search:
   def _outward(self, x_P: np.ndarray) -> np.ndarray:
     return np.where(self.is_log_P, np.exp(np.where(self.is_log_P, x_P, 0.0)), x_P)
 
+  def _predict(self, x_P: np.ndarray) -> np.ndarray:
+    # The Jacobian is asked for where the residuals were.
+    if self._seen is None or not np.array_equal(self._seen[0], x_P):
+      self._seen = (x_P.copy(), self.law.predict(self._outward(x_P), self.inputs))
+    return self._seen[1]
+
   def residuals(self, x_P: np.ndarray) -> np.ndarray:
-    predicted_n = self.law.predict(self._outward(x_P), self.inputs)
+    predicted_n = self._predict(x_P)
     above_n = np.maximum(predicted_n, self.floor)
-    return np.log(above_n) + (predicted_n - above_n) / self.floor - self.log_n
+    apart_n = np.log(above_n) + (predicted_n - above_n) / self.floor - self.log_n
+    return np.concatenate([apart_n, self.pull_RP @ (x_P - self.centre_P)])
 
   def jacobian(self, x_P: np.ndarray) -> np.ndarray:
     theta_P = self._outward(x_P)
-    predicted_n = self.law.predict(theta_P, self.inputs)
     gradient_nP = self.law.gradient(theta_P, self.inputs) * np.where(self.is_log_P, theta_P, 1.0)[None, :]
-    return gradient_nP / np.maximum(predicted_n, self.floor)[:, None]
+    return np.concatenate([gradient_nP / np.maximum(self._predict(x_P), self.floor)[:, None], self.pull_RP])
 
   def run(self, theta_P: np.ndarray, weights_n: np.ndarray, *, delta: float | None, evaluations: int) -> _End | None:
     """Where the search ends; None when the law has no finite value at the start. No delta: plain least squares."""
     x_P = np.clip(self._inward(np.maximum(theta_P, np.where(self.is_log_P, np.exp(self.low_P), -np.inf))), self.low_P, self.high_P)
     scale = 1.0 if delta is None else delta
+    # Shares of the observations, so that the cost is a mean; a prior weighs as one of the independent ones.
+    weights_m = np.concatenate([weights_n / weights_n.sum(), np.full(len(self.pull_RP), self.prior_weight)])
 
-    def loss(z_n: np.ndarray) -> np.ndarray:
-      far_n = np.maximum(z_n, 1.0) if delta is not None else np.ones_like(z_n)
-      rho_n = np.where(far_n > 1, 2 * np.sqrt(far_n) - 1, z_n)
+    def loss(z_m: np.ndarray) -> np.ndarray:
+      far_m = np.maximum(z_m, 1.0) if delta is not None else np.ones_like(z_m)
+      far_m[len(weights_n) :] = 1.0
+      rho_m = np.where(far_m > 1, 2 * np.sqrt(far_m) - 1, z_m)
       # The second derivative is left out: Gauss-Newton on the quadratic above the Huber loss, which never overshoots.
-      return np.stack([rho_n, far_n**-0.5, np.zeros_like(z_n)]) * weights_n
+      return np.stack([rho_m, far_m**-0.5, np.zeros_like(z_m)]) * weights_m
 
     with np.errstate(all="ignore"):
       if not (np.isfinite(self.residuals(x_P)).all() and np.isfinite(self.jacobian(x_P)).all()):
@@ -290,7 +369,7 @@ class _Search:
         x_scale="jac",
         ftol=self.tolerance,
         xtol=self.tolerance,
-        gtol=self.tolerance * scale,
+        gtol=_GRADIENT_TOLERANCE * scale**2,
         max_nfev=evaluations,
       )
-    return _End(self._outward(end.x), float(end.cost) / float(weights_n.sum()), end.status > 0)
+    return _End(self._outward(end.x), float(end.cost), end.status > 0)

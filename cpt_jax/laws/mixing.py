@@ -1,6 +1,6 @@
 """Shares of many sources -> the final loss of one, by the data mixing law, and the shares that serve best.
 
-Invariant: shares sum to 1, so the last source has no exponent of its own (k holds it); predictions stay inside the measured shares.
+Invariant: shares sum to 1, so the last source has no exponent of its own: k holds it. The best shares lie among the measured.
 Called by laws.choose and tools that look for shares.
 
 Ye et al. (2403.16952): L_i(r) = c_i + k_i exp(sum_j t_ij r_j), a fit for each source i; t_ij < 0 where source j helps source i.
@@ -55,7 +55,7 @@ class Mixing(Separable):
 
 @dataclasses.dataclass(frozen=True)
 class MixingRate(Mixing):
-  """The law with powers of rate and tokens before the exponential, for grids in which these vary: c + k e^u t^v exp(sum_j t_j r_j)."""
+  """The law for grids in which rate and tokens vary: c + k e^u t^v exp(sum_j t_j r_j); the two powers are ours."""
 
   rate0: float = 1e-3
   tokens0: float = 1e6
@@ -121,7 +121,9 @@ def best_shares(
     best_M, over = candidates_cM[i], float(over_c[i])
   if over > 0:
     wanted = ", ".join(f"{source} <= {limit:.4f}" for source, limit in limits.items())
-    raise ConfigError(f"no mixture in the measured range keeps {wanted}; the nearest is {over:.4f} nats over, allow that much more")
+    raise ConfigError(
+      f"no mixture in the measured range keeps {wanted}; the nearest is {over:.4f} nats over, allow that much more"
+    )
   return (
     {name: float(share) for name, share in zip(names, best_M, strict=True)},
     {source: float(loss[0]) for source, loss in losses(best_M[None]).items()},

@@ -18,7 +18,7 @@ _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 
 
 def frontier(plan: Recommendation, path: str | os.PathLike) -> None:
-  """General loss rise against domain loss: the frontier, the recommended setting, the limit and the runs of the nearest budget."""
+  """General loss rise against domain loss: frontier, recommended setting, limit, and the runs of the nearest budget."""
   figure, ax = _figure(7.2, 5.2)
   rises, losses = [p.rise for p in plan.frontier], [p.domain_loss for p in plan.frontier]
   measured = _measured(plan)
@@ -28,7 +28,13 @@ def frontier(plan: Recommendation, path: str | os.PathLike) -> None:
     of_rate = [(replay, rise, loss) for its_rate, replay, rise, loss in measured if its_rate == rate]
     sizes = [25 + 200 * replay for replay, _, _ in of_rate]
     ax.scatter(
-      [x[1] for x in of_rate], [x[2] for x in of_rate], s=sizes, color=colour, edgecolors="white", linewidths=0.7, label=f"rate {rate:.3g}"
+      [x[1] for x in of_rate],
+      [x[2] for x in of_rate],
+      s=sizes,
+      color=colour,
+      edgecolors="white",
+      linewidths=0.7,
+      label=f"rate {rate:.3g}",
     )
   ax.plot(rises, losses, color=_BLUE, linewidth=2, label=f"frontier at {_count(plan.tokens)} tokens, predicted", zorder=3)
   for point in plan.frontier[:: max(1, len(plan.frontier) // 6)]:
@@ -37,7 +43,9 @@ def frontier(plan: Recommendation, path: str | os.PathLike) -> None:
   ax.scatter([plan.best.rise], [plan.best.domain_loss], marker="*", s=260, color=_RED, edgecolors="black", zorder=5,
              label=f"recommended: rate {plan.rate:.3g}, replay {plan.replay:.1%}")  # fmt: skip
   if plan.general_loss_rise is not None:
-    ax.axvline(plan.general_loss_rise, color=_GREY, linestyle="--", linewidth=1.2, label=f"limit, {plan.general_loss_rise:g} nats")
+    ax.axvline(
+      plan.general_loss_rise, color=_GREY, linestyle="--", linewidth=1.2, label=f"limit, {plan.general_loss_rise:g} nats"
+    )
   # Collapsed runs would squeeze the rest into a corner: the axes end where the frontier does, with room for what is near it.
   span_x, span_y = _span(rises), _span(losses)
   ax.set_xlim(min([*rises, 0.0]) - 0.1 * span_x, max([*rises, plan.general_loss_rise or 0.0]) + 0.25 * span_x)
@@ -45,7 +53,11 @@ def frontier(plan: Recommendation, path: str | os.PathLike) -> None:
   ax.set_xlabel("rise of the general loss over the base (nats/token)")
   ax.set_ylabel("domain loss (nats/token)")
   budgets = sorted({cell.tokens for cell in plan.cells})
-  ax.set_title(f"Forgetting against learning\nDots: runs of {_count(_nearest(budgets, plan.tokens))} tokens, larger with more replay. On the line: rate, replay share", fontsize=10)
+  ax.set_title(
+    f"Forgetting against learning\nDots: runs of {_count(_nearest(budgets, plan.tokens))} tokens, larger with more replay. "
+    "On the line: rate, replay share",
+    fontsize=10,
+  )
   ax.legend(fontsize=7.5, loc="upper right")
   _save(figure, path)
 
@@ -56,12 +68,20 @@ def fit_quality(plan: Recommendation, path: str | os.PathLike) -> None:
   figure, axes = _figure(4.6 * len(sources), 4.4, columns=len(sources))
   for ax, source in zip(np.atleast_1d(axes), sources, strict=True):
     choice = plan.choices[source]
-    error_n = choice.held_out_n - choice.fit.loss_n
+    error_n = choice.held_out_n - choice.loss_n
     rates = np.unique(choice.fit.inputs["rate"])
     for rate, colour in zip(rates, _colormap(len(rates)), strict=True):
       is_rate = choice.fit.inputs["rate"] == rate
       sizes = 25 + 200 * choice.fit.inputs["replay"][is_rate]
-      ax.scatter(choice.fit.loss_n[is_rate], error_n[is_rate], s=sizes, color=colour, edgecolors="white", linewidths=0.7, label=f"rate {rate:.3g}")
+      ax.scatter(
+        choice.loss_n[is_rate],
+        error_n[is_rate],
+        s=sizes,
+        color=colour,
+        edgecolors="white",
+        linewidths=0.7,
+        label=f"rate {rate:.3g}",
+      )
     ax.axhline(0, color="black", linewidth=0.8)
     if np.isfinite(choice.noise):
       ax.axhspan(-choice.noise, choice.noise, color=_GREY, alpha=0.25, linewidth=0, label=f"seed noise, {choice.noise:.4f}")
@@ -117,7 +137,9 @@ def _figure(width: float, height: float, *, columns: int = 1) -> tuple[Any, Any]
     from matplotlib.figure import Figure
   except ImportError as error:
     raise ConfigError("figures need matplotlib, which is not installed: pip install 'cpt_jax[plots]'") from error
-  figure = Figure(figsize=(width, height), layout="constrained")  # of no global state, so that a caller's own figures are left alone
+  figure = Figure(
+    figsize=(width, height), layout="constrained"
+  )  # of no global state, so that a caller's own figures are left alone
   backend_agg.FigureCanvasAgg(figure)
   axes = figure.subplots(1, columns)
   for ax in np.atleast_1d(axes):

@@ -1,6 +1,6 @@
 """Finished runs and a budget -> the rate and replay share to train with, what they will cost, and what the next best would.
 
-Invariant: only settings inside the measured rates and replay shares are recommended; the same cells and seed give the same answer.
+Invariant: only settings inside the measured rates and replay shares are recommended; same cells and seed, same answer.
 Called by tools that plan a run.
 
   cells = [Cell(rate=..., replay=..., tokens=..., seed=..., losses=..., base=..., roles=...), ...]
@@ -212,22 +212,29 @@ def fit_sources(
   cells = cells_lib.checked(cells)
   if confidence is not None and not 0.5 < confidence < 1:
     raise ConfigError(f"confidence={confidence:g}: must be above 0.5 and below 1, e.g. 0.9")
+  _check_budget(cells, tokens)
   choices = {
     source: choose_lib.choose(cells, source, laws=None if laws is None else laws[source], seed=seed) for source in cells[0].roles
   }
-  predictor = Predictor(choices, tuple(cells), float(tokens), level, confidence)
-  low, high = predictor.range("tokens")
-  farthest = choose_lib.FARTHEST["tokens"]
+  return Predictor(choices, tuple(cells), float(tokens), level, confidence)
+
+
+def _check_budget(cells: Sequence[Cell], tokens: float) -> None:
+  finished = [cell.tokens for cell in cells if all(math.isfinite(loss) for loss in cell.losses.values())]
+  if not finished:
+    raise ConfigError(f"all {len(cells)} runs diverged; run the grid again at lower rates")
+  low, high = min(finished), max(finished)
+  farthest = 2 ** choose_lib.FARTHEST["tokens"]
   if low == high and tokens != low:
     raise ConfigError(
-      f"all finished runs have {low:g} tokens, so nothing says what {tokens:g} would do; run some cells at 2 and 4 times the tokens too"
+      f"all finished runs have {low:g} tokens, so nothing says what {tokens:g} would do; "
+      "run some cells at 2 and 4 times the tokens too"
     )
-  if not low / 2**farthest <= tokens <= high * 2**farthest:
+  if not low / farthest <= tokens <= high * farthest:
     raise ConfigError(
-      f"a run of {tokens:g} tokens is more than {2**farthest:g} times beyond the finished ones ({low:g} to {high:g}); "
-      f"run some cells at {tokens / 2**farthest:g} tokens or more"
+      f"a run of {tokens:g} tokens is more than {farthest:g} times beyond the finished ones ({low:g} to {high:g}); "
+      f"run some cells at {tokens / farthest:g} tokens or more"
     )
-  return predictor
 
 
 def recommend(
@@ -263,9 +270,10 @@ def recommend(
     i = int(np.nanargmin(np.where(usable_n, rise_n, np.nan)))
     bound = "" if predictor.confidence is None else f" at confidence {predictor.confidence:g}"
     raise ConfigError(
-      f"general_loss_rise={general_loss_rise:g}: no measured rate and replay share keeps the general loss so low{bound} in a run of "
-      f"{predictor.tokens:g} tokens. The least rise is {rise_n[i]:.4f} nats, at rate {rate_n[i]:.3g} and replay {replay_n[i]:.3g}; "
-      f"allow {math.ceil(rise_n[i] * 100) / 100:.2f} or more, or measure lower rates and more replay"
+      f"general_loss_rise={general_loss_rise:g}: no measured rate and replay share keeps the general loss so low{bound} "
+      f"in a run of {predictor.tokens:g} tokens. The least rise is {rise_n[i]:.4f} nats, at rate {rate_n[i]:.3g} "
+      f"and replay {replay_n[i]:.3g}; allow {math.ceil(rise_n[i] * 100) / 100:.2f} or more, "
+      "or measure lower rates and more replay"
     )
   best = predictor.point("recommended", *found, limit=general_loss_rise)
   assert best is not None
@@ -312,7 +320,8 @@ def _check_weights(weights: Mapping[str, float], sources: list[str]) -> None:
   unknown = [source for source in weights if source not in sources]
   if unknown or not any(weight > 0 for weight in weights.values()) or any(weight < 0 for weight in weights.values()):
     raise ConfigError(
-      f"weights={dict(weights)}: must name sources of the runs ({', '.join(sources)}), with numbers of at least 0 and one above it"
+      f"weights={dict(weights)}: must name sources of the runs ({', '.join(sources)}), "
+      "with numbers of at least 0 and one above it"
     )
 
 
@@ -381,11 +390,13 @@ def _notes(predictor: Predictor, best: Point, limit: float | None) -> tuple[str,
     gain = best.domain_loss - float(predictor.domain_loss(np.array([free[0]]), np.array([free[1]]))[0])
     if gain > 1e-4:
       notes.append(
-        f"The limit of {limit:g} nats decides: without it rate {free[0]:.3g} and replay {free[1]:.3g} would bring the domain loss "
-        f"{gain:.4f} nats lower."
+        f"The limit of {limit:g} nats decides: without it rate {free[0]:.3g} and replay {free[1]:.3g} would bring "
+        f"the domain loss {gain:.4f} nats lower."
       )
     else:
-      notes.append(f"The limit of {limit:g} nats does not bind: the domain loss is lowest here, at a general rise of {best.rise:.4f}.")
+      notes.append(
+        f"The limit of {limit:g} nats does not bind: the domain loss is lowest here, at a general rise of {best.rise:.4f}."
+      )
   for axis, value, more in (("rate", best.rate, ("lower", "higher")), ("replay", best.replay, ("less", "more"))):
     low, high = predictor.range(axis)
     for edge, word in ((low, more[0]), (high, more[1])):
@@ -399,7 +410,9 @@ def _notes(predictor: Predictor, best: Point, limit: float | None) -> tuple[str,
     )
   for source, choice in predictor.choices.items():
     if not choice.beats_baselines:
-      notes.append(f"{source}: no law predicts held-out runs better than the simple guesses beside it; trust measured cells, not this fit.")
+      notes.append(
+        f"{source}: no law predicts held-out runs better than the simple guesses beside it; trust measured cells, not this fit."
+      )
     if not choice.noise_freedom:
       notes.append(f"{source}: no cell has two seeds, so nothing says how much of the differences is chance.")
     if choice.diverged:

@@ -1,6 +1,6 @@
 """A law that is linear in some parameters -> its prediction, exact gradient and good starting points.
 
-Invariant: loss_n = offset_n + columns_nK(shape_Q) @ linear_K, the offset being the base's loss; theta_P is linear_K, then shape_Q.
+Invariant: loss_n = offset_n + columns_nK(shape_Q) @ linear_K, the offset being the base's loss; theta_P = linear_K, shape_Q.
 Called by the laws of final losses (replay, domain, dcpt, cmr, mixing, transfer).
 
 Where the shape parameters are given, the best linear ones follow by least squares (variable projection, Golub and Pereyra 1973).
@@ -23,7 +23,7 @@ POSITIVE = (0.0, np.inf)
 
 @dataclasses.dataclass(frozen=True)
 class Separable:
-  """The base of laws that give `columns` and `slopes`; parameters are dicts name -> (low, high), for shapes also the range of starts."""
+  """What laws build on that give `columns` and `slopes`; parameters are name -> (low, high), of shapes and their starts."""
 
   linear: ClassVar[dict[str, tuple[float, float]]] = {}
   shape: ClassVar[dict[str, tuple[float, float]]] = {}
@@ -65,14 +65,15 @@ class Separable:
     return np.concatenate([columns_nK, by_shape_nQ], axis=1)
 
   def starts(self, inputs: Inputs, loss_n: np.ndarray, *, num: int, rng: np.random.Generator) -> np.ndarray:
-    """(num, P): shapes drawn evenly from their ranges, linear parameters by bounded least squares; one suffices without shapes."""
+    """(num, P): shapes drawn evenly from their ranges, the rest by bounded least squares; without shapes one suffices."""
     target_n = loss_n - self.offset(inputs)
     low_K, high_K = np.array(list(self.linear.values())).T
     starts = []
     for _ in range(num if self.shape else 1):
       shape_Q = np.array([rng.uniform(low, high) for low, high in self.shape.values()])
       columns_nK = self.columns(shape_Q, inputs)
-      scale_K = np.maximum(np.linalg.norm(columns_nK, axis=0), 1e-30)
+      norm_K = np.linalg.norm(columns_nK, axis=0)
+      scale_K = np.where(norm_K > 0, norm_K, 1.0)  # a column of zeros (an input that never varied) gets 0
       solved = scipy.optimize.lsq_linear(columns_nK / scale_K, target_n, bounds=(low_K * scale_K, high_K * scale_K))
       starts.append(np.concatenate([solved.x / scale_K, shape_Q]))
     return np.array(starts)
