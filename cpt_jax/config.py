@@ -266,6 +266,11 @@ def default() -> Any:
   c.log.every = 10  # steps between lines of metrics.jsonl
   c.log.tensorboard = False  # also write TensorBoard events (extra [tensorboard])
 
+  # What tools/plan.py writes into the config that it recommends; no run depends on it.
+  c.plan = ConfigDict()
+  c.plan.losses = ()  # predicted final losses, ((source, nats per token, low, high), ...): shown beside the measured ones
+  c.plan.made_by = ""  # the plan that they come from
+
   c.debug = ConfigDict()
   c.debug.stop_after = 0  # end after this step without touching the schedules; 0 = off
   c.debug.no_jit = False  # run the step op by op
@@ -412,6 +417,7 @@ def resolve(config: Any) -> ConfigDict:
   problems.raise_if_any()  # the checks below read keys
   _check_values(config, problems)
   _check_sources(config, problems)
+  _check_predictions(config, problems)
   problems.raise_if_any()
   config.lock()
   return config
@@ -582,6 +588,15 @@ def _check_sources(config: Any, problems: Problems) -> None:
   weights = [entry.loss_weight for entry in config.data.sources.values()]
   if max(weights) == 0 and not problems.lines:
     problems.add("every source's loss_weight is 0: nothing would be learnt; give at least one a weight above 0")
+
+
+def _check_predictions(config: Any, problems: Problems) -> None:
+  for entry in config.plan.losses:
+    is_entry = isinstance(entry, (list, tuple)) and len(entry) == 4 and isinstance(entry[0], str)
+    if not (is_entry and all(isinstance(x, numbers.Real) and math.isfinite(x) for x in entry[1:])):
+      problems.add(f"plan.losses: {entry!r} is no prediction; write (source, loss, low, high), e.g. ('law', 2.91, 2.88, 2.95)")
+    elif entry[0] not in config.data.sources:
+      problems.add(f"plan.losses: there is no source {entry[0]}.{did_you_mean(entry[0], list(config.data.sources))}")
 
 
 def _check_stages(config: Any, problems: Problems) -> float:

@@ -17,20 +17,16 @@ LAYERS = [
   ["model.spec", "model.rope", "model.layers", "model.attention", "model.transformer", "model.loss", "model.hf_files"]
   + ["model.pretrained"],
   ["evals.perplexity", "evals.drift"],
-<<<<<<< HEAD
   ["train.schedule", "train.optimizer", "train.state", "train.step", "train.checkpoint", "train.guard", "train.start"]
   + ["train.metrics", "train.console", "train.loop", "train.dry_run"],
   ["analysis.runs", "analysis.corpus", "analysis.diagnosis", "analysis.report", "laws.fit", "laws.curves", "laws.annealing"]
-  + ["laws.cpt_law", "laws.cells", "laws.separable", "laws.replay", "laws.domain", "laws.dcpt", "laws.cmr", "laws.mixing"]
-  + ["laws.transfer", "laws.choose", "laws.recommend", "laws.plots"],
-  ["probe.trials", "probe.design", "probe.config_files", "probe.stacked", "probe.runs", "probe.outcome", "probe.diagnosis"],
+  + ["laws.cpt_law", "laws.separable", "laws.change", "laws.cells", "laws.replay", "laws.domain", "laws.dcpt", "laws.cmr"]
+  + ["laws.mixing", "laws.transfer", "laws.choose", "laws.recommend", "laws.plots"],
+  ["probe.trials", "probe.design", "probe.config_files", "probe.outcome", "probe.stacked", "probe.runs", "probe.tables"]
+  + ["probe.diagnosis"],
   ["main"],
 ]
-NEVER = {
-  0: {"jax", "flax", "optax", "orbax", "grain"},
-  2: {"jax", "flax", "optax", "orbax"},
-  6: {"jax", "flax", "optax", "orbax"},
-}
+NEVER = {0: {"jax", "flax", "optax", "orbax", "grain"}} | {layer: {"jax", "flax", "optax", "orbax"} for layer in (2, 6)}
 
 
 def modules(root):

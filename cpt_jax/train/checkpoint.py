@@ -256,7 +256,7 @@ def identity(config: Any, run_dir: pathlib.Path) -> dict[str, str]:
 # Keys that may change between two starts of a run: they alter no row, no update and nothing that a checkpoint holds. Not
 # eval.tokens: the base was measured on those held-out documents.
 _FREE = ("log.", "checkpoint.", "debug.", "eval.every", "eval.batch_rows", "mesh.", "data.prefetch")
-_FREE += ("guard.", "model.remat", "model.attention", "model.loss_chunk")
+_FREE += ("guard.", "plan.", "model.remat", "model.attention", "model.loss_chunk")
 # Those that may change what lies ahead; data.order keeps the past as it was, or refuses.
 _FREE += ("train.length", "data.sources.", "data.stages", "data.on_bad", "data.max_bad")
 

@@ -31,6 +31,16 @@ class _Console(rich.console.Console):
 console = _Console(highlight=False, width=None if _IS_TERMINAL else 160)
 
 
+@contextmanager
+def muted() -> Iterator[None]:
+  """Nothing is shown meanwhile: the block's work is told otherwise."""
+  before, console.quiet = console.quiet, True
+  try:
+    yield
+  finally:
+    console.quiet = before
+
+
 def say(text: str) -> None:
   """A line of plain text."""
   console.print(text, markup=False, soft_wrap=True)
@@ -124,6 +134,43 @@ class TrainProgress:
       self._bar.stop()
 
 
+class Bar:
+  """A bar over `total` parts of some work, with the time left; nothing where there is no terminal.
+
+  It has a console of its own, so it is seen while the other one is muted.
+  """
+
+  def __init__(self, total: int):
+    self._bar = None
+    if console.is_terminal:
+      self._bar = rich.progress.Progress(
+        rich.progress.TextColumn("[bold]{task.description}"),
+        rich.progress.BarColumn(bar_width=24),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left"),
+        rich.progress.TimeRemainingColumn(),
+        console=_Console(highlight=False),
+      )
+      self._task = self._bar.add_task("", total=total)
+      self._bar.start()
+
+  def describe(self, text: str) -> None:
+    """What is being worked at."""
+    if self._bar is not None:
+      self._bar.update(self._task, description=text)
+
+  def advance(self, parts: int) -> None:
+    """So many more are done."""
+    if self._bar is not None:
+      self._bar.update(self._task, advance=parts)
+
+  def stop(self) -> None:
+    """Ends the bar."""
+    if self._bar is not None:
+      self._bar.stop()
+
+
 def clock(seconds: float) -> str:
   """75 -> 1:15, 3675 -> 1:01:15."""
   minutes, secs = divmod(round(seconds), 60)
@@ -186,6 +233,18 @@ def summary(result: dict[str, Any]) -> None:
     rows,
     left=2,
   )
+  planned = [source for source in result["sources"] if "predicted" in source]
+  if planned:
+    table(
+      "what the plan had predicted: nats per token",
+      ["source", "predicted", "from", "to", "measured", "off by", ""],
+      [
+        [source["source"], *(f"{source['predicted'][key]:.4f}" for key in ("loss", "low", "high"))]
+        + [f"{source['result']['loss']:.4f}", f"{source['result']['loss'] - source['predicted']['loss']:+.4f}"]
+        + ["within" if source["predicted"]["low"] <= source["result"]["loss"] <= source["predicted"]["high"] else "outside"]
+        for source in planned
+      ],
+    )
   say(f"checkpoint    {result['checkpoint']}")
   for line in result["guard"]:
     say(f"guard         {line}")

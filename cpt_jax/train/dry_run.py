@@ -1,7 +1,7 @@
 """A config -> what the run would do, said without a device and without training.
 
 Invariant: every figure comes from the code that the run uses (the same opened inputs, schedule, groups and shardings).
-Called by main.
+Called by main; its arithmetic by probe.stacked, too.
 """
 
 import math
@@ -122,7 +122,7 @@ def _placement(abstract: state.TrainState, config: Any, spec: spec_lib.ModelSpec
   params = sum(map(_shard_bytes, jax.tree.leaves(abstract.params)))
   moments = sum(map(_shard_bytes, jax.tree.leaves(abstract.opt_state)))
   dtype = step.settings_from_config(config).compute_dtype
-  activations = _activation_bytes(config, spec, sizes, dtype.itemsize)
+  activations = activation_bytes(config, spec, sizes, dtype.itemsize)
   console.table(
     "memory of one device (arithmetic; the compiler's own temporaries come on top)",
     ["what", "size"],
@@ -140,7 +140,7 @@ def _shard_bytes(leaf: Any) -> int:
   return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def _activation_bytes(config: Any, spec: spec_lib.ModelSpec, sizes: dict[str, int], itemsize: int) -> int:
+def activation_bytes(config: Any, spec: spec_lib.ModelSpec, sizes: dict[str, int], itemsize: int) -> int:
   """Inputs that the layers keep for the backward pass, per microbatch and device.
 
   full: the layer's input. dots: that and the outputs of its products. none: those, the norms' and the gate's results as well;

@@ -1,7 +1,7 @@
 """The run, told in order: resolve and open, mesh, data, compile, start, loop, close.
 
 Invariant: evaluate if due, save if due, THEN fetch rows, dispatch the step, and write the metrics of the step before.
-Called by main.
+Called by main, probe.runs.
 """
 
 import contextlib
@@ -90,20 +90,22 @@ def open_inputs(config: Any, workdir: pathlib.Path | None = None) -> Inputs:
   return Inputs(config, base, begin, spec, hf_config, loader, decisions, asked, rates, tx)
 
 
-def run(config: Any, workdir: pathlib.Path) -> int:
+def run(config: Any, workdir: pathlib.Path, *, bar: Any = None) -> int:
   """Trains as `config` says, keeping everything in `workdir`; returns the process's exit code.
 
   Started again with the same arguments it goes on from its newest checkpoint, and ends with the same parameters as if it had
   never stopped. On several hosts each runs this at the same time; process 0 alone keeps the records and speaks.
+
+  `bar` shows how far it is instead of console.TrainProgress, whose methods it has.
   """
   # A guard writes down what it decides, and the run starts again: so it is the same whether it was killed there or not.
-  while (code := _run(config, workdir)) == _AGAIN:
+  while (code := _run(config, workdir, bar=bar)) == _AGAIN:
     pass
   return code
 
 
-def _run(config: Any, workdir: pathlib.Path) -> int:
-  console.console.quiet = not hosts.is_main()
+def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
+  console.console.quiet |= not hosts.is_main()
   # ---- 1. resolve and open: model config, stores, schedule, optimizer ----
   config, base, begin, spec, hf_config, loader, decisions, asked, rates, tx = open_inputs(config, workdir)
   num_steps = loader.end_step
@@ -181,7 +183,7 @@ def _run(config: Any, workdir: pathlib.Path) -> int:
       record_dir, start_step=first_step, evaluates_first=evaluates_first, tensorboard=config.log.tensorboard
     )
     meter = metrics.from_config(config, loader.names, spec, mesh, state=meta["meter"] if meta else None)
-    bar = console.TrainProgress(start_step=first_step, num_steps=num_steps)
+    bar = bar or console.TrainProgress(start_step=first_step, num_steps=num_steps)
     losses = dict(base_losses)
 
     def report() -> None:
@@ -263,6 +265,8 @@ def _run(config: Any, workdir: pathlib.Path) -> int:
     result = metrics.summary(
       now, base_losses, losses, loader.ledger(now), str(workdir / "ckpt" / str(now)), exported, guard.summary(workdir)
     )
+    if now == num_steps:
+      result = metrics.with_predictions(result, config.plan.losses)
     if hosts.is_main():
       metrics.write_summary(workdir, result)
     console.summary(result)

@@ -8,6 +8,7 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -213,6 +214,13 @@ def summary(
   measured = [row for row in ledger if row["source"] in losses]  # sources that the run has given up are not evaluated
   sources = [{**row, "base": base_losses[row["source"]]._asdict(), "result": losses[row["source"]]._asdict()} for row in measured]
   return {"step": step, "sources": sources, "checkpoint": checkpoint, "exported": exported, "guard": guard}
+
+
+def with_predictions(result: dict[str, Any], losses: Sequence[Sequence[Any]]) -> dict[str, Any]:
+  """The summary with what a plan had said beside what was measured: `plan.losses` of the config."""
+  said = {name: {"loss": loss, "low": low, "high": high} for name, loss, low, high in losses}
+  sources = [row | ({"predicted": said[row["source"]]} if row["source"] in said else {}) for row in result["sources"]]
+  return {**result, "sources": sources}
 
 
 def write_segments(run_dir: pathlib.Path, record: dict) -> None:

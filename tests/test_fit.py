@@ -1,0 +1,162 @@
+"""The fitting core on laws of three lines: recovery, robustness, determinism, coverage, refusals."""
+
+import dataclasses
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from cpt_jax.config import ConfigError
+from cpt_jax.laws import fit as fit_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Power:
+  """E + A x^-a."""
+
+  name: str = "power"
+  parameters: tuple = ("E", "A", "a")
+  bounds: tuple = ((0.0, np.inf), (1e-12, 1e12), (1e-3, 5.0))
+
+  def predict(self, theta_P, inputs):
+    return theta_P[0] + theta_P[1] * inputs["x"] ** -theta_P[2]
+
+  def gradient(self, theta_P, inputs):
+    power = inputs["x"] ** -theta_P[2]
+    return np.stack([np.ones_like(power), power, -theta_P[1] * power * np.log(inputs["x"])], axis=1)
+
+  def starts(self, inputs, loss_n, *, num, rng):
+    a = np.exp(rng.uniform(np.log(0.05), np.log(2), num))
+    low = loss_n.min() * rng.uniform(0.2, 1, num)
+    return np.stack([low, (loss_n.max() - low) * inputs["x"].min() ** a, a], axis=1)
+
+
+def data(theta, *, num=40, noise=0.0, seed=0, scale=1.0):
+  rng = np.random.default_rng(seed)
+  inputs = {"x": scale * np.geomspace(1, 300, num)}
+  clean = Power().predict(np.array(theta), inputs)
+  return inputs, clean * np.exp(noise * rng.standard_normal(num))
+
+
+@hypothesis.given(
+  low=st.floats(0.5, 4), a=st.floats(0.2, 1.2), drop=st.floats(0.2, 4), scale=st.sampled_from([1e-6, 1e-3, 1.0, 1e4])
+)
+def test_curves_without_noise_are_found_whatever_their_units(low, a, drop, scale):
+  inputs, loss_n = data((low, drop * scale**a, a), scale=scale)
+  fitted = fit_lib.fit(Power(), inputs, loss_n, num_starts=12)
+  assert fitted.scores().worst_relative < 1e-6
+  # Outside what was fitted too.
+  far = {"x": scale * np.array([1e3, 1e4])}
+  np.testing.assert_allclose(fitted.predict(far), low + drop * (far["x"] / scale) ** -a, rtol=1e-4)
+
+
+def test_a_tenth_of_wild_losses_changes_nothing():
+  inputs, loss_n = data((2.0, 3.0, 0.5), noise=1e-4)
+  wild_n = loss_n.copy()
+  wild_n[::10] *= 1.2
+  fitted = fit_lib.fit(Power(), inputs, wild_n)
+  assert fit_lib.scores(fitted.predict(inputs), loss_n).worst_relative < 1e-3
+  # Without the robust loss it would.
+  squares = fit_lib.fit(Power(), inputs, wild_n, delta=1e3)
+  assert fit_lib.scores(squares.predict(inputs), loss_n).worst_relative > 1e-2
+
+
+def test_the_objective_is_the_mean_huber_loss_of_the_log_losses():
+  inputs, loss_n = data((2.0, 3.0, 0.5), noise=3e-3)
+  fitted = fit_lib.fit(Power(), inputs, loss_n)
+  apart_n = np.abs(np.log(fitted.predict(inputs)) - np.log(loss_n))
+  huber_n = np.where(apart_n <= 1e-3, apart_n**2 / 2, 1e-3 * (apart_n - 5e-4))
+  assert fitted.objective == pytest.approx(huber_n.mean(), rel=1e-9)
+  # A minimum of it: no neighbour is better.
+  for step in 1e-3 * np.concatenate([np.eye(3), -np.eye(3)]):
+    apart_n = np.abs(np.log(Power().predict(fitted.theta_P * (1 + step), inputs) / loss_n))
+    assert np.where(apart_n <= 1e-3, apart_n**2 / 2, 1e-3 * (apart_n - 5e-4)).mean() > fitted.objective
+
+
+def test_the_same_seed_gives_the_same_bits():
+  inputs, loss_n = data((2.0, 3.0, 0.5), noise=3e-3)
+  first, second = (fit_lib.bootstrap(fit_lib.fit(Power(), inputs, loss_n, seed=4), num=5, seed=7) for _ in range(2))
+  np.testing.assert_array_equal(first.theta_P, second.theta_P)
+  np.testing.assert_array_equal(first.thetas_KP, second.thetas_KP)
+  assert len(np.unique(first.thetas_KP[:, 0])) == 5
+
+
+def coverage(*, groups, level, noise, shared):
+  """Share of new measurements inside the interval, over fresh data sets; groups share a part of their error."""
+  inside = []
+  for seed in range(30):
+    rng = np.random.default_rng(seed)
+    inputs, clean_n = data((2.0, 3.0, 0.5), num=24)
+    group_n = np.arange(24) // (24 // groups)
+    errors = lambda: noise * rng.standard_normal(24) + shared * rng.standard_normal(groups)[group_n]  # noqa: B023, E731
+    fitted = fit_lib.fit(Power(), inputs, clean_n * np.exp(errors()), num_starts=4)
+    low_n, high_n = fit_lib.bootstrap(fitted, num=60, groups_n=group_n, seed=seed).interval(inputs, level=level)
+    new_n = clean_n * np.exp(errors())
+    inside.append(np.mean((low_n <= new_n) & (new_n <= high_n)))
+  return np.mean(inside)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9])
+def test_intervals_hold_new_measurements_as_often_as_they_say(level):
+  assert coverage(groups=24, level=level, noise=5e-3, shared=0.0) == pytest.approx(level, abs=0.05)
+
+
+def test_intervals_widen_with_what_groups_share():
+  assert coverage(groups=8, level=0.9, noise=2e-3, shared=5e-3) == pytest.approx(0.9, abs=0.06)
+  inputs, loss_n = data((2.0, 3.0, 0.5), num=24)
+  group_n = np.arange(24) // 3
+  fitted = fit_lib.fit(Power(), inputs, loss_n * np.exp(5e-3 * np.random.default_rng(0).standard_normal(8)[group_n]))
+  alone, together = fit_lib.bootstrap(fitted), fit_lib.bootstrap(fitted, groups_n=group_n)
+  far = {"x": np.array([1e4])}
+  width = lambda fitted: np.ptp(np.log(fitted.interval(far)))  # noqa: E731
+  assert width(together) > 1.1 * width(alone)
+
+
+def test_scores_by_hand():
+  scores = fit_lib.scores(np.array([1.0, 2.0, 5.0]), np.array([1.0, 2.0, 4.0]))
+  assert scores.mae == pytest.approx(1 / 3) and scores.rmse == pytest.approx(np.sqrt(1 / 3))
+  assert scores.worst_relative == pytest.approx(0.25) and scores.mean_relative == pytest.approx(0.25 / 3)
+  assert scores.r2 == pytest.approx(1 - 1 / (14 / 3))
+  assert np.isnan(fit_lib.scores(np.array([1.0, 1.1]), np.array([1.0, 1.0])).r2)
+  with pytest.raises(ValueError, match="one of each"):
+    fit_lib.scores(np.ones(2), np.ones(3))
+
+
+@pytest.mark.parametrize(
+  ("loss_n", "message"),
+  [
+    ([3.0, 2.0], "2 losses cannot fix 3 parameters"),
+    ([3.0, 2.0, np.nan, 1.0], "finite and above 0"),
+    ([3.0, 2.0, -1.0, 1.0], "finite and above 0"),
+    ([[3.0, 2.0, 1.0]], "one number for each"),
+  ],
+)
+def test_bad_losses_are_named(loss_n, message):
+  with pytest.raises(ConfigError, match=message):
+    fit_lib.fit(Power(), {"x": np.arange(1.0, 5.0)}, np.array(loss_n))
+
+
+def test_inputs_without_a_value_and_searches_without_an_end_are_named():
+  with pytest.raises(ConfigError, match="not a finite number at any of 48 starts"):
+    fit_lib.fit(Power(), {"x": np.array([0.0, 1.0, 2.0, 3.0])}, np.array([3.0, 2.0, 1.5, 1.2]))
+
+  class Wild(Power):
+    def gradient(self, theta_P, inputs):  # leads nowhere
+      return np.sin(1e9 * super().gradient(theta_P, inputs))
+
+  inputs, loss_n = data((2.0, 3.0, 0.5), noise=3e-3)
+  with pytest.raises((ConfigError, AssertionError)):
+    fitted = fit_lib.fit(Wild(), inputs, loss_n)
+    assert fitted.objective < 1e-6
+
+
+def test_intervals_need_resampled_data_and_freedom():
+  inputs, loss_n = data((2.0, 3.0, 0.5), num=3)
+  fitted = fit_lib.fit(Power(), inputs, loss_n)
+  with pytest.raises(ValueError, match="call bootstrap"):
+    fitted.interval(inputs)
+  with pytest.raises(ValueError, match="add measurements"):
+    fit_lib.bootstrap(fitted, num=2, groups_n=np.arange(3)).interval(inputs)
+  with pytest.raises(ConfigError, match="needs 2 groups"):
+    fit_lib.bootstrap(fitted, groups_n=np.zeros(3))
