@@ -13,15 +13,21 @@ LAYERS = [
   ["trees", "hosts", "mesh"],
   ["data.batch", "data.documents", "data.tokenizer", "data.chat", "data.store", "data.decontaminate", "data.prepare"]
   + ["data.cluster", "data.sources", "data.selection", "data.packing", "data.shuffle", "data.quotas", "data.mixture"]
-  + ["data.order", "data.pipeline"],
+  + ["data.order", "data.pipeline", "data.excerpts"],
   ["model.spec", "model.rope", "model.layers", "model.attention", "model.transformer", "model.loss", "model.hf_files"]
   + ["model.pretrained"],
   ["evals.perplexity", "evals.drift"],
   ["train.schedule", "train.optimizer", "train.state", "train.step", "train.checkpoint", "train.start", "train.metrics"]
   + ["train.console", "train.loop", "train.dry_run"],
+  ["analysis.corpus", "analysis.diagnosis"],
+  ["probe.trials", "probe.diagnosis"],
   ["main"],
 ]
-NEVER = {0: {"jax", "flax", "optax", "orbax", "grain"}, 2: {"jax", "flax", "optax", "orbax"}}
+NEVER = {
+  0: {"jax", "flax", "optax", "orbax", "grain"},
+  2: {"jax", "flax", "optax", "orbax"},
+  6: {"jax", "flax", "optax", "orbax"},
+}
 
 
 def modules(root):
