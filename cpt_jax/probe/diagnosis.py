@@ -137,7 +137,9 @@ def _document_bytes(store: stores.TokenStore, documents: np.ndarray, tokenizer: 
 def _text_bytes(drawn: Excerpts, i: int, tokenizer: tokenizers.Tokenizer) -> int:
   """UTF-8 bytes of an excerpt's text, as far as it counts in the loss."""
   ids = drawn.excerpt(i)
-  return len(tokenizer.decode(ids[drawn.loss_mask(i, 0, len(ids))].tolist()).encode())
+  text = tokenizer.decode(ids[drawn.loss_mask(i, 0, len(ids))].tolist())
+  # The halves of characters that were cut at the ends: one or two bytes, not the three of the mark that is put for them.
+  return len(text.replace("\ufffd", "?").encode())
 
 
 def evaluate(base: Base, held: dict[str, Held], *, config: Any, on_batch: Callable[[], None]) -> dict[str, diagnosis.Loss]:
