@@ -1,5 +1,6 @@
 """Which kind of continual pretraining, from figures: the figures' properties, every verdict, and the tool on the shipped base."""
 
+import ast
 import gzip
 import itertools
 import json
@@ -119,10 +120,18 @@ def test_an_own_vocabulary_needs_text_and_saves_tokens():
   assert own < 0.5 * sum(len(t) for t in text[60:])
 
 
+def test_what_compresses_by_itself():
+  noise = np.random.default_rng(0).bytes(50_000)
+  assert corpus.compressed_bits(noise) > 7.9 and corpus.compressed_bits(b"abc" * 20_000) < 0.1
+  texts = ["a" * 10_000, "b" * 10, "\u9f98" * 9000]
+  data = corpus.beginnings(texts, num_bytes=20_000)
+  assert len(data) == 20_000 and data.startswith(b"a" * 6666 + b"\n" + b"b" * 10 + b"\n")
+
+
 def test_the_error_of_a_ratio_is_that_of_the_mean_where_weights_are_equal():
   values = np.random.default_rng(1).normal(size=40)
   assert corpus.ratio_error(list(3 * values), [3.0] * 40) == pytest.approx(values.std(ddof=1) / math.sqrt(40))
-  assert corpus.ratio_error([2.0], [3.0]) == 0.0
+  assert corpus.ratio_error([2.0], [3.0]) == math.inf
 
 
 # ---- samples ----
@@ -172,6 +181,7 @@ def figures(name="law", *, bits_per_byte=1.0, error=0.01, bits=0.05, scripts=Non
     name,
     diagnosis.Store("store", 100, more.get("tokens", 10**6), 4 * 10**6, 0.25),
     diagnosis.Loss(3.0, 0.03, bits_per_byte, error, 10_000, 20, "20 held-out documents"),
+    diagnosis.Compressed(more.get("xz", 2.0), 2.0, 500_000),
     diagnosis.Vocabulary(10**5, byte, more.get("unknown", 0.0), 0.5, own),
     diagnosis.Distance(bits, 0.05, 10**5),
     corpus.Lengths(500, 900, 2000, 4000, 0.0, 0.0, beyond, beyond),
@@ -195,6 +205,8 @@ GENERAL = figures("general")
     (dict(bits=0.6, bits_per_byte=0.7), ("domain knowledge",), "strong"),  # source code
     (dict(bits=0.3, bits_per_byte=1.4), ("domain knowledge",), "strong"),
     (dict(bits=0.6, bits_per_byte=1.4), ("language",), "language"),
+    (dict(bits=0.6, bits_per_byte=1.4, xz=2.8), ("domain knowledge",), "strong"),  # hard for anybody
+    (dict(bits=0.6, bits_per_byte=1.0, xz=1.5), ("language",), "language"),  # easy, but not for the base
     (dict(bits=0.3, bits_per_byte=1.4, scripts={"Han": 1.0}), ("language",), "language"),
     (dict(bits=0.9, bits_per_byte=1.1, scripts={"Han": 1.0}), ("domain knowledge",), "strong"),  # a language that it knows
     (dict(bits=0.9, bits_per_byte=3.0, beyond=0.9), ("language", "long context"), "language"),
@@ -360,6 +372,22 @@ def test_the_tool_on_the_shipped_base_and_texts(root, tmp_path):
   planned = subprocess.run(arguments, cwd=root, capture_output=True, text=True, timeout=300)
   assert planned.returncode == 0, planned.stderr
   assert "dry run" in planned.stdout
+
+
+def test_the_example_of_the_domain_recipe_says_what_it_would_do(root, tmp_path):
+  docstring = ast.get_docstring(ast.parse((root / "configs" / "domain.py").read_text()))
+  (line,) = [line for line in docstring.splitlines() if "start.hf=examples/base" in line]
+  for name in ("english", "poetry_ci"):
+    text = f"examples/corpora/{name}.jsonl.gz"
+    assert text in line
+    with gzip.open(root / text, "rt", encoding="utf-8") as f:
+      (tmp_path / f"{name}.jsonl").write_text("".join(itertools.islice(f, 120)), encoding="utf-8")
+    line = line.replace(text, str(tmp_path / f"{name}.jsonl"))  # a part of it is enough here
+  line = line.replace("store/quickstart", str(tmp_path / "store"))
+  arguments = [sys.executable, *shlex.split(line)[1:], "--dry_run"]
+  done = subprocess.run(arguments, cwd=root, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr
+  assert "100 steps" in done.stdout and "0.900" in done.stdout
 
 
 def test_everything_wrong_is_said_at_once(root, tmp_path, fixtures):

@@ -171,6 +171,8 @@ def plain(value: Any) -> Any:
     return {key: plain(entry) for key, entry in value._asdict().items()}
   if isinstance(value, dict):
     return {key: plain(entry) for key, entry in value.items()}
+  if isinstance(value, float) and not math.isfinite(value):
+    return None  # an error that cannot be told
   return [plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
 
 
@@ -209,14 +211,16 @@ def show_figures(figures: dict[str, diagnosis.Figures], general: str) -> None:
   for name, figure in figures.items():
     loss, (ratio, _) = figure.base, diagnosis.loss_ratio(figure, figures[general])
     rows.append(
-      [name, f"{loss.bits_per_byte:.3f} +-{2 * loss.bits_per_byte_error:.3f}", "" if name == general else f"{ratio:.2f}"]
-      + [f"{loss.loss:.3f} +-{2 * loss.loss_error:.3f}", f"{loss.tokens:,}", loss.sample]
+      [name, f"{loss.loss:.3f} +-{2 * loss.loss_error:.3f}", f"{loss.bits_per_byte:.3f} +-{2 * loss.bits_per_byte_error:.3f}"]
+      + [f"{figure.compressed.bits_per_byte:.3f}", f"{loss.bits_per_byte / figure.compressed.bits_per_byte:.2f}"]
+      + ["" if name == general else f"{ratio:.2f}", f"{loss.tokens:,}", loss.sample]
     )
   console.table(
-    "the base on each source (+- two standard errors; bits/byte compare between sources, nats/token do not)",
-    ["source", "bits/byte", "x general", "nats/token", "tokens", "measured on"],
+    "the base on each source, +- two standard errors",
+    ["source", "nats/token", "bits/byte", "xz bits/byte", "base/xz", "x general", "tokens", "measured on"],
     rows,
   )
+  console.say("base/xz: the base's bits/byte over those of xz, which knows nothing; it compares between texts of any language\n")
   rows = []
   for name, figure in figures.items():
     vocabulary, store, saving = figure.vocabulary, figure.store, figure.vocabulary.own_saving_frac
@@ -228,7 +232,11 @@ def show_figures(figures: dict[str, diagnosis.Figures], general: str) -> None:
         f"{figure.text.fertility:.2f} a {figure.text.unit}",
       ]
       + [f"{vocabulary.byte_frac:.1%}", f"{vocabulary.unknown_frac:.1%}", f"{vocabulary.used_frac:.0%}"]
-      + ["?" if saving is None else f"{saving:.0%}", f"{figure.distance.bits:.3f}", f"{figure.distance.floor_bits:.3f}"]
+      + [
+        "?" if saving is None else f"{round(saving, 2) + 0.0:.0%}",
+        f"{figure.distance.bits:.3f}",
+        f"{figure.distance.floor_bits:.3f}",
+      ]
     )
   console.table(
     "how the base's vocabulary fits",
@@ -256,16 +264,19 @@ def show_rules(verdicts: list[diagnosis.Verdict]) -> None:
   """Every rule, its threshold and the figures; met ones are marked."""
   from cpt_jax.train import console
 
-  shown = 4  # sources beside each other in a table that fits a screen
+  shown = 6  # sources beside each other in a table that fits a screen
   for first in range(0, len(verdicts), shown):
     part = verdicts[first : first + shown]
     rows = []
     for number, rule in enumerate(diagnosis.RULES.values()):
       found = [verdict.findings[number] for verdict in part]
       cells = [f"{amount(f.value, rule.unit)}{' ' + f.note if f.note else ''} {'*' if f.met else ' '}" for f in found]
-      rows.append([rule.name, rule.figure, rule.basis, f"{rule.sign} {amount(rule.threshold, rule.unit)}", *cells])
-    columns = ["rule", "figure", "basis of the threshold", "threshold", *(f"{v.source}  " for v in part)]
-    console.table("rules (* = met)", columns, rows, left=3)
+      rows.append([rule.name, rule.figure, f"{rule.sign} {amount(rule.threshold, rule.unit)}", *cells])
+    console.table("rules (* = met)", ["rule", "figure", "threshold", *(f"{v.source}  " for v in part)], rows, left=2)
+  console.say("where the thresholds come from (docs/diagnose.md)")
+  for rule in diagnosis.RULES.values():
+    console.say(f"  {rule.name:<13} {rule.basis}")
+  console.say("")
 
 
 def amount(value: float | None, unit: str) -> str:

@@ -4,6 +4,8 @@ Invariant: pure functions of their arguments; counts in, shares out, no share of
 """
 
 import collections
+import lzma
+import math
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -21,6 +23,7 @@ _NO_SCRIPT = frozenset(["COMBINING", "MODIFIER", "FULLWIDTH", "HALFWIDTH", "MATH
 # A vocabulary made for a comparison: about as many pieces as expansions have added (9 to 20 thousand: ChipNeMo, EEVE 2402.14714,
 # Swallow 2404.17790, Chinese-LLaMA 2304.08177).
 OWN_VOCAB_SIZE = 16_384
+COMPRESSED_BYTES = 500_000  # of text that is compressed for a comparison; half a second of time
 MIN_OWN_BYTES = 200_000  # of text to make it from; with less it learns the text by heart (chosen by hand)
 
 
@@ -164,11 +167,22 @@ def own_vocabulary_tokens(texts: Sequence[str], others: Sequence[str], *, vocab_
   return sum(len(encoded.ids) for encoded in own.encode_batch(list(others)))
 
 
+def beginnings(texts: Sequence[str], *, num_bytes: int = COMPRESSED_BYTES) -> bytes:
+  """UTF-8 of at most `num_bytes`: of every text its beginning, as long as its equal share, or 4,096 characters."""
+  share = max(num_bytes // max(len(texts), 1), 4096)
+  return "\n".join(text[:share] for text in texts).encode("utf-8")[:num_bytes]
+
+
+def compressed_bits(data: bytes) -> float:
+  """Bits per byte of xz, which knows nothing beforehand and learns the text as it reads it."""
+  return 8 * len(lzma.compress(data, preset=6)) / len(data)
+
+
 def ratio_error(sums: Sequence[float], weights: Sequence[float]) -> float:
-  """Standard error of sum(sums) / sum(weights), its parts taken as independent draws; 0 for a single part."""
+  """Standard error of sum(sums) / sum(weights), its parts taken as independent draws; infinite for a single part."""
   n = len(sums)
   if n < 2:
-    return 0.0
+    return math.inf
   ratio = sum(sums) / sum(weights)
   squares = sum((s - ratio * w) ** 2 for s, w in zip(sums, weights, strict=True))
   return (n / (n - 1) * squares) ** 0.5 / sum(weights)

@@ -31,7 +31,7 @@ from cpt_jax.train import step
 TEXT_TOKENS = 1_000_000
 # What the base is evaluated on (chosen by hand): few documents say little of a source, short parts give the base little context.
 MIN_DOCUMENTS, PART_TOKENS = 16, 512
-_BATCH_POSITIONS = 2048  # of an evaluation batch, at least a row: small batches, so that errors can be told from their spread
+_BATCH_POSITIONS, _MIN_BATCHES = 2048, 8  # of an evaluation batch, at least a row: errors are told from the batches' spread
 
 
 class Base(NamedTuple):
@@ -109,7 +109,7 @@ def hold_out(
   Where these are fewer than 16, or less than half of `max_tokens`: excerpts of documents in the order of their hashes, the
   held-out ones first.
   """
-  rows = max(1, _BATCH_POSITIONS // row_len)
+  rows = max(1, min(_BATCH_POSITIONS, max_tokens // _MIN_BATCHES) // row_len)
   rows = -(-rows // jax.device_count()) * jax.device_count()
   options: dict[str, Any] = dict(source=number, row_len=row_len, batch_rows=rows)
   source = Source(name, store, role="", share=(), heldout_frac=heldout_frac)
@@ -181,6 +181,7 @@ class Sample(NamedTuple):
   vocabulary: diagnosis.Vocabulary
   lengths: corpus.Lengths
   text: corpus.Text
+  beginnings: bytes  # of the excerpts' texts, to be compressed
   parts: list[np.ndarray]  # excerpts, views of the store
 
 
@@ -191,7 +192,8 @@ def describe(store: stores.TokenStore, base: Base, *, max_tokens: int = TEXT_TOK
   parts = [drawn.excerpt(i) for i in range(len(drawn))]
   texts = [tokenizer.decode(part.tolist()) for part in parts]
   counts_V = corpus.count_tokens(parts, vocab_size=base.spec.vocab_size, max_tokens=drawn.num_tokens)
-  control = np.asarray(sorted(tokenizer.special_ids | ({tokenizer.eos_id, tokenizer.bos_id} - {None})), np.int64)
+  ends = [i for i in (tokenizer.eos_id, tokenizer.bos_id) if i is not None]
+  control = np.asarray([*tokenizer.special_ids, *ends], np.int64)
   content = [len(part) - int(np.isin(part, control).sum()) for part in parts]  # a document's EOS is no part of its text
   num_content = max(sum(content), 1)
   text = corpus.describe_text(texts, num_tokens=sum(content))
@@ -215,6 +217,7 @@ def describe(store: stores.TokenStore, base: Base, *, max_tokens: int = TEXT_TOK
     ),
     corpus.describe_lengths(store.lengths, context=base.spec.max_positions),
     text,
+    corpus.beginnings(texts),
     parts,
   )
 
@@ -235,5 +238,8 @@ def gather(samples: dict[str, Sample], losses: dict[str, diagnosis.Loss], *, gen
   for name, sample in samples.items():
     parts = corpus.halves(sample.parts)[1] if name == general else sample.parts
     apart = distance(parts, samples[general].parts, vocab_size=vocab_size)
-    found[name] = Figures(name, sample.store, losses[name], sample.vocabulary, apart, sample.lengths, sample.text)
+    size = min(len(sample.beginnings), len(samples[general].beginnings))
+    own, theirs = (corpus.compressed_bits(side.beginnings[:size]) for side in (sample, samples[general]))
+    xz = diagnosis.Compressed(own, theirs, size)
+    found[name] = Figures(name, sample.store, losses[name], xz, sample.vocabulary, apart, sample.lengths, sample.text)
   return found
