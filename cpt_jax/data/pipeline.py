@@ -259,15 +259,18 @@ class Loader:
     """
     m = self.names.index(source_name)
     source = self.sources[m]
-    documents = _whole_documents(source.heldout_documents, source.store.lengths, max_tokens=max_tokens)
-    counter = packing.target_counter(source.store)
-    lengths = source.store.lengths
-    plan = packing.plan(
-      lengths, row_len=self.row_len, policy="best_fit", documents=documents, shuffle=False, count_targets=counter
+    documents = whole_documents(source.heldout_documents, source.store.lengths, max_tokens=max_tokens)
+    return evaluation_rows(
+      source.store,
+      documents,
+      lengths=source.store.lengths,
+      num_bytes=self._num_bytes(source, documents),
+      source=m,
+      row_len=self.row_len,
+      batch_rows=batch_rows or self.eval_batch_rows,
+      rows=rows,
+      check=self._check_ids,
     )
-    make = functools.partial(self._heldout_batch, m, plan, batch_rows or self.eval_batch_rows, rows or slice(None))
-    batches = _Batches(-(-plan.num_rows // (batch_rows or self.eval_batch_rows)), make)
-    return HeldOut(batches, plan.num_targets, self._num_bytes(source, documents), len(documents))
 
   def describe(self) -> list[SourceSummary]:
     """What the run will read, an entry for each source."""
@@ -326,15 +329,6 @@ class Loader:
       low, high = (middle, high) if self.order.rows(middle)[name] < epoch_rows else (low, middle)
     return f"step {high}: it is repeated"
 
-  def _heldout_batch(self, m: int, plan: packing.Plan, batch_rows: int, part: slice, number: int) -> Batch:
-    rows = range(number * batch_rows, (number + 1) * batch_rows)[part]
-    batch = packing.empty_batch(len(rows), self.row_len)
-    for b, row in enumerate(rows):
-      # Past the last row of the plan there is padding, which is a row without pieces.
-      packing.pack_row(batch, b, self.sources[m].store, plan.pieces(row) if row < plan.num_rows else [], source=m)
-    self._check_ids(batch)
-    return batch
-
   def _num_bytes(self, source: Source, documents: np.ndarray) -> int:
     num_bytes = source.store.doc_bytes()
     if num_bytes is not None:
@@ -384,6 +378,39 @@ def from_config(
   loader.check_ends(problems)
   problems.raise_if_any()
   return loader
+
+
+def evaluation_rows(
+  store: packing.Documents,
+  documents: np.ndarray,
+  *,
+  lengths: np.ndarray,
+  num_bytes: int,
+  source: int,
+  row_len: int,
+  batch_rows: int,
+  rows: slice | None = None,
+  check: Callable[[Batch], None] = lambda batch: None,
+) -> HeldOut:
+  """Documents as evaluation batches: packed best_fit in the order given, each a segment of its own.
+
+  `lengths` are of all documents of the store, `num_bytes` of those that are named, `source` is the number that the rows bear.
+  `rows` is this process's part of each batch; `check` sees every batch.
+  """
+  plan = packing.plan(
+    lengths, row_len=row_len, policy="best_fit", documents=documents, shuffle=False, count_targets=packing.target_counter(store)
+  )
+
+  def make(number: int) -> Batch:
+    part = range(number * batch_rows, (number + 1) * batch_rows)[rows or slice(None)]
+    batch = packing.empty_batch(len(part), row_len)
+    for b, row in enumerate(part):
+      # Past the last row of the plan there is padding, which is a row without pieces.
+      packing.pack_row(batch, b, store, plan.pieces(row) if row < plan.num_rows else [], source=source)
+    check(batch)
+    return batch
+
+  return HeldOut(_Batches(-(-plan.num_rows // batch_rows), make), plan.num_targets, num_bytes, len(documents))
 
 
 def changed_settings(config, past: dict) -> list[str]:
@@ -550,7 +577,7 @@ def _digest(content: list) -> str:
   return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _whole_documents(documents: np.ndarray, lengths: np.ndarray, *, max_tokens: int) -> np.ndarray:
+def whole_documents(documents: np.ndarray, lengths: np.ndarray, *, max_tokens: int) -> np.ndarray:
   """Documents with at most `max_tokens` pairs together, in the order given; the smallest alone if none fits."""
   pairs = lengths[documents] - 1
   documents, pairs = documents[pairs > 0], pairs[pairs > 0]
