@@ -53,6 +53,7 @@ def trial_config(config: Any, trial: Trial) -> Any:
     c.checkpoint.export_hf = False
     c.log.every = max(1, trial.steps // 32)
     c.log.tensorboard = False
+    c.guard.general_loss_rise = c.guard.spike_mads = 0.0  # what a trial forgets is what is to be learnt from it
     c.plan = config_lib.default().plan
   return c
 
@@ -72,7 +73,6 @@ def at_point(config: Any, *, rate: float, replay: float) -> Any:
       c.schedule[key] = config.schedule[key] * times
     c.schedule.lr_peak = rate
     c.data.stages = ()
-    c.guard.general_loss_rise = c.guard.spike_mads = 0.0  # what a trial forgets is what is to be learnt from it
     for name, share in shares(config, replay).items():
       c.data.sources[name].share = Share(share)
   return c
