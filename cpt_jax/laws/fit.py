@@ -27,11 +27,20 @@ from cpt_jax.config import ConfigError
 
 DELTA = 1e-3  # 2407.02118, sec. 3: differences of log losses above it (0.1%) count linearly
 _NUM_POLISHED = 6  # starts that go on with the Huber loss, after plain least squares
-_SCREEN_EVALUATIONS = 80
-_POLISH_EVALUATIONS = 600
-_TOLERANCE = 1e-10
 _GRADIENT_TOLERANCE = 1e-8  # of the cost of an observation that is missed by delta
 _AGREES = 0.01  # a start found the same optimum when its objective is within this share of the best
+
+
+class _Effort(NamedTuple):
+  """When a search ends: after so many evaluations, or when a step changes less than this share."""
+
+  evaluations: int
+  tolerance: float
+
+
+_SCREEN = _Effort(80, 1e-5)
+_POLISH = _Effort(600, 1e-10)
+_RESAMPLE = _Effort(80, 1e-6)  # from the optimum of all data to a near one
 
 
 class Law(Protocol):
@@ -188,7 +197,7 @@ def fit(
     ConfigError: too few or non-finite or non-positive losses, or no start from which the search converged.
   """
   loss_n = np.asarray(loss_n, np.float64)
-  weights_n = np.ones(loss_n.shape) if weights_n is None else np.asarray(weights_n, np.float64)
+  weights_n = np.asarray(np.ones(loss_n.shape) if weights_n is None else weights_n, np.float64)
   priors = dict(priors or {})
   problems = []
   if loss_n.ndim != 1:
@@ -199,7 +208,9 @@ def fit(
       "add measurements or take a law with fewer"
     )
   if not (np.isfinite(loss_n).all() and (loss_n > 0).all()):
-    problems.append(f"{law.name}: losses must be finite and above 0 (the fit is of their logarithm); remove the rows that are not")
+    problems.append(
+      f"{law.name}: losses must be finite and above 0 (the fit is of their logarithm); remove the rows that are not"
+    )
   if weights_n.shape != loss_n.shape or not (np.isfinite(weights_n).all() and (weights_n >= 0).all() and weights_n.any()):
     problems.append(f"{law.name}: weights must be finite, not below 0, not all 0, and one for each of {loss_n.size} losses")
   if num_starts < 1:
@@ -209,17 +220,17 @@ def fit(
 
   rng = np.random.default_rng(seed)
   starts_QP = np.asarray(law.starts(inputs, loss_n, num=num_starts, rng=rng), np.float64)
-  weights_n = weights_n / weights_n.mean()
+  weights_n = np.asarray(weights_n / weights_n.mean())
   independent = float(len(loss_n) if num_independent is None else num_independent)
   search = _Search(law, inputs, loss_n, priors=priors, prior_weight=1 / independent, delta=delta)
-  screened = [search.run(start_P, weights_n, delta=None, evaluations=_SCREEN_EVALUATIONS) for start_P in starts_QP]
+  screened = [search.run(start_P, weights_n, delta=None, effort=_SCREEN) for start_P in starts_QP]
   usable = sorted((end for end in screened if end is not None), key=lambda end: end.objective)
   if not usable:
     raise ConfigError(
       f"{law.name}: its value is not a finite number at any of {num_starts} starts; look for zero rates, shares outside 0..1 "
       "or other inputs for which the law has no value"
     )
-  polished = [search.run(end.theta_P, weights_n, delta=delta, evaluations=_POLISH_EVALUATIONS) for end in usable[:_NUM_POLISHED]]
+  polished = [search.run(end.theta_P, weights_n, delta=delta, effort=_POLISH) for end in usable[:_NUM_POLISHED]]
   ends = [end for end in polished if end is not None and end.is_converged]
   if not ends:
     raise ConfigError(
@@ -253,7 +264,9 @@ def bootstrap(fitted: Fit, *, num: int = 200, groups_n: np.ndarray | None = None
   _, group_n = np.unique(np.arange(n) if groups_n is None else np.asarray(groups_n), return_inverse=True)
   num_groups = int(group_n.max()) + 1
   if len(group_n) != n or num_groups < 2:
-    raise ConfigError(f"{fitted.law.name}: {len(group_n)} entries in {num_groups} group(s) for {n} losses; resampling needs 2 groups")
+    raise ConfigError(
+      f"{fitted.law.name}: {len(group_n)} entries in {num_groups} group(s) for {n} losses; resampling needs 2 groups"
+    )
   if num < 1:
     raise ConfigError(f"{fitted.law.name}: {num} resampled data sets; at least 1")
   rng = np.random.default_rng(seed)
@@ -273,7 +286,7 @@ def bootstrap(fitted: Fit, *, num: int = 200, groups_n: np.ndarray | None = None
       weights_n = counts_n * fitted.weights_n
       if np.count_nonzero(weights_n) >= num_parameters:
         break
-    end = search.run(fitted.theta_P, weights_n, delta=fitted.delta, evaluations=_SCREEN_EVALUATIONS)
+    end = search.run(fitted.theta_P, weights_n, delta=fitted.delta, effort=_RESAMPLE)
     assert end is not None, "the law has a value at its own optimum"
     thetas.append(end.theta_P)
   return dataclasses.replace(fitted, thetas_KP=np.stack(thetas))
@@ -330,9 +343,11 @@ class _Search:
     gradient_nP = self.law.gradient(theta_P, self.inputs) * np.where(self.is_log_P, theta_P, 1.0)[None, :]
     return np.concatenate([gradient_nP / np.maximum(self._predict(x_P), self.floor)[:, None], self.pull_RP])
 
-  def run(self, theta_P: np.ndarray, weights_n: np.ndarray, *, delta: float | None, evaluations: int) -> _End | None:
+  def run(self, theta_P: np.ndarray, weights_n: np.ndarray, *, delta: float | None, effort: _Effort) -> _End | None:
     """Where the search ends; None when the law has no finite value at the start. No delta: plain least squares."""
-    x_P = np.clip(self._inward(np.maximum(theta_P, np.where(self.is_log_P, np.exp(self.low_P), -np.inf))), self.low_P, self.high_P)
+    x_P = np.clip(
+      self._inward(np.maximum(theta_P, np.where(self.is_log_P, np.exp(self.low_P), -np.inf))), self.low_P, self.high_P
+    )
     scale = 1.0 if delta is None else delta
     # Shares of the observations, so that the cost is a mean; a prior weighs as one of the independent ones.
     weights_m = np.concatenate([weights_n / weights_n.sum(), np.full(len(self.pull_RP), self.prior_weight)])
@@ -347,17 +362,9 @@ class _Search:
     with np.errstate(all="ignore"):
       if not (np.isfinite(self.residuals(x_P)).all() and np.isfinite(self.jacobian(x_P)).all()):
         return None
-      end = scipy.optimize.least_squares(
-        self.residuals,
-        x_P,
-        jac=self.jacobian,
-        bounds=(self.low_P, self.high_P),
-        loss=loss,
-        f_scale=scale,
-        x_scale="jac",
-        ftol=_TOLERANCE,
-        xtol=_TOLERANCE,
-        gtol=_GRADIENT_TOLERANCE * scale**2,
-        max_nfev=evaluations,
-      )
+      settings: dict[str, Any] = dict(jac=self.jacobian, loss=loss, f_scale=scale, x_scale="jac", max_nfev=effort.evaluations)
+      # Not "trf": it scales steps by the distance to the bounds, which says nothing here, and creeps.
+      settings["method"] = "dogbox"
+      settings |= dict(ftol=effort.tolerance, xtol=effort.tolerance, gtol=_GRADIENT_TOLERANCE * scale**2)
+      end = scipy.optimize.least_squares(self.residuals, x_P, bounds=(self.low_P, self.high_P), **settings)
     return _End(self._outward(end.x), float(end.cost), end.status > 0)
