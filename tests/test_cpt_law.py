@@ -124,7 +124,7 @@ def test_unseen_schedules_lengths_and_shares_are_predicted_from_noisy_runs(side)
   ):
     assert fit_lib.scores(fitted.predict([unseen]), unseen.loss_n).worst_relative < 5e-3
   # A law whose shift is the same at every share cannot say it.
-  flat = curves.fit(dataclasses.replace(law, replay=REPLAY_FORMS["none"]), seen, num_starts=2)
+  flat = curves.fit(dataclasses.replace(law, replay=REPLAY_FORMS["none"]), seen, num_starts=4)
   assert flat.objective > 3 * fitted.objective
 
 

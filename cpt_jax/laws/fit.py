@@ -28,6 +28,7 @@ from cpt_jax.config import ConfigError
 DELTA = 1e-3  # 2407.02118, sec. 3: differences of log losses above it (0.1%) count linearly
 _NUM_POLISHED = 6  # starts that go on with the Huber loss, after plain least squares
 _GRADIENT_TOLERANCE = 1e-8  # of the cost of an observation that is missed by delta
+_SETTLED = 1e-3  # a round that lowers the objective by a smaller share has arrived: a curved valley without a sharp floor
 _AGREES = 0.01  # a start found the same optimum when its objective is within this share of the best
 
 
@@ -39,7 +40,8 @@ class _Effort(NamedTuple):
 
 
 _SCREEN = _Effort(80, 1e-5)
-_POLISH = _Effort(600, 1e-10)
+_POLISH = _Effort(150, 1e-10)
+_MAX_ROUNDS = 6  # of polishing
 _RESAMPLE = _Effort(80, 1e-6)  # from the optimum of all data to a near one
 
 
@@ -230,8 +232,8 @@ def fit(
       f"{law.name}: its value is not a finite number at any of {num_starts} starts; look for zero rates, shares outside 0..1 "
       "or other inputs for which the law has no value"
     )
-  polished = [search.run(end.theta_P, weights_n, delta=delta, effort=_POLISH) for end in usable[:_NUM_POLISHED]]
-  ends = [end for end in polished if end is not None and end.is_converged]
+  polished = [search.settle(end.theta_P, weights_n, delta=delta) for end in usable[:_NUM_POLISHED]]
+  ends = [end for end in polished if end is not None]
   if not ends:
     raise ConfigError(
       f"{law.name}: the search did not converge from any of {num_starts} starts; the data may not fix its parameters "
@@ -342,6 +344,15 @@ class _Search:
     theta_P = self._outward(x_P)
     gradient_nP = self.law.gradient(theta_P, self.inputs) * np.where(self.is_log_P, theta_P, 1.0)[None, :]
     return np.concatenate([gradient_nP / np.maximum(self._predict(x_P), self.floor)[:, None], self.pull_RP])
+
+  def settle(self, theta_P: np.ndarray, weights_n: np.ndarray, *, delta: float) -> _End | None:
+    """Where the Huber loss falls no more, by the solver's tests or for a whole round; None when it still does at the end."""
+    end = None
+    for _ in range(_MAX_ROUNDS):
+      before, end = end, self.run(theta_P if end is None else end.theta_P, weights_n, delta=delta, effort=_POLISH)
+      if end is None or end.is_converged or (before and end.objective > (1 - _SETTLED) * before.objective):
+        return end
+    return None
 
   def run(self, theta_P: np.ndarray, weights_n: np.ndarray, *, delta: float | None, effort: _Effort) -> _End | None:
     """Where the search ends; None when the law has no finite value at the start. No delta: plain least squares."""
