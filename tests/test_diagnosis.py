@@ -365,13 +365,11 @@ def test_the_tool_on_the_shipped_base_and_texts(root, tmp_path):
   assert verdict["findings"]["far"]["met"] and not verdict["findings"]["long"]["met"]
   for text in ("LANGUAGE", "CHOOSE ANOTHER BASE", "begin at 0.001", str(tmp_path / "out" / "diagnosis.json"), "next:"):
     assert text in done.stdout, text
-  # The command that it ends with says what the run would do.
-  command = verdict["next_command"].replace("\\\n", " ")
-  assert command.startswith("python -m cpt_jax.main") and "train.length" in command
-  arguments = [sys.executable, *shlex.split(command)[1:], f"--workdir={tmp_path / 'run'}"]
-  planned = subprocess.run(arguments, cwd=root, capture_output=True, text=True, timeout=300)
-  assert planned.returncode == 0, planned.stderr
-  assert "dry run" in planned.stdout
+  # The command that it ends with has keys that exist.
+  command = shlex.split(verdict["next_command"].replace("\\\n", " "))
+  assert command[:3] == ["python", "-m", "cpt_jax.main"] and "--config.train.length=1e+06 tokens" in command
+  config_lib.check_overrides([part.replace("--config=", f"--config={root}/") for part in command])
+  assert config_lib.load_file(str(root / command[3].removeprefix("--config="))).data.sources.language.role == "domain"
 
 
 def test_the_example_of_the_domain_recipe_says_what_it_would_do(root, tmp_path):
