@@ -121,8 +121,8 @@ def grid_tables(data: Measured) -> None:
   for source, role in data.roles.items():
     noise, freedom = data.noise(source)
     console.table(
-      f"{data.name}: final loss on {source} ({role}) less the base's {data.base[source]:.4f} nats/token, {data.tokens:,} tokens, mean "
-      f"of seeds; seeds differ by {noise:.4f} (pooled standard deviation, {freedom} degrees of freedom)",
+      f"{data.name}: final loss on {source} ({role}) less the base's {data.base[source]:.4f} nats/token, {data.tokens:,} tokens, "
+      f"mean of seeds; seeds differ by {noise:.4f} (pooled standard deviation, {freedom} degrees of freedom)",
       ["rate \\ replay", *(f"{replay:.0%}" for replay in data.replays)],
       [[f"{rate:.2g}", *(f"{_mean_change(data, source, (rate, p)):+.4f}" for p in data.replays)] for rate in data.rates],
     )
@@ -170,8 +170,8 @@ class Outcome(dict):
 def outcomes(data: Measured) -> Iterable[Outcome]:
   """Errors on other rates and shares of the grid's budget, and on runs of 2 and 4 times the tokens.
 
-  The longer runs are predicted by the CPT law from the whole curves of the grid's runs alone, and those of 4 times the tokens also
-  by the law of final losses that a plan chooses, from the grid and the runs of twice the tokens. "Same cell" is the grid's own
+  The longer runs are predicted by the CPT law from the whole curves of the grid's runs alone, those of 4 times the tokens also by
+  the law of final losses that a plan chooses, from the grid and the runs of twice the tokens. "Same cell" is the grid's own
   measured loss at the same rate and share, "nearest cell" that of the nearest.
   """
   grid = list(map(cell, data.grid))
@@ -289,8 +289,8 @@ def say_regrets(data: Measured, rows: Sequence[Record]) -> None:
   general, domain = (next(n for n, role in data.roles.items() if role == wanted) for wanted in ("replay", "domain"))
   place = lambda p: f"{p[0]:.2g}, {p[1]:.0%}"  # noqa: E731
   console.table(
-    f"{data.name}: the choice at {data.tokens:,} tokens; regret = measured {domain} loss of the chosen cell less that of the best "
-    f"measured cell within the limit; seeds differ by {data.noise(domain)[0]:.4f}",
+    f"{data.name}: the choice at {data.tokens:,} tokens; regret = measured {domain} loss of the chosen cell less that of the "
+    f"best measured cell within the limit; seeds differ by {data.noise(domain)[0]:.4f}",
     [f"limit of {general}'s rise", "recommended: rate, replay", "chosen cell", "its measured rise", "best cell", "regret"],
     [
       [f"{row['limit']:g}", row["why"], "", "", place(row["best"]) if row["best"] else "none", ""]

@@ -44,7 +44,9 @@ def main(argv: list[str]) -> int:
 
 
 def _say(run: runs.Run, table: list[report.Row], plan: report.Plan | None) -> None:
-  state = "complete" if run.is_complete else f"at step {run.eval_steps_E[-1]} of {len(run.rates_S)}: what follows is not its end yet"
+  state = (
+    "complete" if run.is_complete else f"at step {run.eval_steps_E[-1]} of {len(run.rates_S)}: what follows is not its end yet"
+  )
   console.say(f"run           {run.path}, {state}")
   for line in report.differences(run, plan) if plan else []:
     console.say(f"note: {line}; the prediction is not for this run")
@@ -53,7 +55,12 @@ def _say(run: runs.Run, table: list[report.Row], plan: report.Plan | None) -> No
     ["source", "role", "base", "predicted", "interval", "measured", "error", "change", "predicted change", "inside"],
     [
       [row.source, row.role, f"{row.base:.4f}", f"{row.predicted:.4f}", f"{row.low:.4f} to {row.high:.4f}", f"{row.measured:.4f}"]
-      + [f"{row.error:+.4f}", f"{row.measured - row.base:+.4f}", f"{row.predicted - row.base:+.4f}", "yes" if row.is_inside else "no"]
+      + [
+        f"{row.error:+.4f}",
+        f"{row.measured - row.base:+.4f}",
+        f"{row.predicted - row.base:+.4f}",
+        "yes" if row.is_inside else "no",
+      ]
       for row in table
     ],
     left=2,
