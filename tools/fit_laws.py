@@ -42,6 +42,8 @@ SCHEDULE_LAWS = [annealing.Forward(), annealing.Tissue(decay_steps=1000.0), anne
 CPT_LAWS = [CptLaw(replay=form, decay_steps=None) for form in REPLAY_FORMS.values()]
 LAWS: dict[str, CurveLaw] = {law.name: law for law in [*SCHEDULE_LAWS, *CPT_LAWS]}
 
+_EXTRAPOLATED = 1.05  # reach from which it is said
+
 _FIT = flags.DEFINE_multi_string("fit", [], "CSV files (step, lr, loss), runs or folders of runs to fit: one or more.")
 _SCORE = flags.DEFINE_multi_string("score", [], "Such to predict; without any, each fitted curve is predicted from the others.")
 _RUNS = flags.DEFINE_string("runs", "", "A folder of runs to fit, beside those of --fit.")
@@ -201,14 +203,14 @@ def show(results: list[Result], failures: list[str], names: dict[str, str], *, t
       f"{fitted.law.name} on the {len(fitted.inputs)} curves that were fitted: R2 {own['r2']:.4f}, MAE {own['mae']:.5f}; "
       f"{fitted.num_agreeing} searches ended there"
     )
-    for scored in result.scored:
-      if scored.reach > 1.05:
-        name = names[scored.curve.name]
-        console.say(f"{name}: extrapolated, to {scored.reach:.1f} times the summed rates of the longest fitted curve")
   if len(results) > 1 and results[0].scored:
     ranked = sorted(results, key=lambda result: result.mean()["mae"])
     rows = [[result.fitted.law.name, *numbers(result.mean())] for result in ranked]
     console.table(f"laws by mean absolute error, {title}", ["law", *columns.values()], rows)
+  for scored in results[0].scored:
+    if scored.reach > _EXTRAPOLATED:
+      name = names[scored.curve.name]
+      console.say(f"{name}: extrapolated, to {scored.reach:.1f} times the summed rates of the longest fitted curve")
   for failure in failures:
     console.say(failure)
 
