@@ -102,15 +102,17 @@ def test_the_truth_wins_over_a_form_that_cannot_bend():
 
 
 def test_held_out_predictions_did_not_see_their_cell():
-  """One cell's runs moved by a nat: the fit that held them out does not follow, the fit to all runs may."""
+  """One cell's runs moved a little: its held-out predictions stay, though the fit to all runs follows."""
   cells = grids.grid("strong")
   place = (6e-4, 0.1, grids.TOKENS)
-  moved = [c._replace(losses=c.losses | {"en": c.losses["en"] + 1.0}) if c[:3] == place else c for c in cells]
+  moved = [c._replace(losses=c.losses | {"law": c.losses["law"] + 0.05}) if c[:3] == place else c for c in cells]
   is_moved = np.array([a is not b for a, b in zip(cells, moved, strict=True)])
   assert is_moved.sum() == 2
-  choice = choose.choose(moved, "en", laws=GENERAL[1:], num_starts=2)
-  true = grids.true_losses("strong", 6e-4, 0.1, grids.TOKENS)["en"]
-  np.testing.assert_allclose(choice.held_out_n[is_moved], true, atol=0.03)
+  one, two = (choose.choose(runs, "law", laws=DOMAIN[:1], num_starts=1) for runs in (cells, moved))
+  inputs = {name: column[is_moved] for name, column in one.fit.inputs.items()}
+  followed = np.abs(one.expect(inputs) - two.expect(inputs))
+  assert followed.min() > 3e-4  # little, for Huber's loss holds such runs back
+  assert np.abs(one.held_out_n - two.held_out_n)[is_moved].max() < 0.25 * followed.min()
 
 
 @pytest.mark.parametrize("source", ["en", "law"])
@@ -125,6 +127,7 @@ def test_intervals_hold_new_runs(source):
     predicted = chosen(source).predict(inputs, level=level)
     held = np.mean((predicted.low_n <= new_n) & (new_n <= predicted.high_n))
     assert level - 0.15 <= held, (level, held)  # the truth is no law of ours, so misfit adds to noise
+    np.testing.assert_array_equal(chosen(source).expect(inputs), predicted.loss_n)
     assert (predicted.low_n <= predicted.loss_n).all() and (predicted.loss_n <= predicted.high_n).all()
   wide, narrow = chosen(source).predict(inputs, level=0.9), chosen(source).predict(inputs, level=0.5)
   assert np.mean(wide.high_n - wide.low_n) > 1.3 * np.mean(narrow.high_n - narrow.low_n)

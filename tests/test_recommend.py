@@ -20,7 +20,8 @@ TOKENS = 2 * grids.TOKENS
 
 @functools.cache
 def predictor(shift: str) -> recommend.Predictor:
-  return recommend.fit_sources(grids.grid(shift), tokens=TOKENS, laws=LAWS)
+  laws = LAWS if shift == "strong" else {"en": LAWS["en"], "law": QUICK["law"]}
+  return recommend.fit_sources(grids.grid(shift), tokens=TOKENS, laws=laws)
 
 
 @functools.cache

@@ -142,7 +142,7 @@ class Predictor:
     for source in self.sources(cells_lib.REPLAY):
       inputs = self.inputs(source, rate_n, replay_n)
       if self.confidence is None:
-        predicted_n = self.choices[source].predict(inputs, level=self.level).loss_n
+        predicted_n = self.choices[source].expect(inputs)
       else:
         predicted_n = self.choices[source].predict(inputs, level=2 * self.confidence - 1).high_n
       rises.append(predicted_n - inputs["base"])
@@ -151,7 +151,7 @@ class Predictor:
   def domain_loss(self, rate_n: np.ndarray, replay_n: np.ndarray) -> np.ndarray:
     """Mean over the domain sources. nan: refused."""
     sources = self.sources(cells_lib.DOMAIN)
-    return np.mean([self.choices[s].predict(self.inputs(s, rate_n, replay_n)).loss_n for s in sources], axis=0)
+    return np.mean([self.choices[s].expect(self.inputs(s, rate_n, replay_n)) for s in sources], axis=0)
 
   def point(self, what: str, rate: float, replay: float, *, limit: float | None) -> Point | None:
     """One setting; None where a source's prediction is refused."""
@@ -253,10 +253,9 @@ def recommend(
   def cost(rate_n: np.ndarray, replay_n: np.ndarray) -> np.ndarray:
     """To be made small; inf where refused or over the limit."""
     if weights is not None:
-      predicted = predictor.predict(rate_n, replay_n)
-      cost_n = np.sum([weight * predicted[source].loss_n for source, weight in weights.items()], axis=0)
-      refused_n = np.any([p.refused_n for p in predicted.values()], axis=0)
-      return np.where(refused_n, np.inf, cost_n)
+      losses = {s: choice.expect(predictor.inputs(s, rate_n, replay_n)) for s, choice in predictor.choices.items()}
+      cost_n = np.sum([weight * losses[source] for source, weight in weights.items()], axis=0)
+      return np.where(np.isfinite(np.sum(list(losses.values()), axis=0)), cost_n, np.inf)
     rise_n, cost_n = predictor.rise(rate_n, replay_n), predictor.domain_loss(rate_n, replay_n)
     return np.where((rise_n <= general_loss_rise) & np.isfinite(cost_n), cost_n, np.inf)
 
