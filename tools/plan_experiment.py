@@ -199,8 +199,7 @@ def curve_fit(data: Measured, source: str) -> fit.Fit:
   """The CPT law on the curves of the grid's runs, with the form of replay that predicts held-out shares best."""
 
   def fitted(law: cpt_law.CptLaw, runs: Sequence[Record]) -> fit.Fit:
-    made = [curve(r, source) for r in runs]
-    return fit.fit(law, made, curves.concatenated(made), num_starts=_NUM_STARTS)
+    return curves.fit(law, [curve(r, source) for r in runs], num_starts=_NUM_STARTS)
 
   def held_out_error(law: cpt_law.CptLaw) -> float:
     errors = []
