@@ -623,18 +623,13 @@ def _check_stages(config: Any, problems: Problems) -> float:
 
 
 def _check_guard(config: Any, problems: Problems) -> None:
-  """Checks that what a guard watches, and what it would do, exists in this run."""
+  """Checks that what a guard watches is in this run."""
   sources = config.data.sources.values()
   if config.guard.general_loss_rise > 0 and not any(entry.role == "replay" for entry in sources):
     problems.add(
       f"guard.general_loss_rise={config.guard.general_loss_rise:g}: no source has role 'replay', whose loss it could watch; give "
       "general text that role (share=0.0 only evaluates it), or set it to 0"
     )
-  is_still = all(len(entry.share) == 1 for entry in sources) and len(config.data.stages) < 2
-  on = {"on_collapse": config.guard.general_loss_rise > 0, "on_spike": config.guard.spike_mads > 0}
-  for key, is_on in on.items():
-    if is_on and is_still and config.guard[key] in ("hold", "rewind") and not problems.lines:
-      problems.add(f"guard.{key}={config.guard[key]!r}: no share moves in this run, so none can be held or slowed; use 'stop'")
 
 
 def _check_knots(config: Any, key: str, knots: Any, problems: Problems) -> float:

@@ -464,16 +464,23 @@ def test_a_second_window_that_joins_the_first_is_one(stores):  # noqa: F811
 # ---- the config ----
 
 
-def test_a_guard_that_could_do_nothing_is_refused():
+def test_a_guard_without_anything_to_watch_is_refused():
   c = config_lib.default()
   c.start.hf = "base"
   c.data.sources.zh = config_lib.source(store="zh")
   c.guard.general_loss_rise, c.guard.spike_mads, c.guard.on_spike = 0.1, -1.0, "jump"
   with pytest.raises(ConfigError, match=r"(?s)guard\.on_spike='jump'.*guard\.spike_mads=-1.*no source has role 'replay'"):
     config_lib.resolve(c)
-  c.guard.on_spike, c.guard.spike_mads, c.guard.on_collapse = "skip", 0.0, "rewind"
-  c.data.sources.en = config_lib.source(store="en", role="replay")
-  with pytest.raises(ConfigError, match=r"guard\.on_collapse='rewind': no share moves"):
-    config_lib.resolve(c)
-  c.data.sources.en.share = config_lib.Share([(0, 1.0), (5, 0.5)])
+  c.guard.on_spike, c.guard.spike_mads = "skip", 0.0
+  c.data.sources.en = config_lib.source(store="en", role="replay", share=0.0)
   config_lib.resolve(c)
+
+
+def test_every_guard_that_is_on_has_a_line():
+  off = guard.Settings(3, 0.0, "rewind", 0.0, 2, "skip", 2)
+  assert len(off.describe(["en"], moves=True)) == 1 and not off.rewinds
+  _, collapse, spike = DEFAULT.describe(["en"], moves=True)
+  assert "rewind when the held-out loss of en is more than 0.1" in collapse and "back at most 2 times" in collapse
+  assert "skip when a source's training loss is more than 5 MADs" in spike and DEFAULT.rewinds
+  assert "no share moves, so it stops" in DEFAULT.describe(["en"], moves=False)[1]
+  assert not DEFAULT._replace(max_rewinds=0).rewinds

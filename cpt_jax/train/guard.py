@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from cpt_jax import journal
 from cpt_jax.data.sources import Knots, Source
 from cpt_jax.data.store import write_atomically
 
@@ -42,24 +43,26 @@ class Settings(NamedTuple):
     acts = [self.on_collapse] * (self.general_loss_rise > 0) + [self.on_spike] * (self.spike_mads > 0)
     return self.max_rewinds > 0 and not {"rewind", "skip"}.isdisjoint(acts)
 
-  def describe(self, protected: Sequence[str]) -> list[str]:
-    """A line for each guard that is on."""
+  def describe(self, protected: Sequence[str], *, moves: bool) -> list[str]:
+    """A line for each guard that is on; `moves`: does any share move ahead."""
     lines = [
       f"an update whose loss or gradient is not finite is skipped; {self.nonfinite_steps} in a row end the run (exit code 86)"
     ]
     if self.general_loss_rise > 0:
       lines.append(
         f"{self.on_collapse} when the held-out loss of {' or '.join(protected)} is more than {self.general_loss_rise:g} "
-        f"nats/token above the base's{self._at_most(self.on_collapse)}"
+        f"nats/token above the base's{self._but(self.on_collapse, moves=moves)}"
       )
     if self.spike_mads > 0:
       lines.append(
         f"{self.on_spike} when a source's training loss is more than {self.spike_mads:g} MADs above the median of "
-        f"{_WINDOW_RECORDS} records, {self.spike_records} times in a row{self._at_most(self.on_spike)}"
+        f"{_WINDOW_RECORDS} records, {self.spike_records} times in a row{self._but(self.on_spike, moves=moves)}"
       )
     return lines
 
-  def _at_most(self, act: str) -> str:
+  def _but(self, act: str, *, moves: bool) -> str:
+    if act in ("hold", "rewind") and not moves:
+      return "; no share moves, so " + ("it stops" if act == "rewind" else "nothing can be held")
     return f"; back at most {self.max_rewinds} times, then stop" if act in ("rewind", "skip") else ""
 
 
@@ -86,7 +89,8 @@ def from_config(
 
 def describe(config: Any, loader: Any) -> list[str]:
   """A line for each guard that is on."""
-  return settings_from_config(config).describe(_protected(loader))
+  knots = {source.name: source.share for source in loader.sources}
+  return settings_from_config(config).describe(_protected(loader), moves=moves(knots, loader.start_step))
 
 
 def _protected(loader: Any) -> list[str]:
@@ -347,8 +351,7 @@ def _between(left: tuple, right: tuple, time: float) -> float:
 
 def read(run_dir: pathlib.Path) -> list[dict]:
   """All records: decisions, and notes of skipped updates."""
-  path = run_dir / FILE
-  return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+  return journal.read(run_dir / FILE)
 
 
 def decisions(run_dir: pathlib.Path | None, *, step: int | None = None) -> list[dict]:
