@@ -1,6 +1,6 @@
 """One update of R stacked trials against R updates one after the other -> the speed-up of training trials at once.
 
-Invariant: the same update (train.step's), batches and device on both sides, timed in turn, without compilation; medians of ratios.
+Invariant: the same update (train.step's), batches and device on both sides, timed in turn, compiled before; medians of ratios.
 Called by people: python tools/bench_stack.py --config=examples/plans/poetry.py --stacks=2,4,8
 """
 
