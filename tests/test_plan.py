@@ -88,7 +88,7 @@ def test_the_design_is_shown_and_nothing_is_made(plan, tmp_path):
   [
     (["--budget=1e6"], ["--probe_budget=2%", "It takes", "--replays"]),
     (["--config.schedule.lr_paek=1"], ["Did you mean schedule.lr_peak"]),
-    ([*SMALL, "--weights=general=1,peotry=1"], ["Did you mean poetry"]),
+    ([*SMALL, "--weights=general=1,verse=1"], ["there is no source verse"]),
     ([*SMALL, "--weights=general=1", "--general_loss_rise=0.1"], ["two objectives"]),
     ([*SMALL, "--replays=0;0.1"], ["--replays=0;0.1"]),
     ([*SMALL, "--config.data.sources.general.role=domain"], ["none has role 'replay'"]),

@@ -28,7 +28,8 @@ def test_a_trial_differs_from_its_run_in_what_it_must_and_in_nothing_else():
   c.schedule.lr_peak, c.schedule.lr_start, c.schedule.lr_final = 4e-4, 1e-4, 4e-5
   made = configs.resolve(trials.trial_config(c, Trial(8e-4, 0.05, 32, 3)))
   assert made.seed == 3 and configs.num_steps(made) == 32
-  assert dict(made.schedule) == dict(configs.resolve(c).schedule) | {"lr_peak": 8e-4, "lr_start": 2e-4, "lr_const": 2e-4, "lr_final": 8e-5}
+  rates = {"lr_peak": 8e-4, "lr_start": 2e-4, "lr_const": 2e-4, "lr_final": 8e-5}
+  assert dict(made.schedule) == dict(configs.resolve(c).schedule) | rates
   assert [made.data.sources[name].share[0][1] for name in ("general", "law")] == [0.05, 0.95]
   same = configs.resolve(c)
   changed = [k for k in configs.leaf_keys(made) if configs.get(made, k) != configs.get(same, k)]
@@ -98,7 +99,7 @@ def test_the_default_design_is_a_grid_of_four_by_five_with_two_seeds_below_the_s
   assert made.ladder[0] == 3e-4 / 4 and made.replays == (0.0, 0.01, 0.05, 0.2, 0.5) and made.own_replay == 0.2
   grid = made.grid(2.4e-3)
   assert sorted({t.rate for t in grid}) == pytest.approx([3e-4, 6e-4, 1.2e-3, 2.4e-3])
-  assert sum(t.steps == 32 for t in grid) == 40 and sum(t.steps == 64 for t in grid) == 4 and sum(t.steps == 128 for t in grid) == 2
+  assert [sum(t.steps == steps for t in grid) for steps in (32, 64, 128)] == [40, 4, 2]
   assert set(made.sweep()[2:6]) <= set(made.grid(made.ladder[5]))  # 3e-4 to 2.4e-3 are of both
 
 

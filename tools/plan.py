@@ -1,4 +1,4 @@
-"""A run's config and a budget -> short trials, fitted laws, and the config of the run with rate, replay share and predicted losses.
+"""A run's config and a budget -> short trials, fitted laws, and the run's config with rate, replay share and predicted losses.
 
 Invariant: the same command, given again, goes on where it stopped; finished trials are not made again, by whoever they were made.
 Called by people: python tools/plan.py --config=configs/domain.py --budget=10e9 --general_loss_rise=0.05 --output plan/
@@ -6,6 +6,7 @@ Called by people: python tools/plan.py --config=configs/domain.py --budget=10e9 
 Exit codes: 0 done, 74 disk or file error, 75 stopped by a signal (give the same command again), 78 wrong settings.
 """
 
+import importlib.util
 import os
 import pathlib
 import sys
@@ -18,19 +19,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clo
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "The config of the planned run; --config.key=value changes a key."
-)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config of the planned run; --config.key=value changes a key.")
 _OUTPUT = flags.DEFINE_string("output", "", "Directory of the plan: trials, plan.json, frontier.png, fit.png, config.py.")
 _BUDGET = flags.DEFINE_string("budget", "", "Tokens of the run, e.g. 10e9; default: the config's train.length.")
-_PROBE_BUDGET = flags.DEFINE_string(
-  "probe_budget", "", "What all trials together may cost: 2% (of the budget) or tokens."
-)
+_PROBE_BUDGET = flags.DEFINE_string("probe_budget", "", "What all trials together may cost: 2% (of the budget) or tokens.")
 _RISE = flags.DEFINE_float("general_loss_rise", None, "Most that the general loss may rise over the base, nats per token.")
 _WEIGHTS = flags.DEFINE_list("weights", [], "Instead: least weighted sum of losses, e.g. general=0.5,legal=0.5.")
-_CONFIDENCE = flags.DEFINE_float(
-  "confidence", None, "With which the limit holds, .5 to 1; default: the prediction keeps it."
-)
+_CONFIDENCE = flags.DEFINE_float("confidence", None, "With which the limit holds, .5 to 1; default: the prediction keeps it.")
 _RATES = flags.DEFINE_list("rates", [], "Rates of the grid, instead of those that the sweep finds.")
 _REPLAYS = flags.DEFINE_list("replays", [], "Replay shares of the grid.")
 _SEEDS = flags.DEFINE_integer("seeds", 2, "Runs of each cell.")
@@ -48,6 +43,8 @@ def plan() -> int:
   """Designs, runs, fits, recommends and writes, as the flags say; returns the exit code."""
   from cpt_jax.probe import design
 
+  if importlib.util.find_spec("matplotlib") is None:  # said before the trials, not after them
+    raise ConfigError("a plan ends with figures: pip install 'cpt_jax[plots]'")
   config, output = config_lib.resolve(_CONFIG.value), pathlib.Path(_OUTPUT.value)
   trials_dir, objective = output / "trials", _objective(config)
 
@@ -183,9 +180,7 @@ def main(argv: list[str]) -> int:
   """Exit code, after planning or saying what is wrong."""
   if len(argv) > 1 or not flags.FLAGS["config"].present or not _OUTPUT.value:
     unknown = f"what is {' '.join(argv[1:])}? " if len(argv) > 1 else ""
-    print(
-      f"{unknown}name a config and an output: python tools/plan.py --config=FILE --output plan/", file=sys.stderr
-    )
+    print(f"{unknown}name a config and an output: python tools/plan.py --config=FILE --output plan/", file=sys.stderr)
     return EXIT_CONFIG
   try:
     return plan()

@@ -83,7 +83,7 @@ def make(
   trial_tokens: str = "",
   longer: Sequence[float] = LONGER,
 ) -> Design:
-  """The design; `budget` (the run's, default its train.length), `probe_budget` (also a share of it) and `trial_tokens` as durations.
+  """The design; `budget` (default: train.length), `probe_budget` (also a share of the budget) and `trial_tokens` are durations.
 
   The tokens of a trial follow from `probe_budget`, or are given and the probe costs what it costs.
 
@@ -126,10 +126,10 @@ def _within(design: Design, probe_tokens: float, *, asked: str) -> Design:
       return tried
   needed = min(_needed(design, times) for times in (0, *(2**k for k in range(3, 13))))
   raise ConfigError(
-    f"--probe_budget={asked} of {design.budget_tokens:,} tokens is {probe_tokens:,.0f}: too little for {len(design.trials())} trials of "
-    f"{MIN_STEPS} steps of {design.tokens_per_step:,} tokens and one that is at least 1/{FARTHEST} as long as the run. It takes "
-    f"{needed:,} tokens ({needed / design.budget_tokens:.2%}); or probe less (--replays=0,0.05,0.25 --seeds=1), with fewer rows in a "
-    "step (--config.train.batch_rows), or with a smaller model of the same kind"
+    f"--probe_budget={asked} of {design.budget_tokens:,} tokens is {probe_tokens:,.0f}: too little for {len(design.trials())} "
+    f"trials of {MIN_STEPS} steps of {design.tokens_per_step:,} tokens, one of them 1/{FARTHEST} as long as the run. It takes "
+    f"{needed:,} tokens ({needed / design.budget_tokens:.2%}); or probe less (--replays=0,0.05,0.25 --seeds=1), with fewer rows "
+    "in a step (--config.train.batch_rows), or with a smaller model of the same kind"
   )
 
 
@@ -172,7 +172,7 @@ def _check(config: Any, rates: Sequence[float], replays: Sequence[float], seeds:
   problems.raise_if_any()
 
 
-def _tokens(flag: str, text: str, per_step: int, *, of: int | None = None) -> float:
+def _tokens(flag: str, text: str, per_step: int, *, of: float | None = None) -> float:
   """Tokens of a duration; a bare number counts tokens."""
   try:
     amount = float(text)
@@ -180,7 +180,7 @@ def _tokens(flag: str, text: str, per_step: int, *, of: int | None = None) -> fl
     amount = None
   try:
     if amount is None:
-      amount = durations.parse(text).steps(tokens_per_step=1, run_steps=of)
+      amount = durations.parse(text).steps(tokens_per_step=1, run_steps=None if of is None else math.ceil(of))
       amount *= per_step if durations.parse(text).unit == "steps" else 1
   except ValueError as error:
     raise ConfigError(f"--{flag}: {error}") from None

@@ -19,8 +19,8 @@ from cpt_jax.laws.recommend import Recommendation
 from cpt_jax.probe import config_files
 from cpt_jax.probe.trials import Trial, at_point
 
-# A rate is stable while its domain loss is at most this much above the lowest of the rates below it, in nats; chosen by hand: some
-# times what two seeds of short runs differ by, and little beside what a rate costs that is really too high.
+# A rate is stable while its domain loss is at most this much above the lowest of the rates below it, in nats; chosen by hand:
+# some times what two seeds of short runs differ by, and little beside what a rate costs that is really too high.
 STABLE_NATS = 0.05
 
 

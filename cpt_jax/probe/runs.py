@@ -8,6 +8,7 @@ diverged has a file diverged.json with what the run said.
 """
 
 import json
+import math
 import pathlib
 import shlex
 import shutil
@@ -82,8 +83,8 @@ def _is_close(a: Any, b: Any) -> bool:
   """Equal, but for the last digits of rates and shares, which depend on the order of the arithmetic."""
   if isinstance(a, list) and isinstance(b, list):
     return len(a) == len(b) and all(map(_is_close, a, b))
-  if isinstance(a, float) and isinstance(b, (int, float)) or isinstance(b, float) and isinstance(a, (int, float)):
-    return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
+  if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+    return math.isclose(a, b)
   return a == b
 
 

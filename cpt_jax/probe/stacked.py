@@ -1,6 +1,6 @@
 """Configs of trials of one shape -> their run directories, trained at once as one program on one device.
 
-Invariant: each trial reads the rows, has the rates and makes the updates that it would have alone: the update is train.step's own,
+Invariant: each trial reads the rows, has the rates and makes the updates that it would alone: the update is train.step's own,
 mapped over a leading dimension R of trials. A trial that diverges leaves the others as they are. Called by probe.runs.
 
 Nothing is saved on the way: a stack that is interrupted begins again.
@@ -43,7 +43,7 @@ def run_stack(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: 
   for inputs in opened:
     if inputs.loader.end_step != num_steps:
       raise ConfigError("a source of a trial runs out before its end; trials of one stack have one length: use --stack=1")
-  loop.check_mesh(dict.fromkeys(mesh_lib.AXES, 1), spec, config)
+  loop.check_mesh(_one_device(), spec, config)
   with contextlib.ExitStack() as open_files, loop.stop_signals() as stop:
     for inputs, workdir in zip(opened, workdirs, strict=True):
       open_files.enter_context(checkpoint.claim(workdir, inputs.config))
@@ -83,8 +83,8 @@ def run_stack(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: 
       metrics.Writer(workdir, start_step=0, evaluates_first=True, tensorboard=inputs.config.log.tensorboard)
       for inputs, workdir in zip(opened, workdirs, strict=True)
     ]
-    for closes in (*writers, *batches):
-      open_files.enter_context(contextlib.closing(closes))
+    for writer in writers:
+      open_files.enter_context(contextlib.closing(writer))
     meters = [metrics.from_config(inputs.config, names, spec, mesh) for inputs in opened]
     watches = [
       guard.from_config(inputs.config, inputs.loader, inputs.decisions, inputs.asked, state=None, first_step=0)
@@ -150,10 +150,14 @@ def how_many(config: Any) -> int:
   if not memory or "bytes_limit" not in memory:
     return 1
   inputs = loop.open_inputs(config)
-  sizes, itemsize = dict.fromkeys(mesh_lib.AXES, 1), step.settings_from_config(inputs.config).compute_dtype.itemsize
+  sizes, itemsize = _one_device(), step.settings_from_config(inputs.config).compute_dtype.itemsize
   activations = dry_run.activation_bytes(inputs.config, inputs.spec, sizes, itemsize)
   one = spec_lib.num_parameters(inputs.spec) * _BYTES_PER_PARAMETER + activations
   return max(1, int(_MEMORY_FRAC * memory["bytes_limit"] / one))
+
+
+def _one_device() -> dict[str, int]:
+  return dict.fromkeys(mesh_lib.AXES, 1)
 
 
 def _stacked(bases: Sequence[Any], optimizer: Any) -> state.TrainState:

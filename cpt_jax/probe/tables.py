@@ -68,12 +68,13 @@ def cells(found: Sequence[Measured]) -> None:
       for rate in rates:
         by_cell = [[figure(m) for m in of_length if (m.trial.rate, m.trial.replay) == (rate, replay)] for replay in replays]
         rows.append([f"{rate:.3g}", *(_mean(values) for values in by_cell)])
-      say(f"{title}, trials of {steps:,} steps, means over seeds: rate by replay share")  # a title would fold to so narrow a table
+      # A line of its own: a title would be folded to the width of so narrow a table.
+      say(f"{title}, trials of {steps:,} steps, means over seeds: rate by replay share")
       table("", ["rate", *(f"{x:g}" for x in replays)], rows)
 
 
 def laws(plan: Recommendation) -> None:
-  """Mean absolute errors on held-out trials, of every law and of simple guesses."""
+  """Mean absolute errors on held-out trials, of every law and of simple guesses; the last figure, laws.choose's own, decides."""
   for source, choice in plan.choices.items():
     names = list(dict.fromkeys(score.law for score in choice.scores))
     schemes = list(dict.fromkeys(score.scheme for score in choice.scores))
@@ -81,7 +82,7 @@ def laws(plan: Recommendation) -> None:
     noise = f"{choice.noise:.4f}" if np.isfinite(choice.noise) else "not known: one seed"
     table(
       f"{source} ({choice.role}): mean error on trials held out by ..., nats; seed noise {noise}",
-      ["law", *schemes, "decides", ""],
+      ["law", *schemes, "all, scaled", ""],
       [
         [name, *(f"{errors[name, scheme]:.4f}" for scheme in schemes), f"{choice.mean_error(name):.4f}"]
         + ["chosen" if name == choice.law else "simple guess" if name in choose.BASELINES else ""]
