@@ -9,7 +9,7 @@ import pytest
 
 # A module imports from its own layer or a lower one; inside a layer only what comes before it.
 LAYERS = [
-  ["durations", "config"],
+  ["durations", "config", "journal"],
   ["trees", "hosts", "mesh"],
   ["data.batch", "data.documents", "data.tokenizer", "data.chat", "data.store", "data.decontaminate", "data.prepare"]
   + ["data.cluster", "data.sources", "data.selection", "data.packing", "data.shuffle", "data.quotas", "data.mixture"]
@@ -19,8 +19,10 @@ LAYERS = [
   ["evals.perplexity", "evals.drift"],
   ["train.schedule", "train.optimizer", "train.state", "train.step", "train.checkpoint", "train.start", "train.metrics"]
   + ["train.console", "train.loop", "train.dry_run"],
-  ["laws.fit", "laws.curves", "laws.annealing", "laws.separable", "laws.change", "laws.cells", "laws.replay", "laws.domain"]
-  + ["laws.dcpt", "laws.cmr", "laws.mixing", "laws.transfer", "laws.choose", "laws.recommend", "laws.plots"],
+  ["analysis.runs", "laws.fit", "laws.curves", "laws.annealing", "laws.cpt_law", "laws.separable", "laws.change", "laws.cells"]
+  + ["laws.replay", "laws.domain", "laws.dcpt", "laws.cmr", "laws.mixing", "laws.transfer", "laws.choose", "laws.recommend"]
+  + ["laws.plots"],
+  ["probe.trials"],
   ["main"],
 ]
 NEVER = {0: {"jax", "flax", "optax", "orbax", "grain"}} | {layer: {"jax", "flax", "optax", "orbax"} for layer in (2, 6)}
@@ -57,7 +59,7 @@ def test_every_module_stands_in_a_layer_and_imports_downwards(root):
   assert not wrong
 
 
-@pytest.mark.parametrize("module", ["cpt_jax.main", "cpt_jax.data.prepare", "cpt_jax.data.sources"])
+@pytest.mark.parametrize("module", ["cpt_jax.main", "cpt_jax.data.prepare", "cpt_jax.data.sources", "cpt_jax.analysis.runs"])
 def test_light_modules_do_not_load_jax(root, module):
   code = f"import sys, {module}; sys.exit(any(name == 'jax' or name.startswith('jax.') for name in sys.modules))"
   assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

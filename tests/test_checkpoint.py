@@ -17,7 +17,7 @@ RULES = dict(decay_rules=((".*", 1.0),), rate_rules=((".*", 1.0),), layer_rates=
 
 
 def make_tx(params):
-  return optimizer.make(lambda step: 1e-3, params, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0, **RULES)
+  return optimizer.make(params, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0, **RULES)
 
 
 def make_state(spec, *, step=0):
@@ -121,3 +121,7 @@ def test_keys_that_change_no_number_may_change_between_starts():
     checkpoint.check_same_run(config, {**config, "eval": {**config["eval"], "tokens": 7}})
   with pytest.raises(ConfigError, match="seed: 0 -> 1"):
     checkpoint.check_same_run(config, {**config, "seed": 1})
+  older = {**config, "eval": {key: value for key, value in config["eval"].items() if key != "tokens"}}
+  checkpoint.check_same_run(older, config)  # a key that came later had the value that is its default now
+  with pytest.raises(ConfigError, match=r"eval.tokens: 100000 -> 7"):
+    checkpoint.check_same_run(older, {**config, "eval": {**config["eval"], "tokens": 7}})

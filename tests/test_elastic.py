@@ -14,12 +14,13 @@ import pytest
 from test_hosts import Fleet, trained
 
 from cpt_jax import config as configs
+from cpt_jax import journal
 from cpt_jax.config import ConfigError
 from cpt_jax.data import packing, pipeline, sources
 from cpt_jax.data.shuffle import Shuffle
 from cpt_jax.data.store import open_store
 from cpt_jax.model import pretrained, spec, transformer
-from cpt_jax.train import checkpoint, loop, metrics
+from cpt_jax.train import checkpoint, loop
 
 CONFIG = """
 from cpt_jax import config
@@ -234,7 +235,7 @@ def test_a_source_that_joins_is_compared_with_the_base(main, write_config, place
   assert "segment 2 begins at step 8: added joins; next rate" in done.stdout
   record = json.loads((workdir / "segments.json").read_text())
   assert [segment["start_step"] for segment in record["segments"]] == [0, 8]
-  last = [r for r in metrics.read(workdir / "metrics.jsonl") if r["kind"] == "eval"][-1]
+  last = [r for r in journal.read(workdir / "metrics.jsonl") if r["kind"] == "eval"][-1]
   for name, source in last["sources"].items():
     assert source["loss"] - source["change"] == pytest.approx(base_loss(place, record, name), abs=1e-4), name
   assert last["sources"]["added"]["change"] < -0.05  # the base's loss is not that of the weights of step 8

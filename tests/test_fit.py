@@ -39,12 +39,17 @@ def data(theta, *, num=40, noise=0.0, seed=0, scale=1.0):
   return inputs, clean * np.exp(noise * rng.standard_normal(num))
 
 
+def huber(predicted_n, loss_n):
+  apart_n = np.abs(np.log(predicted_n) - np.log(loss_n))
+  return np.where(apart_n <= 1e-3, apart_n**2 / 2, 1e-3 * (apart_n - 5e-4))
+
+
 @hypothesis.given(
   low=st.floats(0.5, 4), a=st.floats(0.2, 1.2), drop=st.floats(0.2, 4), scale=st.sampled_from([1e-6, 1e-3, 1.0, 1e4])
 )
 def test_curves_without_noise_are_found_whatever_their_units(low, a, drop, scale):
   inputs, loss_n = data((low, drop * scale**a, a), scale=scale)
-  fitted = fit_lib.fit(Power(), inputs, loss_n, num_starts=12)
+  fitted = fit_lib.fit(Power(), inputs, loss_n, num_starts=6)
   assert fitted.scores().worst_relative < 1e-6
   # Outside what was fitted too.
   far = {"x": scale * np.array([1e3, 1e4])}
@@ -65,13 +70,10 @@ def test_a_tenth_of_wild_losses_changes_nothing():
 def test_the_objective_is_the_mean_huber_loss_of_the_log_losses():
   inputs, loss_n = data((2.0, 3.0, 0.5), noise=3e-3)
   fitted = fit_lib.fit(Power(), inputs, loss_n)
-  apart_n = np.abs(np.log(fitted.predict(inputs)) - np.log(loss_n))
-  huber_n = np.where(apart_n <= 1e-3, apart_n**2 / 2, 1e-3 * (apart_n - 5e-4))
-  assert fitted.objective == pytest.approx(huber_n.mean(), rel=1e-9)
+  assert fitted.objective == pytest.approx(huber(fitted.predict(inputs), loss_n).mean(), rel=1e-9)
   # A minimum of it: no neighbour is better.
   for step in 1e-3 * np.concatenate([np.eye(3), -np.eye(3)]):
-    apart_n = np.abs(np.log(Power().predict(fitted.theta_P * (1 + step), inputs) / loss_n))
-    assert np.where(apart_n <= 1e-3, apart_n**2 / 2, 1e-3 * (apart_n - 5e-4)).mean() > fitted.objective
+    assert huber(Power().predict(fitted.theta_P * (1 + step), inputs), loss_n).mean() > fitted.objective
 
 
 def test_the_same_seed_gives_the_same_bits():
@@ -82,35 +84,62 @@ def test_the_same_seed_gives_the_same_bits():
   assert len(np.unique(first.thetas_KP[:, 0])) == 5
 
 
-def coverage(*, groups, level, noise, shared):
-  """Share of new measurements inside the interval, over fresh data sets; groups share a part of their error."""
+def coverage(*, groups, levels, noise, shared):
+  """Shares of new measurements inside the intervals, over fresh data sets; groups share a part of their error."""
   inside = []
-  for seed in range(30):
+  for seed in range(16):
     rng = np.random.default_rng(seed)
     inputs, clean_n = data((2.0, 3.0, 0.5), num=24)
     group_n = np.arange(24) // (24 // groups)
     errors = lambda: noise * rng.standard_normal(24) + shared * rng.standard_normal(groups)[group_n]  # noqa: B023, E731
-    fitted = fit_lib.fit(Power(), inputs, clean_n * np.exp(errors()), num_starts=4)
-    low_n, high_n = fit_lib.bootstrap(fitted, num=60, groups_n=group_n, seed=seed).interval(inputs, level=level)
+    fitted = fit_lib.fit(Power(), inputs, clean_n * np.exp(errors()), num_starts=2)
+    fitted = fit_lib.bootstrap(fitted, num=20, groups_n=group_n, seed=seed)
     new_n = clean_n * np.exp(errors())
-    inside.append(np.mean((low_n <= new_n) & (new_n <= high_n)))
-  return np.mean(inside)
+    bands = [fitted.interval(inputs, level=level) for level in levels]
+    inside.append([np.mean((low_n <= new_n) & (new_n <= high_n)) for low_n, high_n in bands])
+  return np.mean(inside, axis=0)
 
 
-@pytest.mark.parametrize("level", [0.5, 0.9])
-def test_intervals_hold_new_measurements_as_often_as_they_say(level):
-  assert coverage(groups=24, level=level, noise=5e-3, shared=0.0) == pytest.approx(level, abs=0.05)
+def test_intervals_hold_new_measurements_as_often_as_they_say():
+  assert coverage(groups=24, levels=(0.5, 0.9), noise=5e-3, shared=0.0) == pytest.approx([0.5, 0.9], abs=0.05)
 
 
 def test_intervals_widen_with_what_groups_share():
-  assert coverage(groups=8, level=0.9, noise=2e-3, shared=5e-3) == pytest.approx(0.9, abs=0.06)
+  assert coverage(groups=8, levels=(0.9,), noise=2e-3, shared=5e-3) == pytest.approx([0.9], abs=0.07)
   inputs, loss_n = data((2.0, 3.0, 0.5), num=24)
   group_n = np.arange(24) // 3
   fitted = fit_lib.fit(Power(), inputs, loss_n * np.exp(5e-3 * np.random.default_rng(0).standard_normal(8)[group_n]))
-  alone, together = fit_lib.bootstrap(fitted), fit_lib.bootstrap(fitted, groups_n=group_n)
+  alone, together = (fit_lib.bootstrap(fitted, num=40, groups_n=groups) for groups in (None, group_n))
   far = {"x": np.array([1e4])}
   width = lambda fitted: np.ptp(np.log(fitted.interval(far)))  # noqa: E731
   assert width(together) > 1.1 * width(alone)
+
+
+def test_weights_count_as_repetitions():
+  inputs, loss_n = data((2.0, 3.0, 0.5), noise=3e-3)
+  times_n = np.where(np.arange(40) < 10, 3, 1)
+  weighted = fit_lib.fit(Power(), inputs, loss_n, weights_n=times_n)
+  repeated = fit_lib.fit(Power(), {"x": np.repeat(inputs["x"], times_n)}, np.repeat(loss_n, times_n))
+  np.testing.assert_allclose(weighted.predict(inputs), repeated.predict(inputs), rtol=1e-6)
+  assert weighted.objective == pytest.approx(repeated.objective, rel=1e-6)
+  with pytest.raises(ConfigError, match="weights must be finite"):
+    fit_lib.fit(Power(), inputs, loss_n, weights_n=-times_n)
+
+
+def test_a_prior_decides_where_data_do_not_and_yields_where_they_do():
+  flat = {"x": np.full(12, 5.0)}  # any exponent fits
+  loss_n = 2.5 * np.exp(1e-3 * np.random.default_rng(0).standard_normal(12))
+  for centre in (0.3, 1.2):
+    fitted = fit_lib.fit(Power(), flat, loss_n, priors={"a": fit_lib.Prior(centre, 0.3)}, num_starts=8)
+    assert fitted.theta_P[2] == pytest.approx(centre, rel=0.01)
+  inputs, loss_n = data((2.0, 3.0, 0.5), noise=1e-4)
+  fitted = fit_lib.fit(Power(), inputs, loss_n, priors={"a": fit_lib.Prior(1.2, 0.3)})
+  assert fitted.theta_P[2] == pytest.approx(0.5, rel=0.05)
+  miss = 1e-3 * np.log(fitted.theta_P[2] / 1.2) / 0.3  # counted by its square however far, as one of 40 losses
+  assert fitted.objective == pytest.approx(huber(fitted.predict(inputs), loss_n).mean() + miss**2 / 2 / 40, rel=1e-6)
+  # Fewer independent observations leave it more to say.
+  few = fit_lib.fit(Power(), inputs, loss_n, priors={"a": fit_lib.Prior(1.2, 0.3)}, num_independent=1)
+  assert few.theta_P[2] > fitted.theta_P[2]
 
 
 def test_scores_by_hand():

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from cpt_jax import hosts
+from cpt_jax import hosts, journal
 from cpt_jax.config import ConfigError
 from cpt_jax.model import pretrained, spec, transformer
-from cpt_jax.train import checkpoint, metrics
+from cpt_jax.train import checkpoint
 
 CONFIG = """
 from cpt_jax import config
@@ -143,12 +143,12 @@ def fleet(root, place):
 
 
 def trained(workdir):
-  return [record for record in metrics.read(workdir / "metrics.jsonl") if record["kind"] == "train"]
+  return [record for record in journal.read(workdir / "metrics.jsonl") if record["kind"] == "train"]
 
 
 def read_in_all(workdir):
   """What the ledger says was read of each source before a step."""
-  records = metrics.read(workdir / "ledger.jsonl")
+  records = journal.read(workdir / "ledger.jsonl")
   return {r["step"]: [{key: source[key] for key in source if key != "window"} for source in r["sources"]] for r in records}
 
 
@@ -164,7 +164,7 @@ def open_records(process):
 def assert_same_run(workdir, expected, *, whole=True):
   """The same steps once each, the same rows exactly (tokens, ledger), losses that differ by rounding alone."""
   for kind, keys in (("train", ("loss", "grad_norm", "rate")), ("eval", ())):
-    found, wanted = ([r for r in metrics.read(w / "metrics.jsonl") if r["kind"] == kind] for w in (workdir, expected))
+    found, wanted = ([r for r in journal.read(w / "metrics.jsonl") if r["kind"] == kind] for w in (workdir, expected))
     wanted = wanted if whole else wanted[: len(found)]
     assert found and [r["step"] for r in found] == [r["step"] for r in wanted]
     for one, other in zip(found, wanted, strict=True):
@@ -271,7 +271,7 @@ def test_killed_and_resumed_on_any_number_of_processes_it_is_the_same_run(fleet,
   # the run that never stopped.
   records, expected = (read_in_all(where) for where in (workdir, whole))
   assert expected.keys() == {0, 30, 60} and {step: records[step] for step in expected} == expected
-  evals = [json.dumps(r) for r in metrics.read(workdir / "metrics.jsonl") if r["kind"] == "train" or r["step"] in (0, 30, 60)]
+  evals = [json.dumps(r) for r in journal.read(workdir / "metrics.jsonl") if r["kind"] == "train" or r["step"] in (0, 30, 60)]
   (tmp_path / "kept").mkdir()
   (tmp_path / "kept" / "metrics.jsonl").write_text("\n".join(evals))
   (tmp_path / "kept" / "ledger.jsonl").write_text((whole / "ledger.jsonl").read_text())
@@ -282,8 +282,10 @@ def test_killed_and_resumed_on_any_number_of_processes_it_is_the_same_run(fleet,
     np.testing.assert_allclose(tensor, wanted[name], atol=1e-5, err_msg=name)
 
 
-# A step takes milliseconds, and the word of a signal needs some hundred of them to reach the other process.
-LONG = ("--config.train.length=600 steps", "--config.eval.every=300 steps", "--config.checkpoint.every=1000 steps")
+# A step takes milliseconds, and the word of a signal needs some hundred of them to reach the other process. The rate is low, or
+# the rounding of another number of processes would grow over so many steps.
+LONG = ("--config.train.length=300 steps", "--config.eval.every=150 steps", "--config.checkpoint.every=1000 steps")
+LONG += ("--config.schedule.lr_peak=1e-5", "--config.schedule.lr_final=1e-6")
 
 
 @pytest.fixture(scope="module")

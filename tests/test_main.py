@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from cpt_jax import config as config_lib
+from cpt_jax import journal
 from cpt_jax.config import ConfigError
 from cpt_jax.model import pretrained, spec, transformer
-from cpt_jax.train import checkpoint, metrics
+from cpt_jax.train import checkpoint
 
 CONFIG = """
 from cpt_jax import config
@@ -142,7 +143,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_parameters(main, write_co
 
 
 def records_so_far(workdir):
-  return metrics.read(workdir / "metrics.jsonl")
+  return journal.read(workdir / "metrics.jsonl")
 
 
 def test_moments_and_data_position_survive_too(write_config, main, tmp_path):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cpt_jax import journal
 from cpt_jax.data.batch import Batch
 from cpt_jax.data.pipeline import HeldOut
 from cpt_jax.evals import drift, perplexity
@@ -86,11 +87,11 @@ def test_after_a_resume_no_line_of_the_lost_future_is_left(tmp_path):
   lines = [{"step": 0, "kind": "eval"}, {"step": 5, "kind": "train"}, {"step": 10, "kind": "train"}, {"step": 10, "kind": "eval"}]
   path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 15, "kind": "train"}]) + '{"step": 20, "ki')
   metrics.drop_after(path, 10, evaluates_first=False)
-  assert metrics.read(path) == lines
+  assert journal.read(path) == lines
   metrics.drop_after(path, 10, evaluates_first=True)
-  assert metrics.read(path) == lines[:3]  # the evaluation at 10 is made again
+  assert journal.read(path) == lines[:3]  # the evaluation at 10 is made again
   metrics.drop_after(path, 0, evaluates_first=True)
-  assert metrics.read(path) == []
+  assert journal.read(path) == []
   metrics.drop_after(tmp_path / "none.jsonl", 3, evaluates_first=True)
 
 
@@ -103,7 +104,7 @@ def test_the_windows_of_the_ledger_add_up_to_its_totals(tmp_path):
     for step in steps:
       writer.ledger(step, [entry(step * 2)] + ([{**entry(1), "source": "b"}] if step == 16 else []))
     writer.close()
-  records = metrics.read(tmp_path / "ledger.jsonl")
+  records = journal.read(tmp_path / "ledger.jsonl")
   assert [record["step"] for record in records] == [0, 4, 8, 12, 16]
   assert [record["sources"][0]["window"]["rows"] for record in records] == [0, 8, 8, 8, 8]
   assert sum(record["sources"][0]["window"]["tokens"] for record in records) == records[-1]["sources"][0]["tokens"]

@@ -64,15 +64,15 @@ def numpy_adamw(params, all_grads, *, rates, b1, b2, eps, weight_decay, clip_nor
   return p
 
 
-def run(tx, params, all_grads):
+def run(tx, params, all_grads, rates=lambda step: 0.1):
   @jax.jit
-  def update(grads, state, params):
-    updates, state = tx.update(grads, state, params)
+  def update(grads, state, params, rate):
+    updates, state = optax.with_extra_args_support(tx).update(grads, state, params, rate=rate)
     return optax.apply_updates(params, updates), state
 
   state = tx.init(params)
-  for grads in all_grads:
-    params, state = update(grads, state, params)
+  for step, grads in enumerate(all_grads):
+    params, state = update(grads, state, params, rates(step))
   return params, state
 
 
@@ -82,7 +82,7 @@ def test_equals_float64_adamw(clip_norm, frozen):
   params, all_grads = random_tree(0), [random_tree(seed, scale=seed / 4) for seed in range(1, 6)]
   rates = schedule.make("rewarm", num_steps=5, warmup_steps=2, lr_peak=0.05, lr_final=0.01)
   settings = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.3, "clip_norm": clip_norm}
-  found, state = run(optimizer.make(rates, params, **settings, **RULES, frozen=frozen), params, all_grads)
+  found, state = run(optimizer.make(params, **settings, **RULES, frozen=frozen), params, all_grads, rates)
   by_layer = np.array([0.25, 0.625, 1.0])
   wanted = numpy_adamw(
     params,
@@ -106,7 +106,7 @@ def test_equals_float64_adamw(clip_norm, frozen):
 
 def test_defaults_are_optax_adamw_bit_for_bit():
   params, all_grads = random_tree(0), [random_tree(seed) for seed in range(1, 4)]
-  found, _ = run(optimizer.make(lambda step: 0.01, params, clip_norm=1.0), params, all_grads)
+  found, _ = run(optimizer.make(params, clip_norm=1.0), params, all_grads, lambda step: 0.01)
   plain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.01, b2=0.95, weight_decay=0.1))
   wanted, _ = run(plain, params, all_grads)
   jax.tree.map(np.testing.assert_array_equal, found, wanted)
@@ -118,8 +118,8 @@ def test_frozen_leaves_keep_every_bit_and_have_no_moments():
   all_grads = [random_tree(seed) for seed in range(1, 3)]
   for grads in all_grads:
     grads["embedding"][:] = np.nan  # must not reach anything: not the leaf, not the norm that clips the others
-  tx = optimizer.make(lambda step: 0.1, params, frozen=("embedding",), clip_norm=0.5)
-  updates, _ = tx.update(all_grads[0], tx.init(params), params)
+  tx = optimizer.make(params, frozen=("embedding",), clip_norm=0.5)
+  updates, _ = tx.update(all_grads[0], tx.init(params), params, rate=0.1)
   assert (np.asarray(updates["embedding"]).view(np.int32) == np.float32(-0.0).view(np.int32)).all()  # 0.0 would change -0.0
   found, state = run(tx, params, all_grads)
   np.testing.assert_array_equal(np.asarray(found["embedding"]).view(np.int32), params["embedding"].view(np.int32))
@@ -131,7 +131,7 @@ def test_frozen_leaves_keep_every_bit_and_have_no_moments():
 
 def test_a_rate_of_zero_is_not_frozen():
   params = random_tree(0)
-  tx = optimizer.make(lambda step: 0.1, params, rate_rules=(("embedding", 0.0), (".*", 1.0)))
+  tx = optimizer.make(params, rate_rules=(("embedding", 0.0), (".*", 1.0)))
   found, state = run(tx, params, [random_tree(1)])
   np.testing.assert_array_equal(found["embedding"], params["embedding"])
   assert [path for path in trees.paths(state) if "embedding" in path]
@@ -142,18 +142,18 @@ def test_a_rate_of_zero_is_not_frozen():
 def test_continuing_from_a_state_is_the_same_run(seed, at):
   params, all_grads = random_tree(seed), [random_tree(seed + i) for i in range(1, 6)]
   rates = schedule.make("wsd", num_steps=5, warmup_steps=2, lr_peak=0.05, anneal_steps=2)
-  tx = optimizer.make(rates, params, **RULES)
+  tx = optimizer.make(params, **RULES)
   update = jax.jit(tx.update)
   middle = None
   state, p = tx.init(params), params
   for i, grads in enumerate(all_grads):
     if i == at:
       middle = jax.device_get((state, p))
-    updates, state = update(grads, state, p)
+    updates, state = update(grads, state, p, rate=rates(i))
     p = optax.apply_updates(p, updates)
   state_2, p_2 = middle
-  for grads in all_grads[at:]:
-    updates, state_2 = update(grads, state_2, p_2)
+  for i, grads in enumerate(all_grads[at:], at):
+    updates, state_2 = update(grads, state_2, p_2, rate=rates(i))
     p_2 = optax.apply_updates(p_2, updates)
   jax.tree.map(np.testing.assert_array_equal, p, p_2)
 
@@ -171,8 +171,8 @@ def test_moments_are_sharded_as_their_parameters_and_the_update_too():
   rates = schedule.make("cosine", num_steps=5, lr_peak=0.05)
   all_grads = [random_tree(1), random_tree(2)]
   for frozen in ((), ("embedding",)):
-    tx = optimizer.make(rates, plain, **RULES, frozen=frozen, clip_norm=0.5)
-    wanted, _ = run(tx, plain, all_grads)
+    tx = optimizer.make(plain, **RULES, frozen=frozen, clip_norm=0.5)
+    wanted, _ = run(tx, plain, all_grads, rates)
     with jax.set_mesh(mesh):
       shardings = trees.map_with_path(lambda path, _: mesh_lib.sharding(mesh, *axes[path]), plain)
       params = jax.device_put(plain, shardings)
@@ -181,7 +181,7 @@ def test_moments_are_sharded_as_their_parameters_and_the_update_too():
         leaf = next((name for name in axes if path.endswith("." + name)), None)
         if leaf:
           assert moment.sharding.spec == mesh_lib.spec(*axes[leaf]), path
-      found, state = run(tx, params, [jax.device_put(grads, shardings) for grads in all_grads])
+      found, state = run(tx, params, [jax.device_put(grads, shardings) for grads in all_grads], rates)
       for path, leaf in trees.paths(found).items():
         assert leaf.sharding.is_equivalent_to(mesh_lib.sharding(mesh, *axes[path]), leaf.ndim), path
       mu = optax.tree_utils.tree_get(state, "mu")
@@ -210,24 +210,23 @@ def abstract_params() -> dict:
 )
 def test_refuses(arguments, message):
   with pytest.raises(ConfigError, match=message):
-    optimizer.make(lambda step: 0.1, abstract_params(), **arguments)
+    optimizer.make(abstract_params(), **arguments)
 
 
 def test_problems_come_together():
   with pytest.raises(ConfigError, match="3 problems"):
-    optimizer.make(lambda step: 0.1, abstract_params(), frozen=("nothing",), layer_rates=(1.0,), rate_rules=(("embedding", 1.0),))
+    optimizer.make(abstract_params(), frozen=("nothing",), layer_rates=(1.0,), rate_rules=(("embedding", 1.0),))
 
 
 def test_rules_of_the_user_must_have_an_effect_and_default_rules_need_not():
-  rates = schedule.make("constant", num_steps=5, lr_peak=0.1)
   config = config_lib.default()
-  optimizer.from_config(config, rates, nest({"embedding": np.zeros((2, 2)), "layers.wq": np.zeros((2, 2, 2))}))
+  optimizer.from_config(config, nest({"embedding": np.zeros((2, 2)), "layers.wq": np.zeros((2, 2, 2))}))
   config.optimizer.rate_rules = (("embeding", 0.1), (".*", 1.0))
   with pytest.raises(ConfigError, match="Did you mean embedding"):
-    optimizer.from_config(config, rates, abstract_params())
+    optimizer.from_config(config, abstract_params())
   config.optimizer.rate_rules = ((".*", 1.0), ("embedding", 0.1))
   with pytest.raises(ConfigError, match="'embedding' has no effect"):
-    optimizer.from_config(config, rates, abstract_params())
+    optimizer.from_config(config, abstract_params())
 
 
 def test_groups_are_for_people():
@@ -251,7 +250,7 @@ def test_equals_torch_adamw():
   params, all_grads = random_tree(0), [random_tree(seed) for seed in range(1, 6)]
   rates = schedule.make("rewarm", num_steps=5, warmup_steps=2, lr_peak=0.05, lr_final=0.01)
   rules = {"decay_rules": ((".*norm", 0.0), (".*", 1.0)), "rate_rules": (("embedding", 0.3), (".*", 1.0))}
-  found, _ = run(optimizer.make(rates, params, weight_decay=0.3, clip_norm=0.7, **rules), params, all_grads)
+  found, _ = run(optimizer.make(params, weight_decay=0.3, clip_norm=0.7, **rules), params, all_grads, rates)
   tensors = {path: torch.nn.Parameter(torch.tensor(leaf)) for path, leaf in trees.paths(params).items()}
   groups = [
     {"params": [tensor], "times": 0.3 if path == "embedding" else 1.0, "weight_decay": 0.0 if path.endswith("norm") else 0.3}

@@ -4,7 +4,6 @@ import math
 
 import hypothesis
 import hypothesis.strategies as st
-import jax
 import numpy as np
 import pytest
 
@@ -127,9 +126,8 @@ def test_a_constant_run_may_end_in_its_warm_up():
 
 def test_is_float32_whatever_the_step_is():
   made = schedule.make("cosine", num_steps=10, lr_peak=PEAK)
-  for step in (3, np.int32(3), jax.numpy.int32(3)):
-    assert made(step).dtype == np.float32 and made(step).shape == ()
-    np.testing.assert_allclose(jax.jit(made)(step), made(step), rtol=1e-6)
+  for step in (3, np.int32(3), np.array(3)):
+    assert isinstance(made(step), np.float32) and made(step) == made(np.arange(10))[3]
   assert hash(made) == hash(schedule.make("cosine", num_steps=10, lr_peak=PEAK))
 
 

@@ -34,13 +34,10 @@ def build(spec, *, microbatches=1, z_loss=0.0, clip_norm=1.0, frozen=(), source_
     shape="linear",
   )
   params = transformer.init(spec, jax.random.key(0))
-  tx = optimizer.make(
-    rates, params, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=clip_norm, **{**RULES, "frozen": frozen}
-  )
+  tx = optimizer.make(params, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=clip_norm, **{**RULES, "frozen": frozen})
   update = step.make_train_step(
     spec,
     tx,
-    rates,
     settings=SETTINGS,
     source_weights=source_weights,
     microbatches=microbatches,
@@ -51,10 +48,10 @@ def build(spec, *, microbatches=1, z_loss=0.0, clip_norm=1.0, frozen=(), source_
 
 
 def train(spec, batches, place=lambda b: b, **kwargs):
-  now, update, _ = build(spec, **kwargs)
+  now, update, rates = build(spec, **kwargs)
   measured = []
   for batch in batches:
-    now, metrics = update(now, place(batch))
+    now, metrics = update(now, place(batch), rates(int(now.step)))
     measured.append(jax.device_get(metrics))
   return jax.device_get(now), measured
 
@@ -66,13 +63,12 @@ def gradient(spec, batch, *, params=None, settings=SETTINGS, source_weights=(1.0
   update = step.make_train_step(
     spec,
     tx,
-    lambda count: jnp.float32(1),
     settings=settings,
     source_weights=source_weights,
     microbatches=microbatches,
     z_loss=z_loss,
   )
-  now, metrics = jax.jit(update)(now, batch)
+  now, metrics = jax.jit(update)(now, batch, 1.0)
   return jax.device_get(now.opt_state.trace), jax.device_get(metrics)
 
 
@@ -218,12 +214,10 @@ def test_weights_that_make_no_objective_are_refused(tiny_spec, weights):
 
 def test_a_batch_that_cannot_be_counted_is_refused(tiny_spec):
   tx = optax.identity()
-  update = step.make_train_step(
-    tiny_spec, tx, optax.constant_schedule(1.0), settings=SETTINGS, source_weights=(1.0,), microbatches=1, z_loss=0.0
-  )
+  update = step.make_train_step(tiny_spec, tx, settings=SETTINGS, source_weights=(1.0,), microbatches=1, z_loss=0.0)
   arrays = [jax.ShapeDtypeStruct((2**15, 2**16), np.dtype(np.int32))] * 5
   with pytest.raises(ValueError, match=r"train.batch_rows x data.row_len = \(32768, 65536\)"):
-    jax.eval_shape(update, None, Batch(*arrays, jax.ShapeDtypeStruct((2**15,), np.dtype(np.int32))))
+    jax.eval_shape(update, None, Batch(*arrays, jax.ShapeDtypeStruct((2**15,), np.dtype(np.int32))), 1.0)
 
 
 UNEVEN = (0.25, 3.0)
@@ -264,7 +258,7 @@ def test_the_reported_rate_is_the_one_that_moved_the_parameters(tiny_spec, rando
   empty = random_batch(0)._replace(weights_BT=np.zeros((8, 16), np.float32))
   for count in range(4):
     before = np.asarray(now.params["embedding"], np.float64)
-    now, metrics = update(now, empty)
+    now, metrics = update(now, empty, rates(count))
     moved = 1 - np.asarray(now.params["embedding"], np.float64).ravel() @ before.ravel() / (before.ravel() @ before.ravel())
     assert float(metrics.rate) == float(rates(count))
     np.testing.assert_allclose(moved / 0.1, float(metrics.rate), rtol=1e-3)
@@ -285,8 +279,8 @@ def test_a_few_steps_learn_one_batch(tiny_spec, random_batch):
 def test_the_abstract_state_is_the_real_one(tiny_spec):
   mesh = mesh_lib.make_mesh(data=1, fsdp=4, context=1, tensor=2)
   with jax.set_mesh(mesh):
-    now, _, rates = build(tiny_spec)
-    tx = optimizer.make(rates, now.params, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=1.0, **RULES)
+    now, _, _ = build(tiny_spec)
+    tx = optimizer.make(now.params, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=1.0, **RULES)
     planned = state.abstract(tiny_spec, tx)
   assert not trees.diff(now, planned)
   for (path, leaf), wanted in zip(trees.paths(now).items(), jax.tree.leaves(planned), strict=True):
@@ -294,9 +288,9 @@ def test_the_abstract_state_is_the_real_one(tiny_spec):
 
 
 def test_the_step_compiles_once(tiny_spec, random_batch):
-  now, update, _ = build(tiny_spec)
+  now, update, rates = build(tiny_spec)
   for seed in range(3):
-    now, _ = update(now, Batch(*map(jnp.asarray, random_batch(seed))))
+    now, _ = update(now, Batch(*map(jnp.asarray, random_batch(seed))), rates(seed))
   assert update._cache_size() == 1
 
 

@@ -52,16 +52,17 @@ class Training:
     self.spec = spec_lib.from_hf(spec_lib.load_hf_config(base))
     self.mesh = mesh_lib.make_mesh(**config.mesh)
     jax.set_mesh(self.mesh)
-    rates = schedule.from_config(config)
+    self._rates, self._num_done = schedule.from_config(config), 0
     abstract = transformer.abstract_params(self.spec)
-    tx = optimizer.from_config(config, rates, abstract)
+    tx = optimizer.from_config(config, abstract)
     self.state = state.create(pretrained.load_params(base, self.spec, abstract), tx)
-    train_step = step.from_config(config, self.spec, tx, rates, source_weights=(1.0,) * num_sources)
+    train_step = step.from_config(config, self.spec, tx, source_weights=(1.0,) * num_sources)
     self._step = jax.jit(train_step, donate_argnums=0)
 
   def step(self, batch: Any) -> Any:
     """One update; returns its metrics."""
-    self.state, measured = self._step(self.state, batch)
+    self.state, measured = self._step(self.state, batch, self._rates(self._num_done))
+    self._num_done += 1
     return measured
 
   def to_device(self, batch: Any) -> Any:

@@ -10,17 +10,23 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import scipy.signal
 
+from cpt_jax import config as config_lib
+from cpt_jax.analysis.runs import Run
 from cpt_jax.config import ConfigError
+from cpt_jax.laws import fit as fit_lib
+from cpt_jax.laws.fit import Fit, Law, Prior
 
 COLUMNS = ("step", "lr", "loss")
-_PIECES_PER_OCTAVE = 4  # of the distance from a fall to a loss; see Curve.falls
+_PIECES_PER_OCTAVE = 2  # of the distance from a fall to a loss; see Curve.falls
+_ROUNDING = 1e-12
 _NO_FALL = 1e-10  # of the peak: what rounding leaves of a constant rate
+NUM_STRETCHES = 8  # of a curve, whose losses are wrong together: what a curve is worth in independent observations
 _MAX_STEPS = 100_000_000  # a run of more would not fit as one float a step
 
 
@@ -56,9 +62,10 @@ class Curve:
     """Every pair of a loss and an earlier fall after the warm-up, with falls at like distances taken together.
 
     What a fall does grows with the rates summed since, fast at first and ever more slowly. So the steps before a loss are
-    cut where their distance to it grows by a constant ratio, and the falls of a piece count as one, at their mean rate and
-    place. A lone jump stays exact; a slow decay over a million steps costs some 100 pairs for each loss, and the error is
-    below 1e-5 nats (tests).
+    cut where their distance to it grows by a constant ratio, and the falls of a piece count as two of half the size, one
+    standard deviation to each side of their mean place and rate (Gauss's two-point rule). A lone jump stays exact; a slow
+    decay over a million steps costs some 100 pairs for each loss, and the error is below 1e-5 nats (tests;
+    1e-4 where the rate falls to 0, as the rate stands there to a negative power).
     """
     sizes_S = fall_sizes(self.rates_S, warmup_steps=self.warmup_steps)
     area_S = forward_area(self.rates_S)
@@ -74,14 +81,30 @@ class Curve:
       row_F, piece_F = np.nonzero(size_nF > _NO_FALL * self.rates_S.max())
       size_F = size_nF[row_F, piece_F]
       mean = lambda values_S: of_pieces(size_S * values_S)[row_F, piece_F] / size_F  # noqa: B023, E731
-      since_F = self.area_n[row_F] - mean(area_S[:-1])
-      parts.append(Falls(row_F, sign * size_F, mean(self.rates_S), np.maximum(since_F, 0.0)))
+      (rate_F, rate_sd_F), (place_F, place_sd_F) = (_moments(values_S, mean) for values_S in (self.rates_S, area_S[:-1]))
+      for side in (-1.0, 1.0):  # the later half of a fall has the lower rates, that of a rise the higher ones
+        since_F = np.maximum(self.area_n[row_F] - place_F - side * place_sd_F, 0.0)
+        parts.append(Falls(row_F, sign * size_F / 2, rate_F - sign * side * rate_sd_F, since_F))
     return Falls(*(np.concatenate(pair) for pair in zip(*parts, strict=True)))
 
   def annealing(self, decay: float) -> tuple[np.ndarray, np.ndarray]:
-    """S2 at each loss, and its derivative in `decay`."""
-    area_n, slope_n = annealing_area(self.rates_S, decay=decay, warmup_steps=self.warmup_steps)
-    return area_n[self.step_n], slope_n[self.step_n]
+    """S2 at each loss, and its derivative in `decay`; those of the last `decay` are kept, since a fit asks twice."""
+    if decay not in self._annealing:
+      self._annealing.clear()
+      area_n, slope_n = annealing_area(self.rates_S, decay=decay, warmup_steps=self.warmup_steps)
+      self._annealing[decay] = area_n[self.step_n], slope_n[self.step_n]
+    return self._annealing[decay]
+
+  @functools.cached_property
+  def _annealing(self) -> dict[float, tuple[np.ndarray, np.ndarray]]:
+    return {}
+
+
+def _moments(values_S: np.ndarray, mean: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+  """Means and standard deviations of pieces; the latter are 0 where they are no more than rounding."""
+  mean_F = mean(values_S)
+  variance_F = mean(values_S**2) - mean_F**2
+  return mean_F, np.sqrt(np.where(variance_F > _ROUNDING * values_S.max() ** 2, variance_F, 0.0))
 
 
 def forward_area(rates_S: np.ndarray) -> np.ndarray:
@@ -102,14 +125,12 @@ def annealing_area(rates_S: np.ndarray, *, decay: float, warmup_steps: int = 0) 
   2408.11029, eq. 1. Its known flaw is kept, as it is the law's own: S2 goes on growing at a rate of 0.
   """
   sizes_S = fall_sizes(rates_S, warmup_steps=warmup_steps)
-  momentum_S = scipy.signal.lfilter([1.0], [1.0, -decay], sizes_S)
-  slope_S = scipy.signal.lfilter([0.0, 1.0], [1.0, -decay], momentum_S)
+  momentum_S = np.asarray(scipy.signal.lfilter([1.0], [1.0, -decay], sizes_S))
+  slope_S = np.asarray(scipy.signal.lfilter([0.0, 1.0], [1.0, -decay], momentum_S))
   return forward_area(momentum_S), forward_area(slope_S)
 
 
-def from_log(
-  step_n: np.ndarray, *, lr_n: np.ndarray, loss_n: np.ndarray, name: str, warmup_steps: int | None = None
-) -> Curve:
+def from_log(step_n: np.ndarray, *, lr_n: np.ndarray, loss_n: np.ndarray, name: str, warmup_steps: int | None = None) -> Curve:
   """The Curve of logged rows; what happened between them is filled in by these rules.
 
   - Between two rows the rate goes in a straight line. A change that stands alone, with an unchanged rate on both its sides
@@ -181,19 +202,20 @@ def read_csv(path: str | pathlib.Path, *, warmup_steps: int | None = None) -> Cu
   missing = [column for column in COLUMNS if column not in header]
   if missing:
     raise ConfigError(f"{path}: no column {' and no '.join(missing)}; found {', '.join(header)}; expected {', '.join(COLUMNS)}")
-  places = [header.index(column) for column in COLUMNS]
+  places = {column: header.index(column) for column in COLUMNS}
   problems, table = [], []
   for number, row in enumerate(rows[1:], start=2):
     if not any(cell.strip() for cell in row):
       continue
-    values = [_number(row[place]) if place < len(row) else None for place in places]
-    wrong = [f"{column}={row[place].strip() if place < len(row) else ''!r}" for column, place, value in zip(COLUMNS, places, values, strict=True) if value is None]
+    cells = {column: row[place].strip() if place < len(row) else "" for column, place in places.items()}
+    values = {column: value for column, cell in cells.items() if (value := _number(cell)) is not None}
+    wrong = [f"{column}={cells[column]!r}" for column in COLUMNS if column not in values]
     if wrong:
-      problems.append(f"{path}, line {number}: {', '.join(wrong)} is no finite number")
-    elif values[0] != int(values[0]):
-      problems.append(f"{path}, line {number}: step={values[0]}; steps are whole numbers")
+      problems.append(f"{path}, line {number}: {', '.join(wrong)}: expected a finite number")
+    elif values["step"] != int(values["step"]):
+      problems.append(f"{path}, line {number}: step={cells['step']!r}: expected a whole number")
     else:
-      table.append(values)
+      table.append([values[column] for column in COLUMNS])
   if not problems and not table:
     problems.append(f"{path}: no rows under the header")
   if problems:
@@ -208,6 +230,63 @@ def _number(text: str) -> float | None:
   except ValueError:
     return None
   return value if math.isfinite(value) else None
+
+
+def from_run(run: Run, *, source: str) -> Curve:
+  """The Curve of one source's held-out losses in a run of this project; the losses before and in the warm-up are left out.
+
+  Raises:
+    ConfigError: the run does not measure the source, or has fewer than two losses of it after the warm-up.
+  """
+  if source not in run.losses:
+    raise ConfigError(f"{run.path}: measures no source {source!r}; it has {', '.join(run.losses)}")
+  warmup_steps = config_lib.steps_of(run.config, "schedule.warmup")
+  loss_n = run.losses[source]
+  is_kept_n = np.isfinite(loss_n) & (run.eval_steps_E >= max(warmup_steps, 1))
+  if is_kept_n.sum() < 2:
+    raise ConfigError(f"{run.path}: {is_kept_n.sum()} loss(es) of {source} after the warm-up; a curve needs 2 (see eval.every)")
+  return Curve(
+    str(run.path),
+    run.rates_S,
+    run.eval_steps_E[is_kept_n],
+    loss_n[is_kept_n],
+    warmup_steps=warmup_steps,
+    replay_frac=run.replay if run.num_tokens else 0.0,
+  )
+
+
+class CurveLaw(Law, Protocol):
+  """A law of whole curves: its inputs are a sequence of Curve."""
+
+  @property
+  def priors(self) -> Mapping[str, Prior]:
+    """For what a few curves cannot fix."""
+    ...
+
+
+def fit(law: CurveLaw, curves: Sequence[Curve], *, num_starts: int = 48, seed: int = 0) -> Fit:
+  """`law` fitted to the curves, each counting the same.
+
+  Raises:
+    ConfigError: no curve, or see laws.fit.fit.
+  """
+  if not curves:
+    raise ConfigError(f"{law.name}: no curve to fit")
+  return fit_lib.fit(
+    law,
+    curves,
+    losses(curves),
+    weights_n=weights(curves),
+    priors=law.priors,
+    num_independent=NUM_STRETCHES * len(curves),
+    num_starts=num_starts,
+    seed=seed,
+  )
+
+
+def bootstrap(fitted: Fit, *, num: int = 100, seed: int = 0) -> Fit:
+  """With the parameters of resampled stretches of its curves."""
+  return fit_lib.bootstrap(fitted, num=num, groups_n=stretches(fitted.inputs), seed=seed)
 
 
 def losses(curves: Sequence[Curve]) -> np.ndarray:
@@ -228,11 +307,7 @@ def weights(curves: Sequence[Curve]) -> np.ndarray:
   return np.concatenate(parts)
 
 
-def stretches(curves: Sequence[Curve], *, num: int) -> np.ndarray:
-  """A group for each loss: every curve in `num` stretches, within which losses are wrong together; for bootstrap."""
-  groups, first = [], 0
-  for curve in curves:
-    n = len(curve.loss_n)
-    groups.append(first + np.arange(n) * min(num, n) // n)
-    first += num
-  return np.concatenate(groups)
+def stretches(curves: Sequence[Curve]) -> np.ndarray:
+  """A group for each loss: every curve in NUM_STRETCHES stretches."""
+  sizes = [len(curve.loss_n) for curve in curves]
+  return np.concatenate([NUM_STRETCHES * i + np.arange(n) * min(NUM_STRETCHES, n) // n for i, n in enumerate(sizes)])

@@ -27,11 +27,22 @@ from cpt_jax.config import ConfigError
 
 DELTA = 1e-3  # 2407.02118, sec. 3: differences of log losses above it (0.1%) count linearly
 _NUM_POLISHED = 6  # starts that go on with the Huber loss, after plain least squares
-_SCREEN_EVALUATIONS = 80
-_POLISH_EVALUATIONS = 600
-_TOLERANCE = 1e-10
 _GRADIENT_TOLERANCE = 1e-8  # of the cost of an observation that is missed by delta
+_SETTLED = 1e-3  # a round that lowers the objective by a smaller share has arrived: a curved valley without a sharp floor
 _AGREES = 0.01  # a start found the same optimum when its objective is within this share of the best
+
+
+class _Effort(NamedTuple):
+  """When a search ends: after so many evaluations, or when a step changes less than this share."""
+
+  evaluations: int
+  tolerance: float
+
+
+_SCREEN = _Effort(80, 1e-5)
+_POLISH = _Effort(150, 1e-10)
+_MAX_ROUNDS = 6  # of polishing
+_RESAMPLE = _Effort(80, 1e-6)  # from the optimum of all data to a near one
 
 
 class Law(Protocol):
@@ -178,7 +189,7 @@ def fit(
   num_starts: int = 48,
   seed: int = 0,
   delta: float = DELTA,
-  tolerance: float = _TOLERANCE,
+  tolerance: float = _POLISH.tolerance,
 ) -> Fit:
   """The parameters that fit best, of `num_starts` starts.
 
@@ -192,7 +203,7 @@ def fit(
     ConfigError: too few or non-finite or non-positive losses, or no start from which the search converged.
   """
   loss_n = np.asarray(loss_n, np.float64)
-  weights_n = np.ones(loss_n.shape) if weights_n is None else np.asarray(weights_n, np.float64)
+  weights_n = np.asarray(np.ones(loss_n.shape) if weights_n is None else weights_n, np.float64)
   priors = dict(priors or {})
   problems = []
   if loss_n.ndim != 1:
@@ -203,7 +214,9 @@ def fit(
       "add measurements or take a law with fewer"
     )
   if not (np.isfinite(loss_n).all() and (loss_n > 0).all()):
-    problems.append(f"{law.name}: losses must be finite and above 0 (the fit is of their logarithm); remove the rows that are not")
+    problems.append(
+      f"{law.name}: losses must be finite and above 0 (the fit is of their logarithm); remove the rows that are not"
+    )
   if weights_n.shape != loss_n.shape or not (np.isfinite(weights_n).all() and (weights_n >= 0).all() and weights_n.any()):
     problems.append(f"{law.name}: weights must be finite, not below 0, not all 0, and one for each of {loss_n.size} losses")
   if num_starts < 1:
@@ -213,18 +226,19 @@ def fit(
 
   rng = np.random.default_rng(seed)
   starts_QP = np.asarray(law.starts(inputs, loss_n, num=num_starts, rng=rng), np.float64)
-  weights_n = weights_n / weights_n.mean()
+  weights_n = np.asarray(weights_n / weights_n.mean())
   independent = float(len(loss_n) if num_independent is None else num_independent)
-  search = _Search(law, inputs, loss_n, priors=priors, prior_weight=1 / independent, delta=delta, tolerance=tolerance)
-  screened = [search.run(start_P, weights_n, delta=None, evaluations=_SCREEN_EVALUATIONS) for start_P in starts_QP]
+  search = _Search(law, inputs, loss_n, priors=priors, prior_weight=1 / independent, delta=delta)
+  screened = [search.run(start_P, weights_n, delta=None, effort=_SCREEN) for start_P in starts_QP]
   usable = sorted((end for end in screened if end is not None), key=lambda end: end.objective)
   if not usable:
     raise ConfigError(
       f"{law.name}: its value is not a finite number at any of {num_starts} starts; look for zero rates, shares outside 0..1 "
       "or other inputs for which the law has no value"
     )
-  polished = [search.run(end.theta_P, weights_n, delta=delta, evaluations=_POLISH_EVALUATIONS) for end in usable[:_NUM_POLISHED]]
-  ends = [end for end in polished if end is not None and end.is_converged]
+  effort = _POLISH._replace(tolerance=tolerance)
+  polished = [search.settle(end.theta_P, weights_n, delta=delta, effort=effort) for end in usable[:_NUM_POLISHED]]
+  ends = [end for end in polished if end is not None]
   if not ends:
     raise ConfigError(
       f"{law.name}: the search did not converge from any of {num_starts} starts; the data may not fix its parameters "
@@ -257,7 +271,9 @@ def bootstrap(fitted: Fit, *, num: int = 200, groups_n: np.ndarray | None = None
   _, group_n = np.unique(np.arange(n) if groups_n is None else np.asarray(groups_n), return_inverse=True)
   num_groups = int(group_n.max()) + 1
   if len(group_n) != n or num_groups < 2:
-    raise ConfigError(f"{fitted.law.name}: {len(group_n)} entries in {num_groups} group(s) for {n} losses; resampling needs 2 groups")
+    raise ConfigError(
+      f"{fitted.law.name}: {len(group_n)} entries in {num_groups} group(s) for {n} losses; resampling needs 2 groups"
+    )
   if num < 1:
     raise ConfigError(f"{fitted.law.name}: {num} resampled data sets; at least 1")
   rng = np.random.default_rng(seed)
@@ -277,7 +293,7 @@ def bootstrap(fitted: Fit, *, num: int = 200, groups_n: np.ndarray | None = None
       weights_n = counts_n * fitted.weights_n
       if np.count_nonzero(weights_n) >= num_parameters:
         break
-    end = search.run(fitted.theta_P, weights_n, delta=fitted.delta, evaluations=_SCREEN_EVALUATIONS)
+    end = search.run(fitted.theta_P, weights_n, delta=fitted.delta, effort=_RESAMPLE)
     assert end is not None, "the law has a value at its own optimum"
     thetas.append(end.theta_P)
   return dataclasses.replace(fitted, thetas_KP=np.stack(thetas))
@@ -294,17 +310,9 @@ class _Search:
   """Least squares on log losses, in scaled parameters; a prior is one more residual."""
 
   def __init__(
-    self,
-    law: Law,
-    inputs: Any,
-    loss_n: np.ndarray,
-    *,
-    priors: Mapping[str, Prior],
-    prior_weight: float,
-    delta: float,
-    tolerance: float = _TOLERANCE,
+    self, law: Law, inputs: Any, loss_n: np.ndarray, *, priors: Mapping[str, Prior], prior_weight: float, delta: float
   ):
-    self.law, self.inputs, self.tolerance = law, inputs, tolerance
+    self.law, self.inputs = law, inputs
     self.log_n = np.log(loss_n)
     # Below the floor the logarithm goes on as its tangent: no start is lost to a prediction under 0.
     self.floor = 0.05 * float(loss_n.min())
@@ -342,9 +350,20 @@ class _Search:
     gradient_nP = self.law.gradient(theta_P, self.inputs) * np.where(self.is_log_P, theta_P, 1.0)[None, :]
     return np.concatenate([gradient_nP / np.maximum(self._predict(x_P), self.floor)[:, None], self.pull_RP])
 
-  def run(self, theta_P: np.ndarray, weights_n: np.ndarray, *, delta: float | None, evaluations: int) -> _End | None:
+  def settle(self, theta_P: np.ndarray, weights_n: np.ndarray, *, delta: float, effort: _Effort) -> _End | None:
+    """Where the Huber loss falls no more, by the solver's tests or for a whole round; None when it still does at the end."""
+    end = None
+    for _ in range(_MAX_ROUNDS):
+      before, end = end, self.run(theta_P if end is None else end.theta_P, weights_n, delta=delta, effort=effort)
+      if end is None or end.is_converged or (before and end.objective > (1 - _SETTLED) * before.objective):
+        return end
+    return None
+
+  def run(self, theta_P: np.ndarray, weights_n: np.ndarray, *, delta: float | None, effort: _Effort) -> _End | None:
     """Where the search ends; None when the law has no finite value at the start. No delta: plain least squares."""
-    x_P = np.clip(self._inward(np.maximum(theta_P, np.where(self.is_log_P, np.exp(self.low_P), -np.inf))), self.low_P, self.high_P)
+    x_P = np.clip(
+      self._inward(np.maximum(theta_P, np.where(self.is_log_P, np.exp(self.low_P), -np.inf))), self.low_P, self.high_P
+    )
     scale = 1.0 if delta is None else delta
     # Shares of the observations, so that the cost is a mean; a prior weighs as one of the independent ones.
     weights_m = np.concatenate([weights_n / weights_n.sum(), np.full(len(self.pull_RP), self.prior_weight)])
@@ -359,17 +378,9 @@ class _Search:
     with np.errstate(all="ignore"):
       if not (np.isfinite(self.residuals(x_P)).all() and np.isfinite(self.jacobian(x_P)).all()):
         return None
-      end = scipy.optimize.least_squares(
-        self.residuals,
-        x_P,
-        jac=self.jacobian,
-        bounds=(self.low_P, self.high_P),
-        loss=loss,
-        f_scale=scale,
-        x_scale="jac",
-        ftol=self.tolerance,
-        xtol=self.tolerance,
-        gtol=_GRADIENT_TOLERANCE * scale**2,
-        max_nfev=evaluations,
-      )
+      settings: dict[str, Any] = dict(jac=self.jacobian, loss=loss, f_scale=scale, x_scale="jac", max_nfev=effort.evaluations)
+      # Not "trf": it scales steps by the distance to the bounds, which says nothing here, and creeps.
+      settings["method"] = "dogbox"
+      settings |= dict(ftol=effort.tolerance, xtol=effort.tolerance, gtol=_GRADIENT_TOLERANCE * scale**2)
+      end = scipy.optimize.least_squares(self.residuals, x_P, bounds=(self.low_P, self.high_P), **settings)
     return _End(self._outward(end.x), float(end.cost), end.status > 0)

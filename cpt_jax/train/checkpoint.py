@@ -247,10 +247,13 @@ _FREE += ("train.length", "data.sources.", "data.stages", "data.on_bad", "data.m
 def check_same_run(saved: dict, config: dict) -> None:
   """Refuses to continue a run under a config that would have changed its past.
 
+  A key that an older version did not have stood for what is its default now.
+
   Raises:
     ConfigError: a line for each key that differs and matters.
   """
-  before, now = (_flat_json(c) for c in (saved, config))
+  default, before, now = (_flat_json(c) for c in (json.loads(config_lib.default().to_json()), saved, config))
+  before = default | before
   changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and not key.startswith(_FREE)]
   if changed:
     lines = [f"  {key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}" for key in changed]

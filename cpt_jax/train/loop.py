@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
   hf_config: dict
   loader: pipeline.Loader
   rates: schedule.Schedule
-  tx: optax.GradientTransformation
+  tx: optax.GradientTransformationExtraArgs
 
 
 def open_inputs(config: Any, workdir: pathlib.Path | None = None) -> Inputs:
@@ -58,7 +58,7 @@ def open_inputs(config: Any, workdir: pathlib.Path | None = None) -> Inputs:
     problems.add(f"data.row_len={config.data.row_len}: the model was made for {spec.max_positions} positions; use at most that")
   with problems.collect():
     rates = schedule.from_config(config)
-    tx = optimizer.from_config(config, rates, transformer.abstract_params(spec))
+    tx = optimizer.from_config(config, transformer.abstract_params(spec))
   with problems.collect():
     if base.kind == "hf":
       pretrained.check_files(base.path, spec)
@@ -113,7 +113,7 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     # ---- 4. compile: at first use, from the cache when this program was compiled before ----
     settings = step.settings_from_config(config)
     jit = jax.jit if not config.debug.no_jit else lambda f, **_: f
-    train_step = jit(step.from_config(config, spec, tx, rates, source_weights=loader.loss_weights), donate_argnums=0)
+    train_step = jit(step.from_config(config, spec, tx, source_weights=loader.loss_weights), donate_argnums=0)
     eval_step = jit(step.make_eval_step(spec, settings=settings, num_sources=len(loader.names)))
 
     def to_device(batch: Batch, num_rows: int = eval_rows) -> Batch:
@@ -196,7 +196,7 @@ def run(config: Any, workdir: pathlib.Path) -> int:
         if stopping or now == last_step:
           break
         batch = next(batches)
-        train_state, measured = train_step(train_state, to_device(batch, batch_rows))
+        train_state, measured = train_step(train_state, to_device(batch, batch_rows), rates(now))
         report()  # of the step before, while this one runs
         meter.dispatched(now + 1, measured, num_positions=config_lib.tokens_per_step(config))
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from cpt_jax import journal
 from cpt_jax.config import ConfigError
 from cpt_jax.data.store import write_atomically
 from cpt_jax.evals.perplexity import SourceLoss
@@ -53,7 +54,7 @@ class Writer:
       drop_after(run_dir / name, start_step, evaluates_first=evaluates_first)
       # Line buffered: a run that is killed has its last full record on disk.
       self._files[name] = open(run_dir / name, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by close)
-    if ledger := read(run_dir / "ledger.jsonl"):
+    if ledger := journal.read(run_dir / "ledger.jsonl"):
       self._last_read = {entry["source"]: entry for entry in ledger[-1]["sources"]}
     self._events = _event_writer(run_dir, start_step) if tensorboard else None
 
@@ -95,23 +96,10 @@ class Writer:
       self._events.close()
 
 
-def read(path: pathlib.Path) -> list[dict]:
-  """All whole records of a .jsonl file; a last line that a kill cut short is left out."""
-  if not path.exists():
-    return []
-  records = []
-  for line in path.read_text(encoding="utf-8").splitlines():
-    try:
-      records.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
-  return records
-
-
 def drop_after(path: pathlib.Path, step: int, *, evaluates_first: bool) -> None:
   """Removes what lies after `step`: a resumed run does those steps again, and may evaluate at `step` again."""
   stay = ("train",) if evaluates_first else ("train", "eval", None)  # the ledger's records have no kind
-  kept = [r for r in read(path) if r["step"] < step or (r["step"] == step and r.get("kind") in stay)]
+  kept = [r for r in journal.read(path) if r["step"] < step or (r["step"] == step and r.get("kind") in stay)]
   if path.exists():
     write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
 

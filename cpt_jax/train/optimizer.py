@@ -1,7 +1,7 @@
-"""Schedule and path rules -> AdamW whose rate and weight decay can differ by leaf and by layer.
+"""Path rules -> AdamW whose rate and weight decay can differ by leaf and by layer.
 
-Invariant: one update is p -= rate(step) * multiplier * (adam(clipped gradient) + weight_decay * decay * p), moments in float32;
-its own count equals the run's step and is part of the state. Called by train.loop, train.state, train.dry_run.
+Invariant: one update is p -= rate * multiplier * (adam(clipped gradient) + weight_decay * decay * p), moments in float32. The
+rate comes with each update, so one compiled step serves every schedule. Called by train.loop, train.state, train.dry_run.
 
 Frozen leaves have no moments, do not count in the norm that clips the others, and keep every bit.
 """
@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -56,7 +57,6 @@ def plan(
 
 
 def make(
-  schedule: optax.Schedule,
   params: Any,
   *,
   b1: float = 0.9,
@@ -68,8 +68,10 @@ def make(
   rate_rules: Rules = ((".*", 1.0),),
   layer_rates: Sequence[float] = (),
   frozen: Sequence[str] = (),
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   """AdamW (Loshchilov & Hutter 1711.05101, decay scaled by the rate) for a nested dict like `params`, which may be abstract.
+
+  Its update takes the rate: `update(gradients, state, params, rate=1e-4)`.
 
   Raises:
     ConfigError: as `plan`.
@@ -79,7 +81,7 @@ def make(
     optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=jnp.float32),
     _add_decay(weight_decay, leaves),
     _scale_by_leaf(leaves),
-    optax.scale_by_learning_rate(schedule),
+    _scale_by_rate(),
   ]
   if clip_norm > 0:
     pieces.insert(0, optax.clip_by_global_norm(clip_norm))
@@ -87,7 +89,7 @@ def make(
   return chain if all(leaf.trained for leaf in leaves.values()) else _without_frozen(chain, leaves)
 
 
-def from_config(config: Any, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
+def from_config(config: Any, params: Any) -> optax.GradientTransformationExtraArgs:
   """The optimizer of a resolved config; `params` may be abstract.
 
   Raises:
@@ -96,7 +98,6 @@ def from_config(config: Any, schedule: optax.Schedule, params: Any) -> optax.Gra
   c = config.optimizer
   _check_own_rules(c, params)
   return make(
-    schedule,
     params,
     b1=c.b1,
     b2=c.b2,
@@ -155,19 +156,28 @@ def _scale_by_leaf(leaves: dict[str, Leaf]) -> optax.GradientTransformation:
   return optax.stateless(lambda updates, params: trees.map_with_path(scale, updates))
 
 
-def _without_frozen(inner: optax.GradientTransformation, leaves: dict[str, Leaf]) -> optax.GradientTransformation:
+def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
+  def update(updates: Any, state: Any, params: Any = None, *, rate: Any, **_: Any):
+    return jax.tree.map(lambda u: -rate * u, updates), state
+
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _without_frozen(
+  inner: optax.GradientTransformationExtraArgs, leaves: dict[str, Leaf]
+) -> optax.GradientTransformationExtraArgs:
   """`inner` for the trained leaves alone: it sees and keeps a tree that does not have the others."""
 
   def init(params):
     return inner.init(_trained(params, leaves))
 
-  def update(updates: Any, state: Any, params: Any = None):
-    trained, state = inner.update(_trained(updates, leaves), state, _trained(params, leaves))
+  def update(updates: Any, state: Any, params: Any = None, *, rate: Any, **_: Any):
+    trained, state = inner.update(_trained(updates, leaves), state, _trained(params, leaves), rate=rate)
     found = trees.paths(trained)
     # Adding -0.0 keeps every bit of a parameter; adding 0.0 would turn -0.0 into 0.0.
     return trees.map_with_path(lambda path, g: found[path] if path in found else jnp.full_like(g, -0.0), updates), state
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _trained(tree: dict[str, Any], leaves: dict[str, Leaf], prefix: str = "") -> dict[str, Any]:

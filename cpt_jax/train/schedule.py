@@ -1,7 +1,7 @@
 """Names and numbers of a learning rate schedule -> a function from step to rate.
 
-Invariant: a pure function of the step (updates already finished), in float32, so that a resumed run goes on exactly.
-Called by train.optimizer, train.step, train.dry_run.
+Invariant: a pure function of the step (updates already finished), so that a resumed run goes on exactly; computed on the host,
+without jax, and given to each update as a number. Called by train.loop, train.dry_run, laws.
 
 The rate of the update that follows `step` finished updates, for a run of N steps with a warm-up of W:
 
@@ -29,8 +29,7 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
@@ -49,17 +48,17 @@ class Fall:
   low: float
   shape: str
 
-  def __call__(self, step: jax.Array) -> jax.Array:
+  def __call__(self, step: np.ndarray) -> np.ndarray:
     """The rate at `step`: `high` before the fall, `low` after it."""
-    x = jnp.clip((step - self.first).astype(jnp.float32) / max(self.num_steps, 1), 0.0, 1.0)
+    x = np.clip((step - self.first) / max(self.num_steps, 1), 0.0, 1.0)
     if self.shape == "exponential":
-      rate = self.high * jnp.exp(x * math.log(self.low / self.high))
+      rate = self.high * np.exp(x * math.log(self.low / self.high))
     else:
-      left = {"linear": 1.0 - x, "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * x)), "1-sqrt": 1.0 - jnp.sqrt(x)}[self.shape]
+      left = {"linear": 1.0 - x, "cosine": 0.5 * (1.0 + np.cos(np.pi * x)), "1-sqrt": 1.0 - np.sqrt(x)}[self.shape]
       rate = self.low + (self.high - self.low) * left
     # Both ends are exact, whatever rounding does to the curve; a fall of 0 steps is a jump.
-    rate = jnp.where(step <= self.first, jnp.float32(self.high), rate)
-    return jnp.where(step >= self.first + self.num_steps, jnp.float32(self.low), rate)
+    rate = np.where(step <= self.first, self.high, rate)
+    return np.where(step >= self.first + self.num_steps, self.low, rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +70,16 @@ class Schedule:
   lr_peak: float
   falls: tuple[Fall, ...]
 
-  def __call__(self, step: Any) -> jax.Array:
-    """The rate, float32, of the update that follows `step` finished updates."""
-    steps = jnp.asarray(step)
-    rate = jnp.full_like(steps, self.lr_peak, dtype=jnp.float32)
+  def __call__(self, step: Any) -> Any:
+    """The rate, float32, of the update that follows `step` finished updates; of each where `step` is an array."""
+    steps = np.asarray(step)
+    rate = np.full(steps.shape, self.lr_peak)
     for fall in self.falls:
-      rate = jnp.where(steps >= fall.first, fall(steps), rate)
+      rate = np.where(steps >= fall.first, fall(steps), rate)
     if self.warmup_steps:
-      done = (steps + 1).astype(jnp.float32) / self.warmup_steps
-      rate = jnp.where(steps < self.warmup_steps - 1, self.lr_start + (self.lr_peak - self.lr_start) * done, rate)
-    return rate
+      done = (steps + 1) / self.warmup_steps
+      rate = np.where(steps < self.warmup_steps - 1, self.lr_start + (self.lr_peak - self.lr_start) * done, rate)
+    return rate.astype(np.float32)[()]
 
 
 def make(

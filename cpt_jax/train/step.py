@@ -25,7 +25,7 @@ class StepMetrics(NamedTuple):
 
   sums: loss.Sums  # over the step's batch, before the update, without the sources' weights
   grad_norm: jax.Array  # of the objective's gradient, before clipping
-  rate: jax.Array  # the schedule's value in this update
+  rate: jax.Array  # of this update
 
 
 class ModelSettings(NamedTuple):
@@ -45,14 +45,16 @@ def settings_from_config(config: Any) -> ModelSettings:
   return ModelSettings(jnp.dtype(dtype), config.model.remat, config.model.attention, config.model.loss_chunk)
 
 
+TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, StepMetrics]]
+
+
 def from_config(
-  config: Any, spec: ModelSpec, optimizer: optax.GradientTransformation, schedule: Callable, *, source_weights: Sequence[float]
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+  config: Any, spec: ModelSpec, optimizer: optax.GradientTransformation, *, source_weights: Sequence[float]
+) -> TrainStep:
   """The update that a config asks for; `source_weights` as in `make_train_step`."""
   return make_train_step(
     spec,
     optimizer,
-    schedule,
     settings=settings_from_config(config),
     source_weights=source_weights,
     microbatches=config.train.microbatches,
@@ -79,15 +81,14 @@ def batch_sums(params: Any, batch: Batch, spec: ModelSpec, *, settings: ModelSet
 def make_train_step(
   spec: ModelSpec,
   optimizer: optax.GradientTransformation,
-  schedule: Callable[[jax.Array], jax.Array],
   *,
   settings: ModelSettings,
   source_weights: Sequence[float],
   microbatches: int,
   z_loss: float,
   frozen: Sequence[str] = (),
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-  """The update as a pure function; the caller jits it and donates the state.
+) -> TrainStep:
+  """The update `train_step(state, batch, rate)` as a pure function; the caller jits it and donates the state.
 
   It goes down the gradient of `sum_m w_m (loss_m + z_loss * z_loss_m) / sum_m w_m tokens_m`, with the step's sums `loss.Sums` of
   each source m and its weight w_m, whatever share of the rows it has. A batch in which that divides by 0 has gradient 0.
@@ -111,7 +112,7 @@ def make_train_step(
 
   gradient = jax.grad(objective, has_aux=True)
 
-  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+  def train_step(state: TrainState, batch: Batch, rate: Any) -> tuple[TrainState, StepMetrics]:
     if batch.weights_BT.size > np.iinfo(np.int32).max:
       raise ValueError(f"train.batch_rows x data.row_len = {batch.weights_BT.shape}: a step counts up to 2^31 - 1 positions")
     grads, sums = accumulate(gradient, state.params, batch, microbatches=microbatches)
@@ -119,8 +120,8 @@ def make_train_step(
     # A batch in which nothing has weight would divide by zero; its gradient is zero already.
     scale = 1.0 / jnp.where(tokens > 0, tokens, 1.0)
     grads = jax.tree.map(lambda g: g * scale, grads)
-    rate = schedule(state.step)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    rate = jnp.asarray(rate, jnp.float32)
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, state.opt_state, state.params, rate=rate)
     params = optax.apply_updates(state.params, updates)
     metrics = StepMetrics(sums, optax.tree.norm(grads), rate)
     return TrainState(state.step + 1, params, opt_state), metrics

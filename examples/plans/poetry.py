@@ -1,0 +1,28 @@
+"""A plan to try: the shipped base on Song poetry, replaying English. Of what the base saw 5% was Chinese, none of it these poems.
+
+Run:   python tools/plan.py --config=examples/plans/poetry.py --output=plan/poetry
+"""
+
+from cpt_jax import config
+
+
+def get_config():
+  c = config.default()
+  c.start.hf = "examples/base"
+  c.data.row_len = 256
+  c.data.heldout_frac = 0.02
+  c.data.sources.general = config.source(
+    store="store/quickstart/english", text="examples/corpora/english.jsonl.gz", role="replay", share=0.25
+  )
+  c.data.sources.poetry = config.source(
+    store="store/quickstart/poetry", text="examples/corpora/poetry_ci.jsonl.gz", role="domain", share=0.75
+  )
+  c.train.length = "262_144 tokens"
+  c.train.batch_rows = 8
+  c.schedule.name = "wsd"
+  c.schedule.lr_peak = 1e-3
+  c.schedule.lr_final = 0.0
+  c.schedule.warmup = "5%"
+  c.schedule.anneal = "25%"
+  c.eval.tokens = 8_000
+  return c
