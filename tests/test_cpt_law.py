@@ -87,10 +87,12 @@ def test_the_exponential_form_bends_both_ways_and_has_no_seam_at_zero():
   assert exponential.factor(np.array([-5.696]), 1 - np.array([0.67, 0.5, 0.33]))[0] == pytest.approx(
     [0.981, 0.945, 0.850], abs=3e-3
   )
-  for side in (1, -1):
-    inside, outside = (exponential.factor(np.array([side * a]), replay_n) for a in (0.999e-3, 1.001e-3))
-    np.testing.assert_allclose(inside[0], outside[0], atol=1e-6)
-    np.testing.assert_allclose(inside[1], outside[1], atol=1e-6)
+  plain = lambda a: np.expm1(a * (1 - replay_n)) / np.expm1(a)  # noqa: E731
+  for a in (0.9e-3, -0.9e-3, 1.1e-3, -1.1e-3):  # to both sides of where the series takes over
+    factor_n, slope_nR = exponential.factor(np.array([a]), replay_n)
+    np.testing.assert_allclose(factor_n, plain(a), atol=1e-11)
+    np.testing.assert_allclose(slope_nR[:, 0], (plain(a + 1e-4) - plain(a - 1e-4)) / 2e-4, atol=1e-9)
+  np.testing.assert_allclose(exponential.factor(np.array([0.0]), replay_n)[0], 1 - replay_n)
 
 
 @pytest.mark.parametrize("form", REPLAY_FORMS.values(), ids=lambda form: form.name)
@@ -117,6 +119,8 @@ def test_unseen_schedules_lengths_and_shares_are_predicted_from_noisy_runs(side)
   theta = [3.05, 0.45, 0.5, 3.0, 0.3, B, E, beta, 0.01]
   kinds = [("constant", 0.0), ("cosine", 0.05), ("constant", 0.25), ("cosine", 0.0)]
   seen = [run(kind, replay_frac=share, law=law, theta=theta, noise=1e-3, seed=i) for i, (kind, share) in enumerate(kinds)]
+  starts_QP = law.starts(seen, curves.losses(seen), num=8, rng=np.random.default_rng(0))
+  assert (np.sign(starts_QP[:, law.parameters.index("B")]) == np.sign(B)).sum() >= 6  # the data say which domain it is
   fitted = curves.fit(law, seen, num_starts=8)
   for unseen in (
     run("wsd", replay_frac=0.1, law=law, theta=theta),

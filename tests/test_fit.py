@@ -39,6 +39,11 @@ def data(theta, *, num=40, noise=0.0, seed=0, scale=1.0):
   return inputs, clean * np.exp(noise * rng.standard_normal(num))
 
 
+def huber(predicted_n, loss_n):
+  apart_n = np.abs(np.log(predicted_n) - np.log(loss_n))
+  return np.where(apart_n <= 1e-3, apart_n**2 / 2, 1e-3 * (apart_n - 5e-4))
+
+
 @hypothesis.given(
   low=st.floats(0.5, 4), a=st.floats(0.2, 1.2), drop=st.floats(0.2, 4), scale=st.sampled_from([1e-6, 1e-3, 1.0, 1e4])
 )
@@ -65,13 +70,10 @@ def test_a_tenth_of_wild_losses_changes_nothing():
 def test_the_objective_is_the_mean_huber_loss_of_the_log_losses():
   inputs, loss_n = data((2.0, 3.0, 0.5), noise=3e-3)
   fitted = fit_lib.fit(Power(), inputs, loss_n)
-  apart_n = np.abs(np.log(fitted.predict(inputs)) - np.log(loss_n))
-  huber_n = np.where(apart_n <= 1e-3, apart_n**2 / 2, 1e-3 * (apart_n - 5e-4))
-  assert fitted.objective == pytest.approx(huber_n.mean(), rel=1e-9)
+  assert fitted.objective == pytest.approx(huber(fitted.predict(inputs), loss_n).mean(), rel=1e-9)
   # A minimum of it: no neighbour is better.
   for step in 1e-3 * np.concatenate([np.eye(3), -np.eye(3)]):
-    apart_n = np.abs(np.log(Power().predict(fitted.theta_P * (1 + step), inputs) / loss_n))
-    assert np.where(apart_n <= 1e-3, apart_n**2 / 2, 1e-3 * (apart_n - 5e-4)).mean() > fitted.objective
+    assert huber(Power().predict(fitted.theta_P * (1 + step), inputs), loss_n).mean() > fitted.objective
 
 
 def test_the_same_seed_gives_the_same_bits():
@@ -133,6 +135,8 @@ def test_a_prior_decides_where_data_do_not_and_yields_where_they_do():
   inputs, loss_n = data((2.0, 3.0, 0.5), noise=1e-4)
   fitted = fit_lib.fit(Power(), inputs, loss_n, priors={"a": fit_lib.Prior(1.2, 0.3)})
   assert fitted.theta_P[2] == pytest.approx(0.5, rel=0.05)
+  miss = 1e-3 * np.log(fitted.theta_P[2] / 1.2) / 0.3  # counted by its square however far, as one of 40 losses
+  assert fitted.objective == pytest.approx(huber(fitted.predict(inputs), loss_n).mean() + miss**2 / 2 / 40, rel=1e-6)
   # Fewer independent observations leave it more to say.
   few = fit_lib.fit(Power(), inputs, loss_n, priors={"a": fit_lib.Prior(1.2, 0.3)}, num_independent=1)
   assert few.theta_P[2] > fitted.theta_P[2]

@@ -96,6 +96,15 @@ def test_without_curves_to_score_each_is_predicted_from_the_others(call, files, 
   assert printed.rindex("forward ") > printed.rindex("multi_power ")  # ranked, the best first
 
 
+def test_a_curve_that_is_left_out_has_no_say_in_its_prediction(call, tool, files):
+  made = [curves.read_csv(file) for file in files]
+  call("--fit", files[0], "--starts=4", "--resamples=0", "--law=forward")  # sets the flags
+  (result,), _ = tool.fit_and_score([annealing.Forward()], made, [])
+  for i, scored in enumerate(result.scored):
+    others = curves.fit(annealing.Forward(), made[:i] + made[i + 1 :], num_starts=4)
+    np.testing.assert_allclose(scored.predicted_n, others.predict([made[i]]))
+
+
 def test_headers_may_have_spaces_capitals_and_more_columns(call, tmp_path):
   file = write_curve(tmp_path / "a.csv", "jump", header=" Step , LR,  loss ")
   file.write_text("\n".join(f"{line},x" for line in file.read_text().splitlines()) + "\n\n")

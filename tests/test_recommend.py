@@ -169,6 +169,17 @@ def test_diverged_everywhere_and_somewhere():
     recommend.plan_from_cells(everywhere, tokens=TOKENS, weights={"law": 1.0}, laws=QUICK)
 
 
+def test_rates_past_the_useful_ones_are_left_out():
+  """The domain loss is lowest at 1.2e-3 here; 2.4e-3 stays to bracket it, collapsed runs above it change nothing."""
+  cells = [cell for cell in grids.grid("weak") if cell.replay in (0.0, 0.05, 0.25)]
+  cells = [c._replace(losses=c.losses | {"law": c.losses["law"] + 0.05}) if c.rate == 2.4e-3 else c for c in cells]
+  far = [c._replace(rate=c.rate * k, losses={"en": 5.0 + k, "law": 5.5}) for k in (2, 4) for c in cells if c.rate == 2.4e-3]
+  plain, more = (recommend.plan_from_cells(c, tokens=TOKENS, weights={"law": 1.0}, laws=QUICK) for c in (cells, cells + far))
+  assert more.best == plain.best and len(more.cells) == len(cells)
+  assert any("rate 0.0048, 0.0096 were left out" in note for note in more.notes)
+  assert not any("left out" in note for note in plain.notes)
+
+
 def test_json_is_plain_and_whole():
   plan = recommend.recommend(predictor("weak"), general_loss_rise=0.1)
   again = json.loads(json.dumps(plan.as_json(), allow_nan=False))

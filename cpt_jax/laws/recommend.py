@@ -120,6 +120,7 @@ class Predictor:
   tokens: float
   level: float
   confidence: float | None
+  dropped: tuple[float, ...] = ()  # rates that were measured, but are too high to be of use
 
   def sources(self, role: str) -> list[str]:
     """Names of the sources of a role."""
@@ -213,10 +214,32 @@ def fit_sources(
   if confidence is not None and not 0.5 < confidence < 1:
     raise ConfigError(f"confidence={confidence:g}: must be above 0.5 and below 1, e.g. 0.9")
   _check_budget(cells, tokens)
+  cells, dropped = _useful(cells)
   choices = {
     source: choose_lib.choose(cells, source, laws=None if laws is None else laws[source], seed=seed) for source in cells[0].roles
   }
-  return Predictor(choices, tuple(cells), float(tokens), level, confidence)
+  return Predictor(choices, tuple(cells), float(tokens), level, confidence, dropped)
+
+
+def _useful(cells: list[Cell]) -> tuple[list[Cell], tuple[float, ...]]:
+  """The cells without rates past the next one above that of the lowest domain loss, and these rates.
+
+  Beyond it both losses rise, so nothing is recommended there, and runs that fall apart would bend every law. Rates are compared
+  by their best runs of the most frequent budget.
+  """
+  domain = cells_lib.sources_of(cells, role=cells_lib.DOMAIN)
+  budgets = [cell.tokens for cell in cells]
+  at_budget = [cell for cell in cells if cell.tokens == max(set(budgets), key=lambda tokens: (budgets.count(tokens), -tokens))]
+  lowest: dict[float, float] = {}
+  for cell in at_budget:
+    loss = float(np.mean([cell.losses[source] for source in domain]))
+    if math.isfinite(loss):
+      lowest[cell.rate] = min(loss, lowest.get(cell.rate, math.inf))
+  best = min(lowest, key=lambda rate: (lowest[rate], rate))
+  above = [rate for rate in lowest if rate > best]
+  highest = min(above, default=best)
+  kept = [cell for cell in cells if cell.rate <= highest or not all(math.isfinite(loss) for loss in cell.losses.values())]
+  return kept, tuple(sorted({cell.rate for cell in cells} - {cell.rate for cell in kept}))
 
 
 def _check_budget(cells: Sequence[Cell], tokens: float) -> None:
@@ -407,6 +430,9 @@ def _notes(predictor: Predictor, best: Point, limit: float | None) -> tuple[str,
       f"{predictor.tokens:g} tokens lie outside the finished runs ({low:g} to {high:g}): all losses are extrapolated, and their "
       "intervals widened by the error of predicting the largest finished budget from the smaller ones, for each doubling."
     )
+  if predictor.dropped:
+    rates = ", ".join(f"{rate:g}" for rate in predictor.dropped)
+    notes.append(f"Runs at rate {rates} were left out: the domain loss rises from the rate below on, so they serve nothing.")
   for source, choice in predictor.choices.items():
     if not choice.beats_baselines:
       notes.append(
