@@ -242,7 +242,7 @@ def read_summary(run_dir: pathlib.Path, num_steps: int) -> dict[str, Any] | None
   return result if result["step"] == num_steps else None
 
 
-def from_config(config: Any, names: tuple[str, ...], spec: ModelSpec, mesh: Any, *, state: dict | None) -> Meter:
+def from_config(config: Any, names: tuple[str, ...], spec: ModelSpec, mesh: Any, *, state: dict | None = None) -> Meter:
   """The meter of a run on this mesh; `state` as `Meter` takes it."""
   peak = peak_flops(mesh.devices.flat[0].device_kind)
   return Meter(
