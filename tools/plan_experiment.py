@@ -81,7 +81,9 @@ class Measured:
     # The grid is what more than one seed was run of. Faster runs than the grid's are the sweep's, which looks for the limit.
     self.grid = [r for r in small if len(seeds[_place(r)]) > 1]
     fastest, slowest = (f(r["rate"] for r in self.grid) for f in (max, min))
-    self.off_grid = [r for r in small if len(seeds[_place(r)]) == 1 and slowest <= r["rate"] <= fastest]
+    single = [r for r in small if len(seeds[_place(r)]) == 1 and slowest <= r["rate"] <= fastest]
+    self.off_grid = [r for r in single if r["replay"] < 1]
+    self.control = {r["rate"]: r for r in single if r["replay"] == 1}  # nothing new: what the rate alone does to the old loss
     self.rates, self.replays = (sorted({_place(r)[axis] for r in self.grid}) for axis in (0, 1))
 
   def longer(self, times: int) -> list[Record]:
@@ -129,7 +131,10 @@ def grid_tables(data: Measured) -> None:
 
 
 def removed_table(data: Measured) -> None:
-  """Share of the forgetting without replay that replay removed, beside the published ones."""
+  """Share of the forgetting without replay that replay removed, beside the published ones.
+
+  Also of what the same rate does not do to the old loss anyway, in runs on old text alone, where there are such runs.
+  """
   general = next(name for name, role in data.roles.items() if role == "replay")
   replays = [p for p in data.replays if p > 0]
   rows = []
@@ -137,6 +142,10 @@ def removed_table(data: Measured) -> None:
     without = _mean_change(data, general, (rate, 0.0))
     removed = [1 - _mean_change(data, general, (rate, p)) / without for p in replays]
     rows.append([f"{data.name}, rate {rate:.2g}", f"{without:+.4f}", *(f"{share:.0%}" for share in removed)])
+    if rate in data.control:
+      floor = data.control[rate]["losses"][general][-1] - data.base[general]
+      above = [(without - _mean_change(data, general, (rate, p))) / (without - floor) for p in replays]
+      rows.append([f"  less {floor:+.4f} with replay alone", f"{without - floor:+.4f}", *(f"{share:.0%}" for share in above)])
   for name, known in IBRAHIM.items():
     rows.append([name, "", *(f"{known[p]:.0%}" if p in known else "" for p in replays)])
   console.table(
