@@ -331,18 +331,19 @@ def _rope(read: _Reader, max_positions: int, head_dim: int) -> tuple[float, Scal
     read.problem(key, "expected an object")
     return 1.0, None
   inner = _Reader({"rope_theta": 10_000.0, **_outer_rope(read), **found}, f"{read.where}: {key}", read.problems)
-  kind = inner.value("rope_type") or inner.value("type") or "default"
+  kind_key = "rope_type" if inner.value("rope_type") else "type"
+  kind = inner.value(kind_key) or "default"
   theta = inner.number("rope_theta")
   if kind == "dynamic":
     doubled = ntk_theta(theta, factor=2.0, head_dim=max(head_dim, 4))
     inner.problem(
-      "rope_type",
+      kind_key,
       f"not supported: its base grows with the length of each text. For rows up to {max_positions} it is the default; "
       f"write that. For longer ones fix the base, e.g. rope_theta={doubled:.6g} for rows up to {2 * max_positions} (NTK)",
     )
     return 1.0, None
   if kind not in _ROPE_KEYS:
-    inner.problem("rope_type", f"not supported; cpt_jax reads {', '.join(_ROPE_KEYS)}")
+    inner.problem(kind_key, f"not supported; cpt_jax reads {', '.join(_ROPE_KEYS)}")
     return 1.0, None
   allowed = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
   for name in found:
