@@ -232,6 +232,23 @@ def default() -> Any:
   c.eval.tokens = 100_000  # held-out tokens per source, at most (whole documents)
   c.eval.batch_rows = 0  # rows of an evaluation batch; 0 = train.batch_rows / train.microbatches
 
+  # What ends or changes a run that goes wrong; the rules stand in docs/guards.md.
+  c.guard = ConfigDict()
+  # An update whose loss or gradient is not finite is always skipped; so many in a row (1 or more) end the run with exit code 86.
+  c.guard.nonfinite_steps = 3
+  # Nats per token that the held-out loss of a replay source may rise above the base's, looked at in each evaluation; 0 = any.
+  c.guard.general_loss_rise = 0.0
+  # When it rose more: stop (saved, exit code 88), hold (the shares stay as they are), rewind (back to the last evaluation that
+  # was within; from there the shares move at half the speed).
+  c.guard.on_collapse = "stop"
+  # A source's training loss is outside its band when it is more than so many median absolute deviations above the median of its
+  # last 50 records inside (log.every steps each; from 8 records on); 0 = no band. Try 15.
+  c.guard.spike_mads = 0.0
+  c.guard.spike_records = 3  # records in a row outside that make a spike
+  # At a spike: skip (back to the last good evaluation before it; the rows read since are passed over), or as on_collapse.
+  c.guard.on_spike = "skip"
+  c.guard.max_rewinds = 2  # how often a run may go back, for either reason; then it stops
+
   c.checkpoint = ConfigDict()
   c.checkpoint.every = "10%"  # duration between checkpoints; there is always one at the end
   c.checkpoint.keep_last = 2  # newest checkpoints kept
@@ -249,6 +266,11 @@ def default() -> Any:
   c.log.every = 10  # steps between lines of metrics.jsonl
   c.log.tensorboard = False  # also write TensorBoard events (extra [tensorboard])
 
+  # What tools/plan.py writes into the config that it recommends; no run depends on it.
+  c.plan = ConfigDict()
+  c.plan.losses = ()  # predicted final losses, ((source, nats per token, low, high), ...): shown beside the measured ones
+  c.plan.made_by = ""  # the plan that they come from
+
   c.debug = ConfigDict()
   c.debug.stop_after = 0  # end after this step without touching the schedules; 0 = off
   c.debug.no_jit = False  # run the step op by op
@@ -265,6 +287,8 @@ CHOICES = {
   "data.packing": ("concat", "best_fit", "pad"),
   "data.split_positions": ("restart", "continue"),
   "data.on_bad": ("skip", "fail"),
+  "guard.on_collapse": ("stop", "hold", "rewind"),
+  "guard.on_spike": ("skip", "stop", "hold", "rewind"),
   "schedule.name": ("constant", "linear", "cosine", "wsd", "rewarm", "infinite"),
   "schedule.shape": ("linear", "1-sqrt"),
 }
@@ -290,6 +314,11 @@ _AT_LEAST = {
   "optimizer.clip_norm": 0.0,
   "eval.tokens": 1,
   "eval.batch_rows": 0,
+  "guard.nonfinite_steps": 1,
+  "guard.general_loss_rise": 0.0,
+  "guard.spike_mads": 0.0,
+  "guard.spike_records": 1,
+  "guard.max_rewinds": 0,
   "checkpoint.keep_last": 1,
   "log.every": 1,
   "debug.stop_after": 0,
@@ -388,6 +417,7 @@ def resolve(config: Any) -> ConfigDict:
   problems.raise_if_any()  # the checks below read keys
   _check_values(config, problems)
   _check_sources(config, problems)
+  _check_predictions(config, problems)
   problems.raise_if_any()
   config.lock()
   return config
@@ -554,9 +584,19 @@ def _check_sources(config: Any, problems: Problems) -> None:
     problems.add(f"checkpoint.best_metric={config.checkpoint.best_metric!r}: choose one of {', '.join(metrics)}")
   if largest == 0 and not problems.lines:
     problems.add("every source's share is 0: nothing would be trained on; give at least one a share above 0")
+  _check_guard(config, problems)
   weights = [entry.loss_weight for entry in config.data.sources.values()]
   if max(weights) == 0 and not problems.lines:
     problems.add("every source's loss_weight is 0: nothing would be learnt; give at least one a weight above 0")
+
+
+def _check_predictions(config: Any, problems: Problems) -> None:
+  for entry in config.plan.losses:
+    is_entry = isinstance(entry, (list, tuple)) and len(entry) == 4 and isinstance(entry[0], str)
+    if not (is_entry and all(isinstance(x, numbers.Real) and math.isfinite(x) for x in entry[1:])):
+      problems.add(f"plan.losses: {entry!r} is no prediction; write (source, loss, low, high), e.g. ('law', 2.91, 2.88, 2.95)")
+    elif entry[0] not in config.data.sources:
+      problems.add(f"plan.losses: there is no source {entry[0]}.{did_you_mean(entry[0], list(config.data.sources))}")
 
 
 def _check_stages(config: Any, problems: Problems) -> float:
@@ -580,6 +620,16 @@ def _check_stages(config: Any, problems: Problems) -> float:
     if durations.parse(knots[0][0]).amount != 0:
       problems.add(f"data.stages begin at {knots[0][0]!r}; the first stage begins at 0")
   return largest
+
+
+def _check_guard(config: Any, problems: Problems) -> None:
+  """Checks that what a guard watches is in this run."""
+  sources = config.data.sources.values()
+  if config.guard.general_loss_rise > 0 and not any(entry.role == "replay" for entry in sources):
+    problems.add(
+      f"guard.general_loss_rise={config.guard.general_loss_rise:g}: no source has role 'replay', whose loss it could watch; give "
+      "general text that role (share=0.0 only evaluates it), or set it to 0"
+    )
 
 
 def _check_knots(config: Any, key: str, knots: Any, problems: Problems) -> float:

@@ -4,6 +4,7 @@ Invariant: with one process nothing here does anything; nothing here enters a co
 ends every process, with its words and its exit code. Called by main, train.
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -25,6 +26,7 @@ EXIT_LOST = 87  # the other processes did not come, or are gone
 # Chosen by hand: a look a second costs the coordinator little even for a thousand hosts, and nobody waits long for bad news.
 _LISTEN_SECS, _REMIND_SECS, _FAREWELL_SECS = 1.0, 60.0, 10.0
 _FAILURE = "cpt_jax/failure"
+_uses: collections.Counter[str] = collections.Counter()  # of a name; every process uses it as often as the others
 _ending = threading.Lock()  # held by the first thread that ends this process
 _listener: tuple[threading.Thread, threading.Event] | None = None
 
@@ -163,31 +165,31 @@ def is_main() -> bool:
 
 @contextlib.contextmanager
 def main_first(name: str) -> Iterator[None]:
-  """The block is run by process 0, then by the others, which find what it made. `name` is used once in a process's life."""
-  several = num_processes_connected() > 1
+  """The block is run by process 0, then by the others, which find what it made; they come to each `name` equally often."""
+  several, key = num_processes_connected() > 1, f"cpt_jax/first/{name}/{_nth_use(name)}"
   if several and not is_main():
-    _wait_for(f"cpt_jax/first/{name}", "process 0")
+    _wait_for(key, "process 0")
   yield
   if several and is_main():
-    _client().key_value_set(f"cpt_jax/first/{name}", "done")
+    _client().key_value_set(key, "done")
 
 
 def agree(record: Mapping[str, str]) -> None:
-  """Goes on only if every process's `record` is the same; called once by each.
+  """Goes on only if every process's `record` is the same; each calls it equally often.
 
   Raises:
     ConfigError: on process 0, and so the end of all: each key in which a process differs from it, with both values.
   """
   if num_processes_connected() == 1:
     return
-  index = jax.process_index()
-  _client().key_value_set(f"cpt_jax/record/{index}", json.dumps([socket.gethostname(), dict(record)]))
+  index, nth = jax.process_index(), _nth_use("agree")
+  _client().key_value_set(f"cpt_jax/record/{nth}/{index}", json.dumps([socket.gethostname(), dict(record)]))
   if index != 0:
-    _wait_for("cpt_jax/agreed", "process 0")
+    _wait_for(f"cpt_jax/agreed/{nth}", "process 0")
     return
   lines = []
   for other in range(1, jax.process_count()):
-    host, found = json.loads(_wait_for(f"cpt_jax/record/{other}", f"process {other}"))
+    host, found = json.loads(_wait_for(f"cpt_jax/record/{nth}/{other}", f"process {other}"))
     for key in sorted(record | found):
       here, there = record.get(key, "absent"), found.get(key, "absent")
       if here != there:
@@ -196,7 +198,7 @@ def agree(record: Mapping[str, str]) -> None:
     raise ConfigError(
       "\n".join(["the processes of this run differ:", *lines, "start all with the same code, command, data and --workdir"])
     )
-  _client().key_value_set("cpt_jax/agreed", "yes")
+  _client().key_value_set(f"cpt_jax/agreed/{nth}", "yes")
 
 
 def reached_stop(step: int) -> bool:
@@ -273,6 +275,12 @@ def _wait_for_farewells() -> None:
     missing = set(range(jax.process_count())) - heard
   if missing:
     _tell(f"no answer from process {', '.join(map(str, sorted(missing)))}: killed, or hanging; end what is left of it")
+
+
+def _nth_use(name: str) -> int:
+  """How often this process has used the name before: a key of the store is set once."""
+  _uses[name] += 1
+  return _uses[name]
 
 
 def _wait_for(key: str, whom: str) -> str:

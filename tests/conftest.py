@@ -91,3 +91,47 @@ def random_batch():
     )
 
   return make
+
+
+@pytest.fixture(scope="session")
+def tiny_plan(tmp_path_factory, fixtures, tiny_hf_config):
+  """The config of a run to be planned: a random 2-layer base, the fixture's corpus as both sources, 400 steps of 4 rows."""
+  from cpt_jax import config as configs
+  from cpt_jax.model import pretrained, spec, transformer
+
+  directory, tiny = tmp_path_factory.mktemp("plan"), spec.from_hf(tiny_hf_config)
+  pretrained.save_params(
+    transformer.init(tiny, jax.random.key(0)),
+    tiny,
+    directory / "base",
+    source_dir=fixtures / "tokenizer",
+    hf_config=tiny_hf_config,
+  )
+  c = configs.default()
+  c.start.hf = str(directory / "base")
+  c.data.row_len = 32
+  c.data.heldout_frac = 0.1
+  for name, role, share in (("general", "replay", 0.25), ("poetry", "domain", 0.75)):
+    text = str(fixtures / "corpus.jsonl")
+    c.data.sources[name] = configs.source(store=str(directory / "store"), text=text, role=role, share=share)
+  c.train.length = "400 steps"
+  c.train.batch_rows = 4
+  c.schedule.name = "wsd"
+  c.schedule.lr_peak = 3e-3
+  c.schedule.lr_final = 0.0
+  c.schedule.anneal = "25%"
+  c.eval.tokens = 500
+  return c
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  """Runs in this process use one device, and leave no mesh behind."""
+  import functools
+
+  from cpt_jax import mesh
+
+  make = functools.partial(mesh.make_mesh, devices=jax.devices()[:1])
+  monkeypatch.setattr(mesh, "make_mesh", make)
+  with jax.set_mesh(make(data=1, fsdp=1, context=1, tensor=1)):
+    yield

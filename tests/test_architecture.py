@@ -13,21 +13,20 @@ LAYERS = [
   ["trees", "hosts", "mesh"],
   ["data.batch", "data.documents", "data.tokenizer", "data.chat", "data.store", "data.decontaminate", "data.prepare"]
   + ["data.cluster", "data.sources", "data.selection", "data.packing", "data.shuffle", "data.quotas", "data.mixture"]
-  + ["data.order", "data.pipeline"],
+  + ["data.order", "data.pipeline", "data.excerpts"],
   ["model.spec", "model.rope", "model.layers", "model.attention", "model.transformer", "model.loss", "model.hf_files"]
   + ["model.pretrained"],
   ["evals.perplexity", "evals.drift"],
-  ["train.schedule", "train.optimizer", "train.state", "train.step", "train.checkpoint", "train.start", "train.metrics"]
-  + ["train.console", "train.loop", "train.dry_run"],
-  ["analysis.runs", "laws.fit", "laws.curves", "laws.annealing", "laws.cpt_law"],
-  ["probe.trials"],
+  ["train.schedule", "train.optimizer", "train.state", "train.step", "train.guard", "train.checkpoint", "train.start"]
+  + ["train.metrics", "train.console", "train.loop", "train.dry_run"],
+  ["analysis.runs", "analysis.corpus", "analysis.diagnosis", "analysis.report", "laws.fit", "laws.curves", "laws.annealing"]
+  + ["laws.cpt_law", "laws.separable", "laws.change", "laws.cells", "laws.replay", "laws.domain", "laws.dcpt", "laws.cmr"]
+  + ["laws.mixing", "laws.transfer", "laws.choose", "laws.recommend", "laws.plots"],
+  ["probe.trials", "probe.design", "probe.config_files", "probe.outcome", "probe.stacked", "probe.runs", "probe.tables"]
+  + ["probe.diagnosis"],
   ["main"],
 ]
-NEVER = {
-  0: {"jax", "flax", "optax", "orbax", "grain"},
-  2: {"jax", "flax", "optax", "orbax"},
-  6: {"jax", "flax", "optax", "orbax"},
-}
+NEVER = {0: {"jax", "flax", "optax", "orbax", "grain"}} | {layer: {"jax", "flax", "optax", "orbax"} for layer in (2, 6)}
 
 
 def modules(root):

@@ -75,11 +75,31 @@ def test_speed_leaves_out_the_first_step_and_pauses(monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [dict(losses=[math.nan, 0.0]), dict(grad_norm=math.inf)])
-def test_a_number_that_is_not_finite_stops_the_run_and_names_the_step(bad):
-  m = meter()
-  m.dispatched(7, measured(**{"losses": [1.0, 1.0], "tokens": [1, 1], **bad}), num_positions=8)
-  with pytest.raises(FloatingPointError, match="step 7"):
+def test_a_step_that_is_not_finite_is_counted_and_left_out_of_the_means(bad):
+  m = meter(log_every=3)
+  m.dispatched(1, measured([1.0, 0.0], [1, 0], grad_norm=0.25), num_positions=8)
+  assert m.read().not_finite is None
+  m.dispatched(2, measured(**{"losses": [1.0, 1.0], "tokens": [1, 1], **bad}), num_positions=8)
+  found = m.read().not_finite
+  assert not all(map(math.isfinite, found.values())) and found.keys() == {"loss", "grad_norm"}
+  m.dispatched(3, measured(**{"losses": [1.0, 1.0], "tokens": [1, 1], **bad}), num_positions=8)
+  values = m.read().values
+  assert values == {"loss": 1.0, "source_loss": {"a": 1.0}, "tokens": 1, "rate": 0.5, "grad_norm": 0.25, "skipped": 2}
+  m.dispatched(4, measured([2.0, 0.0], [1, 0]), num_positions=8)
+  m.read()
+  assert json.loads(json.dumps(m.state())) == {"sums": {"a": [2.0, 0.0, 1], "b": [0.0, 0.0, 0]}, "grad_norm": 1.0, "skipped": 0}
+
+
+def test_a_record_goes_on_after_a_restart_also_when_the_sources_are_others():
+  whole, first = meter(), meter()
+  for m in (whole, first):
+    m.dispatched(1, measured([0.1, 0.7], [3, 5], grad_norm=math.inf), num_positions=8)
     m.read()
+  kept = json.loads(json.dumps(first.state()))
+  second = metrics.Meter(("b", "a"), log_every=2, flops_per_token=(10.0, 12.0), peak_flops=1e6, state=kept)
+  whole.dispatched(2, measured([0.2, 0.3], [3, 4]), num_positions=8)
+  second.dispatched(2, measured([0.3, 0.2], [4, 3]), num_positions=8)
+  assert second.read().values == whole.read().values
 
 
 def test_after_a_resume_no_line_of_the_lost_future_is_left(tmp_path):

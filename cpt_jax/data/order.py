@@ -1,7 +1,7 @@
 """Segments of a run, each with its own mixture -> which source, and which of its rows, row `i` of the run is.
 
 Invariant: what was read stays as it was. A change of shares, sources or length begins a segment at the step where the run goes
-on, and every source goes on in it from the row where it was. Called by data.pipeline.
+on, and every source goes on in it from the row where it was, or behind rows that were given up. Called by data.pipeline.
 """
 
 import bisect
@@ -37,15 +37,22 @@ class Segment(NamedTuple):
   start_step: int
   read: dict[str, Read]  # before it, of each source so far
   sources: dict[str, dict[str, Any]]  # what it says of each source, as `terms` gives it
+  skipped: dict[str, list[list[int]]] = {}  # noqa: RUF012 (never changed): source -> its rows [first, stop) that were passed over
+
+  def num_skipped(self, name: str) -> int:
+    """Rows of a source that were passed over before this segment."""
+    return sum(stop - first for first, stop in self.skipped.get(name, ()))
 
   def to_json(self) -> dict:
     """For a checkpoint and for people."""
-    return {"start_step": self.start_step, "read": {n: r._asdict() for n, r in self.read.items()}, "sources": self.sources}
+    found = {"start_step": self.start_step, "read": {n: r._asdict() for n, r in self.read.items()}, "sources": self.sources}
+    return found | ({"skipped": self.skipped} if self.skipped else {})
 
 
 def from_json(segment: Mapping[str, Any]) -> Segment:
   """What `Segment.to_json` was."""
-  return Segment(segment["start_step"], {name: Read(**read) for name, read in segment["read"].items()}, segment["sources"])
+  read = {name: Read(**read) for name, read in segment["read"].items()}
+  return Segment(segment["start_step"], read, segment["sources"], segment.get("skipped", {}))
 
 
 def terms(source: Any, *, epoch_rows: int) -> dict[str, Any]:
@@ -69,11 +76,16 @@ def terms(source: Any, *, epoch_rows: int) -> dict[str, Any]:
 
 
 def continued(
-  past: Sequence[Segment], sources: dict[str, dict[str, Any]], *, step: int, read: dict[str, Read]
+  past: Sequence[Segment],
+  sources: dict[str, dict[str, Any]],
+  *,
+  step: int,
+  read: dict[str, Read],
+  skip: Mapping[str, int] | None = None,
 ) -> tuple[Segment, ...]:
   """The segments of a run that goes on at `step` with these sources: those of its past, and one more where something changed.
 
-  `read`: what was read of each source before `step`.
+  `read`: what was read of each source before `step`. `skip`: how many of its next rows each source passes over at `step`.
 
   Raises:
     ConfigError: a line for each source whose rows would not be what they were.
@@ -93,10 +105,18 @@ def continued(
     )
   past = [_found_again(segment, sources) for segment in past]
   kept = [segment for segment in past if segment.start_step < step]  # of one that begins here nothing was read
+  if skip:
+    skipped = dict(past[-1].skipped)
+    for name, num_rows in skip.items():
+      first = read[name].rows + past[-1].num_skipped(name)
+      *before, last = skipped.get(name) or [[first, first]]
+      joined = [[last[0], first + num_rows]] if last[1] == first else [last, [first, first + num_rows]]
+      skipped[name] = [*before, *joined]
+    return (*kept, Segment(step, read, sources, skipped))
   for segments in (past, kept):  # the latter: a change is taken back before a step was made with it
     if segments and list(segments[-1].sources.items()) == list(sources.items()):
       return tuple(segments)
-  return (*kept, Segment(step, read, sources))
+  return (*kept, Segment(step, read, sources, past[-1].skipped if past else {}))
 
 
 def _found_again(segment: Segment, sources: dict[str, dict[str, Any]]) -> Segment:
@@ -128,7 +148,7 @@ class Order:
     k = self._segment(row // self.batch_rows)
     m, nth = self._mixture(k).locate(row)
     name = self._names(k)[m]
-    return name, self._begin(k, name) + nth
+    return name, self._position(k, name) + nth
 
   def rows(self, step: int) -> dict[str, int]:
     """Rows that each source gave before `step`, sources of the past too."""
@@ -137,6 +157,11 @@ class Order:
     for name, count in zip(self._names(k), self._mixture(k).counts(step).tolist(), strict=True):
       rows[name] = self._begin(k, name) + count
     return rows
+
+  def positions(self, step: int) -> dict[str, int]:
+    """The row at which each source stands before `step`: those that it gave, and those that it passed over."""
+    segment = self.segments[self._segment(step)]
+    return {name: rows + segment.num_skipped(name) for name, rows in self.rows(step).items()}
 
   def shares(self, step: int) -> dict[str, float]:
     """Normalised shares of the batch of `step`."""
@@ -155,6 +180,10 @@ class Order:
   def _begin(self, k: int, name: str) -> int:
     return self.segments[k].read.get(name, Read()).rows
 
+  def _position(self, k: int, name: str) -> int:
+    """The source's row at which the segment finds it."""
+    return self._begin(k, name) + self.segments[k].num_skipped(name)
+
   def _make_mixture(self, k: int) -> Mixture:
     found = self.segments[k].sources
     return Mixture(
@@ -162,7 +191,7 @@ class Order:
       num_steps=self._stops[k],
       batch_rows=self.batch_rows,
       start_step=self._starts[k],
-      limits_M=[None if t["max_rows"] is None else max(t["max_rows"] - self._begin(k, name), 0) for name, t in found.items()],
+      limits_M=[None if t["max_rows"] is None else max(t["max_rows"] - self._position(k, name), 0) for name, t in found.items()],
       # Past its cap a repeated source has no rule, so the run is refused.
       at_end_M=["error" if terms["at_end"] == "repeat" else terms["at_end"] for terms in found.values()],
     )

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import grain
@@ -77,7 +77,7 @@ class Loader:
   With `vocab_size` no batch holds an id that the model has no row for: an error names the store.
 
   `past` is the `state` of a checkpoint from which the run goes on at `start_step`; sources go on from the rows where they were,
-  under new shares if these changed.
+  under new shares if these changed. `skip` says how many of its next rows a source passes over there.
 
   Raises:
     ConfigError: `past` cannot be continued with these sources and settings; names each that differs.
@@ -100,6 +100,7 @@ class Loader:
     vocab_size: int | None = None,
     past: dict | None = None,
     start_step: int = 0,
+    skip: Mapping[str, int] | None = None,
   ):
     self.sources = tuple(sources)
     self.names = tuple(source.name for source in sources)
@@ -135,6 +136,7 @@ class Loader:
       {s.name: orders.terms(s, epoch_rows=plan.num_rows) for s, plan in zip(sources, self.plans, strict=True)},
       step=start_step,
       read={name: Read(**read) for name, read in past["read"].items()} if past else {},
+      skip=skip,
     )
     self.order = Order(segments, num_steps=num_steps, batch_rows=batch_rows)
     self.end_step = self.order.end_step  # where the run ends: num_steps, or before that where a source's end stops it
@@ -227,8 +229,12 @@ class Loader:
     found = dict(self.order.segments[-1].read)
     rows = self.order.rows(step)
     for source, plan, tally in zip(self.sources, self.plans, self._tallies, strict=True):
-      n = rows[source.name]
-      found[source.name] = Read(n, *tally.count(n), n / plan.num_rows) if n else Read()
+      n, last = rows[source.name], self.order.segments[-1]
+      tokens, documents = tally.count(n + last.num_skipped(source.name))
+      for first, stop in last.skipped.get(source.name, ()):
+        passed = tally.between(first, stop)
+        tokens, documents = tokens - passed[0], documents - passed[1]
+      found[source.name] = Read(n, tokens, documents, n / plan.num_rows) if n else Read()
     return found
 
   def ledger(self, step: int) -> list[dict]:
@@ -253,15 +259,18 @@ class Loader:
     """
     m = self.names.index(source_name)
     source = self.sources[m]
-    documents = _whole_documents(source.heldout_documents, source.store.lengths, max_tokens=max_tokens)
-    counter = packing.target_counter(source.store)
-    lengths = source.store.lengths
-    plan = packing.plan(
-      lengths, row_len=self.row_len, policy="best_fit", documents=documents, shuffle=False, count_targets=counter
+    documents = whole_documents(source.heldout_documents, source.store.lengths, max_tokens=max_tokens)
+    return evaluation_rows(
+      source.store,
+      documents,
+      lengths=source.store.lengths,
+      num_bytes=self._num_bytes(source, documents),
+      source=m,
+      row_len=self.row_len,
+      batch_rows=batch_rows or self.eval_batch_rows,
+      rows=rows,
+      check=self._check_ids,
     )
-    make = functools.partial(self._heldout_batch, m, plan, batch_rows or self.eval_batch_rows, rows or slice(None))
-    batches = _Batches(-(-plan.num_rows // (batch_rows or self.eval_batch_rows)), make)
-    return HeldOut(batches, plan.num_targets, self._num_bytes(source, documents), len(documents))
 
   def describe(self) -> list[SourceSummary]:
     """What the run will read, an entry for each source."""
@@ -320,15 +329,6 @@ class Loader:
       low, high = (middle, high) if self.order.rows(middle)[name] < epoch_rows else (low, middle)
     return f"step {high}: it is repeated"
 
-  def _heldout_batch(self, m: int, plan: packing.Plan, batch_rows: int, part: slice, number: int) -> Batch:
-    rows = range(number * batch_rows, (number + 1) * batch_rows)[part]
-    batch = packing.empty_batch(len(rows), self.row_len)
-    for b, row in enumerate(rows):
-      # Past the last row of the plan there is padding, which is a row without pieces.
-      packing.pack_row(batch, b, self.sources[m].store, plan.pieces(row) if row < plan.num_rows else [], source=m)
-    self._check_ids(batch)
-    return batch
-
   def _num_bytes(self, source: Source, documents: np.ndarray) -> int:
     num_bytes = source.store.doc_bytes()
     if num_bytes is not None:
@@ -342,9 +342,15 @@ class Loader:
 
 
 def from_config(
-  config, sources: Sequence[Source], *, vocab_size: int | None = None, past: dict | None = None, start_step: int = 0
+  config,
+  sources: Sequence[Source],
+  *,
+  vocab_size: int | None = None,
+  past: dict | None = None,
+  start_step: int = 0,
+  skip: Mapping[str, int] | None = None,
 ) -> Loader:
-  """The loader of a resolved config; `vocab_size` (of the model; None = not checked), `past` and `start_step` as for `Loader`.
+  """The loader of a resolved config; `vocab_size` (of the model; None = not checked), `past` to `skip` as for `Loader`.
 
   Raises:
     ConfigError: a source that runs out where it must not, shares that are all 0 at some step, or a past that cannot go on.
@@ -366,11 +372,45 @@ def from_config(
     vocab_size=vocab_size,
     past=past,
     start_step=start_step,
+    skip=skip,
   )
   problems = Problems()
   loader.check_ends(problems)
   problems.raise_if_any()
   return loader
+
+
+def evaluation_rows(
+  store: packing.Documents,
+  documents: np.ndarray,
+  *,
+  lengths: np.ndarray,
+  num_bytes: int,
+  source: int,
+  row_len: int,
+  batch_rows: int,
+  rows: slice | None = None,
+  check: Callable[[Batch], None] = lambda batch: None,
+) -> HeldOut:
+  """Documents as evaluation batches: packed best_fit in the order given, each a segment of its own.
+
+  `lengths` are of all documents of the store, `num_bytes` of those that are named, `source` is the number that the rows bear.
+  `rows` is this process's part of each batch; `check` sees every batch.
+  """
+  plan = packing.plan(
+    lengths, row_len=row_len, policy="best_fit", documents=documents, shuffle=False, count_targets=packing.target_counter(store)
+  )
+
+  def make(number: int) -> Batch:
+    part = range(number * batch_rows, (number + 1) * batch_rows)[rows or slice(None)]
+    batch = packing.empty_batch(len(part), row_len)
+    for b, row in enumerate(part):
+      # Past the last row of the plan there is padding, which is a row without pieces.
+      packing.pack_row(batch, b, store, plan.pieces(row) if row < plan.num_rows else [], source=source)
+    check(batch)
+    return batch
+
+  return HeldOut(_Batches(-(-plan.num_rows // batch_rows), make), plan.num_targets, num_bytes, len(documents))
 
 
 def changed_settings(config, past: dict) -> list[str]:
@@ -448,6 +488,16 @@ class _Tally:
       self._targets += int(plan.row_targets[rows].sum(dtype=np.int64))
       self._documents += int(plan.row_docs[rows].sum(dtype=np.int64))
       return self._targets, self._documents
+
+  def between(self, first: int, stop: int) -> tuple[int, int]:
+    """Of the rows [first, stop): targets, and documents that begin in them."""
+    targets, documents = 0, 0
+    while first < stop:  # an epoch at a time
+      end = min(stop, (first // self._plan.num_rows + 1) * self._plan.num_rows)
+      rows, first = self._shuffle.rows(first, end), end
+      targets += int(self._plan.row_targets[rows].sum(dtype=np.int64))
+      documents += int(self._plan.row_docs[rows].sum(dtype=np.int64))
+    return targets, documents
 
 
 class _Batches(Sequence[Batch]):
@@ -527,7 +577,7 @@ def _digest(content: list) -> str:
   return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _whole_documents(documents: np.ndarray, lengths: np.ndarray, *, max_tokens: int) -> np.ndarray:
+def whole_documents(documents: np.ndarray, lengths: np.ndarray, *, max_tokens: int) -> np.ndarray:
   """Documents with at most `max_tokens` pairs together, in the order given; the smallest alone if none fits."""
   pairs = lengths[documents] - 1
   documents, pairs = documents[pairs > 0], pairs[pairs > 0]

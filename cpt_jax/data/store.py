@@ -386,6 +386,14 @@ class TokenStore:
     return array
 
   @property
+  def tokenizer_name(self) -> str:
+    """What the store's files call the tokenizer that made them, for people; "" where they do not say."""
+    metadata = Path(f"{self._files[0].path}{_PARTS['metadata']}") if self._files else None
+    if metadata is None or not metadata.exists():
+      return ""
+    return metadata.read_text(encoding="utf-8").split("\n")[0].rsplit("|", 1)[0]
+
+  @property
   def lengths(self) -> np.ndarray:
     """Tokens of each document, int64 [num_documents]; 0 is possible only in a store made by datatrove.
 

@@ -59,6 +59,8 @@ class Tokenizer:
     named_tokens: dict[str, str],
     chat_template: str,
     special_ids: Sequence[int],
+    unk_id: int | None,
+    find_byte_ids: Callable[[], list[int]],
     encode_texts: Callable[[list[str]], list[list[int]]],
     locate_texts: Callable[[list[str], bool, bool], list[Located]] | None,
     decode_ids: Callable[[list[int]], str],
@@ -73,6 +75,8 @@ class Tokenizer:
     self.named_tokens = named_tokens  # "bos_token" -> "<s>", ...: those that the files name
     self.chat_template = chat_template  # jinja source; "" where there is none
     self.special_ids = frozenset(special_ids)
+    self.unk_id = unk_id  # what stands for text that the vocabulary cannot spell; None where it spells everything
+    self._find_byte_ids = find_byte_ids
     self.can_locate = locate_texts is not None
     self._locate_texts = locate_texts
     self._eos_problem = eos_problem
@@ -85,6 +89,11 @@ class Tokenizer:
     """The directory's name (or the file's), for people."""
     named = self.path.parent if self.path.name in ("tokenizer.json", "tokenizer.model") else self.path
     return named.resolve().name
+
+  @functools.cached_property
+  def byte_ids(self) -> frozenset[int]:
+    """Ids of single bytes of characters that have several: what spells a character for which there is no token."""
+    return frozenset(self._find_byte_ids())
 
   def require_eos(self) -> int:
     """The id of EOS.
@@ -354,10 +363,33 @@ def _load_fast(file: Path, raw: bytes, side: dict[str, dict], eos_token: str) ->
     named_tokens=named,
     chat_template=_chat_template(directory, side),
     special_ids=[t["id"] for t in content.get("added_tokens") or [] if t.get("special")],
+    unk_id=_unk_id(content["model"], model),
+    find_byte_ids=lambda: _byte_ids(
+      model.get_vocab(with_added_tokens=False), is_byte_level="ByteLevel" in json.dumps([content.get("decoder")])
+    ),
     locate_texts=locate_texts,
     encode_texts=lambda texts: [e.ids for e in model.encode_batch_fast(texts, add_special_tokens=False)],
     decode_ids=lambda ids: model.decode(ids, skip_special_tokens=True),
   )
+
+
+def _unk_id(model: dict[str, Any], loaded: tokenizers.Tokenizer) -> int | None:
+  """The id that a tokenizer.json gives to what it cannot spell; Unigram models name it by number."""
+  if model.get("unk_token") is not None:
+    return loaded.token_to_id(model["unk_token"])
+  return model.get("unk_id")
+
+
+def _byte_ids(vocab: dict[str, int], *, is_byte_level: bool) -> list[int]:
+  """Byte pieces `<0xE4>` of SentencePiece from 0x80 on, or the characters by which byte-level vocabularies write such bytes.
+
+  The latter as GPT-2 laid them out: a byte that prints as Latin-1 is that character, the others count on from 256.
+  """
+  if not is_byte_level:
+    return [vocab[piece] for byte in range(0x80, 0x100) if (piece := f"<0x{byte:02X}>") in vocab]
+  prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+  moved = {byte: 256 + n for n, byte in enumerate(byte for byte in range(256) if byte not in prints)}
+  return [vocab[piece] for byte in range(0x80, 0x100) if (piece := chr(moved.get(byte, byte))) in vocab]
 
 
 def _begin(encoding: tokenizers.Encoding, number: int) -> int:
@@ -448,6 +480,8 @@ def _load_sentencepiece(file: Path, raw: bytes, side: dict[str, dict], eos_token
     named_tokens=_named_tokens(side),
     chat_template=_chat_template(file.parent, side),
     special_ids=[],
+    unk_id=model.unk_id() if model.unk_id() >= 0 else None,
+    find_byte_ids=lambda: _byte_ids({model.id_to_piece(i): i for i in range(size) if model.is_byte(i)}, is_byte_level=False),
     locate_texts=None,
     encode_texts=lambda texts: model.encode(texts, out_type=int),
     decode_ids=lambda numbers: model.decode([n for n in numbers if n < size and not model.is_control(n)]),

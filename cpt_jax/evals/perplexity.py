@@ -1,10 +1,11 @@
 """Held-out rows of every source -> loss and bits per byte.
 
-Invariant: sums over whole documents, each target once, divided once; padding counts for nothing. Called by train.loop.
+Invariant: sums over whole documents, each target once, divided once; padding counts for nothing.
+Called by train.loop, probe.stacked.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ def evaluate(
     on_batch: called after each batch, for a progress bar
   """
   return {
-    name: _source_loss(held, [eval_step(params, to_device(batch)) for batch in _each(held.batches, on_batch)])
+    name: source_loss(held, jax.device_get([eval_step(params, to_device(batch)) for batch in _each(held.batches, on_batch)]))
     for name, held in heldout.items()
   }
 
@@ -43,9 +44,9 @@ def _each(batches: Iterable, on_batch: Callable[[], None]) -> Iterable:
     on_batch()
 
 
-def _source_loss(held: Any, sums: list) -> SourceLoss:
-  # Float64 on the host: a float32 running sum would round away the last digits of a long evaluation.
-  sums = jax.device_get(sums)
+def source_loss(held: Any, sums: Sequence[Any]) -> SourceLoss:
+  """From the loss sums of all its batches, on the host."""
+  # Float64: a float32 running sum would round away the last digits of a long evaluation.
   loss_sum = math.fsum(float(s.loss) for s in sums)
   num_tokens = sum(int(s.tokens) for s in sums)
   assert num_tokens == held.num_tokens, f"evaluated {num_tokens} targets of {held.num_tokens}"

@@ -189,11 +189,15 @@ def fit(
   num_starts: int = 48,
   seed: int = 0,
   delta: float = DELTA,
+  tolerance: float = _POLISH.tolerance,
 ) -> Fit:
   """The parameters that fit best, of `num_starts` starts.
 
   A prior that is missed by its sd counts as much as one independent observation that is missed by delta; `num_independent`
   says how many of those the losses are worth (None = as many as there are; neighbours on a curve are wrong together).
+
+  A search ends where a step changes the objective or the parameters by less than `tolerance` of themselves. The default suits
+  thousands of smooth losses; few noisy ones leave ridges on which only a larger one ends.
 
   Raises:
     ConfigError: too few or non-finite or non-positive losses, or no start from which the search converged.
@@ -232,7 +236,8 @@ def fit(
       f"{law.name}: its value is not a finite number at any of {num_starts} starts; look for zero rates, shares outside 0..1 "
       "or other inputs for which the law has no value"
     )
-  polished = [search.settle(end.theta_P, weights_n, delta=delta) for end in usable[:_NUM_POLISHED]]
+  effort = _POLISH._replace(tolerance=tolerance)
+  polished = [search.settle(end.theta_P, weights_n, delta=delta, effort=effort) for end in usable[:_NUM_POLISHED]]
   ends = [end for end in polished if end is not None]
   if not ends:
     raise ConfigError(
@@ -345,11 +350,11 @@ class _Search:
     gradient_nP = self.law.gradient(theta_P, self.inputs) * np.where(self.is_log_P, theta_P, 1.0)[None, :]
     return np.concatenate([gradient_nP / np.maximum(self._predict(x_P), self.floor)[:, None], self.pull_RP])
 
-  def settle(self, theta_P: np.ndarray, weights_n: np.ndarray, *, delta: float) -> _End | None:
+  def settle(self, theta_P: np.ndarray, weights_n: np.ndarray, *, delta: float, effort: _Effort) -> _End | None:
     """Where the Huber loss falls no more, by the solver's tests or for a whole round; None when it still does at the end."""
     end = None
     for _ in range(_MAX_ROUNDS):
-      before, end = end, self.run(theta_P if end is None else end.theta_P, weights_n, delta=delta, effort=_POLISH)
+      before, end = end, self.run(theta_P if end is None else end.theta_P, weights_n, delta=delta, effort=effort)
       if end is None or end.is_converged or (before and end.objective > (1 - _SETTLED) * before.objective):
         return end
     return None

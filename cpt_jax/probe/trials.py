@@ -1,12 +1,14 @@
 """The config of a run and a design -> the configs of the short runs that tell its rate and replay share.
 
 Invariant: a trial differs from the run in length, rates, shares, seed and what it keeps, and in nothing else; the same design
-gives the same configs, byte for byte, so a probe that was stopped finds what it has done. Called by probe.runs, tools.plan.
+gives the same configs, so a probe that was stopped finds what it has done. Called by the rest of probe, tools.plan.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from cpt_jax import config as config_lib
+from cpt_jax import durations
 from cpt_jax.config import ConfigError, Share
 
 NUM_EVALS = 4  # of a trial, after the base's: enough of a curve for the laws of whole curves
@@ -32,24 +34,18 @@ def grid(rates: Sequence[float], replays: Sequence[float], *, steps: int, seeds:
 
 
 def trial_config(config: Any, trial: Trial) -> Any:
-  """The config of a trial of the run that `config` describes.
-
-  Rates keep their ratio to the peak, and the sources of a role the ratio of their shares at the run's end; shares stand still.
+  """The config of a trial of the run that `config` describes; its phases are the same parts of its length.
 
   Raises:
     ConfigError: a replay share above 0 in a run without replay sources, or below 1 without domain sources.
   """
-  c = config.copy_and_resolve_references()
+  c = at_point(config, rate=trial.rate, replay=trial.replay)
   with c.unlocked():
     c.seed = config.seed + trial.seed
-    times = trial.rate / config.schedule.lr_peak
-    for key in ("lr_start", "lr_const", "lr_final"):
-      c.schedule[key] = config.schedule[key] * times
-    c.schedule.lr_peak = trial.rate
+    for key in ("warmup", "cooldown", "anneal"):  # the same part of a trial as of the run
+      if durations.parse(config.schedule[key]).unit != "%":
+        c.schedule[key] = f"{100 * config_lib.steps_at(config, config.schedule[key]) / config_lib.num_steps(config):.6g}%"
     c.train.length = f"{trial.steps} steps"
-    c.data.stages = ()
-    for name, share in shares(config, trial.replay).items():
-      c.data.sources[name].share = Share(share)
     c.eval.every = f"{100 / NUM_EVALS:g}%"
     c.checkpoint.every = "100%"
     c.checkpoint.keep_last = 1
@@ -57,6 +53,28 @@ def trial_config(config: Any, trial: Trial) -> Any:
     c.checkpoint.export_hf = False
     c.log.every = max(1, trial.steps // 32)
     c.log.tensorboard = False
+    c.guard.general_loss_rise = c.guard.spike_mads = 0.0  # what a trial forgets is what is to be learnt from it
+    c.plan = config_lib.default().plan
+  return c
+
+
+def at_point(config: Any, *, rate: float, replay: float) -> Any:
+  """The config with another rate and replay share.
+
+  Rates keep their ratio to the peak, and the sources of a role the ratio of their shares at the run's end; shares stand still.
+
+  Raises:
+    ConfigError: as `trial_config`.
+  """
+  c = config.copy_and_resolve_references()
+  with c.unlocked():
+    times = rate / config.schedule.lr_peak
+    for key in ("lr_start", "lr_const", "lr_final"):
+      c.schedule[key] = config.schedule[key] * times
+    c.schedule.lr_peak = rate
+    c.data.stages = ()
+    for name, share in shares(config, replay).items():
+      c.data.sources[name].share = Share(share)
   return c
 
 
@@ -72,7 +90,7 @@ def shares(config: Any, replay: float) -> dict[str, float]:
         "data.sources.NAME.share=0.1"
       )
   roles = {name: entry.role for name, entry in config.data.sources.items()}
-  return {name: wanted[role] * last[name] / totals[role] if totals[role] else 0.0 for name, role in roles.items()}
+  return {name: wanted[role] * (last[name] / totals[role]) if totals[role] else 0.0 for name, role in roles.items()}
 
 
 def by_role(config: Any) -> dict[str, list[str]]:

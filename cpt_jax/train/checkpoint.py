@@ -13,7 +13,7 @@ import pathlib
 import platform
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,9 +27,10 @@ from cpt_jax.data.store import write_atomically
 from cpt_jax.evals.perplexity import SourceLoss
 from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec, from_hf
+from cpt_jax.train import guard
 from cpt_jax.train.state import TrainState
 
-FORMAT = 1
+FORMAT = 2  # 1 had no `guard` and no `meter` in its record
 _STATE, _META = "state", "meta"
 
 
@@ -38,7 +39,8 @@ class Checkpoints:
 
   def __init__(self, run_dir: str | pathlib.Path, *, keep_last: int = 0, keep_every_steps: int = 0, best_metric: str = ""):
     policies = ocp.training.preservation_policies
-    keep: list[Any] = [policies.LatestN(keep_last)]
+    self._needed = _Needed()
+    keep: list[Any] = [policies.LatestN(keep_last), self._needed]
     if keep_every_steps:
       keep.append(policies.EveryNSteps(keep_every_steps))
     if best_metric:
@@ -74,6 +76,10 @@ class Checkpoints:
       force=True,
       metrics=metrics,
     )
+
+  def need(self, steps: Collection[int]) -> None:
+    """These steps, and of those named before no other, are kept whatever the rules say."""
+    self._needed.steps = frozenset(steps)
 
   def meta(self, step: int) -> dict:
     """What was saved beside the arrays."""
@@ -120,6 +126,16 @@ class Checkpoints:
       )
 
 
+class _Needed(ocp.training.preservation_policies.PreservationPolicy):
+  """Keeps the steps that were named last."""
+
+  steps: frozenset[int] = frozenset()
+
+  def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+    """As orbax asks it."""
+    return [found.step in self.steps for found in checkpoints]
+
+
 def _difference_lines(difference: trees.Diff) -> list[str]:
   lines = [f"  missing: {path}" for path in difference.missing] + [f"  extra: {path}" for path in difference.extra]
   return lines + [f"  reshaped: {line}" for line in difference.reshaped]
@@ -160,7 +176,8 @@ def read_meta(run_dir: str | pathlib.Path, step: int) -> dict:
     meta = ocp.load_checkpointables(str(directory), {_META: None})[_META]
   if meta["format"] > FORMAT:
     raise ConfigError(f"{directory} has format {meta['format']}, this version reads up to {FORMAT}; update cpt_jax")
-  return json.loads(meta["json"])
+  found = json.loads(meta["json"])
+  return found if meta["format"] > 1 else {**found, "guard": guard.NO_STATE, "meter": None}
 
 
 def saved_steps(run_dir: str | pathlib.Path) -> list[int]:
@@ -239,7 +256,7 @@ def identity(config: Any, run_dir: pathlib.Path) -> dict[str, str]:
 # Keys that may change between two starts of a run: they alter no row, no update and nothing that a checkpoint holds. Not
 # eval.tokens: the base was measured on those held-out documents.
 _FREE = ("log.", "checkpoint.", "debug.", "eval.every", "eval.batch_rows", "mesh.", "data.prefetch")
-_FREE += ("model.remat", "model.attention", "model.loss_chunk")
+_FREE += ("guard.", "plan.", "model.remat", "model.attention", "model.loss_chunk")
 # Those that may change what lies ahead; data.order keeps the past as it was, or refuses.
 _FREE += ("train.length", "data.sources.", "data.stages", "data.on_bad", "data.max_bad")
 

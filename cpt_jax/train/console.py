@@ -15,6 +15,8 @@ import rich.progress
 import rich.table
 import rich.text
 
+from cpt_jax.train import guard
+
 # Into a file or a pipe tables are written at a fixed width; rich would fold them to 80 columns.
 _IS_TERMINAL = sys.stdout.isatty()
 
@@ -27,6 +29,16 @@ class _Console(rich.console.Console):
 
 
 console = _Console(highlight=False, width=None if _IS_TERMINAL else 160)
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+  """Nothing is shown meanwhile: the block's work is told otherwise."""
+  before, console.quiet = console.quiet, True
+  try:
+    yield
+  finally:
+    console.quiet = before
 
 
 def say(text: str) -> None:
@@ -122,6 +134,43 @@ class TrainProgress:
       self._bar.stop()
 
 
+class Bar:
+  """A bar over `total` parts of some work, with the time left; nothing where there is no terminal.
+
+  It has a console of its own, so it is seen while the other one is muted.
+  """
+
+  def __init__(self, total: int):
+    self._bar = None
+    if console.is_terminal:
+      self._bar = rich.progress.Progress(
+        rich.progress.TextColumn("[bold]{task.description}"),
+        rich.progress.BarColumn(bar_width=24),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left"),
+        rich.progress.TimeRemainingColumn(),
+        console=_Console(highlight=False),
+      )
+      self._task = self._bar.add_task("", total=total)
+      self._bar.start()
+
+  def describe(self, text: str) -> None:
+    """What is being worked at."""
+    if self._bar is not None:
+      self._bar.update(self._task, description=text)
+
+  def advance(self, parts: int) -> None:
+    """So many more are done."""
+    if self._bar is not None:
+      self._bar.update(self._task, advance=parts)
+
+  def stop(self) -> None:
+    """Ends the bar."""
+    if self._bar is not None:
+      self._bar.stop()
+
+
 def clock(seconds: float) -> str:
   """75 -> 1:15, 3675 -> 1:01:15."""
   minutes, secs = divmod(round(seconds), 60)
@@ -144,6 +193,8 @@ def data_changes(loader: Any, *, rate: float) -> None:
   if loader.is_changed:
     before, now = (list(segment.sources) for segment in loader.order.segments[-2:])
     words = [f"{name} joins" for name in now if name not in before] + [f"{name} leaves" for name in before if name not in now]
+    skipped = {name: loader.order.segments[-1].num_skipped(name) - loader.order.segments[-2].num_skipped(name) for name in now}
+    words += [f"{n:,} rows of {name} are passed over" for name, n in skipped.items() if n]
     changed = "; ".join(words) or "shares or lengths changed"
     say(f"data     segment {len(loader.order.segments)} begins at step {loader.start_step}: {changed}; next rate {rate:.3e}")
   if loader.end_step < loader.num_steps:
@@ -152,6 +203,16 @@ def data_changes(loader: Any, *, rate: float) -> None:
       f"data     the run ends at step {loader.end_step} of {loader.num_steps}: {why}. The rate does not reach its last value; "
       f"train.length='{loader.end_step} steps' lets it"
     )
+
+
+def guards(config: Any, loader: Any, decisions: list[dict], asked: Any) -> None:
+  """A line for each guard that is on, and for what they have decided."""
+  for line in guard.describe(config, loader):
+    say(f"guard    {line}")
+  for decision in decisions:
+    say(f"guard    decided before: {guard.words(decision)}")
+  if not guard.is_followed(asked, decisions):
+    say("guard    the config asks for other shares than it did then: they are taken as they stand, not as a guard changed them")
 
 
 def summary(result: dict[str, Any]) -> None:
@@ -172,6 +233,20 @@ def summary(result: dict[str, Any]) -> None:
     rows,
     left=2,
   )
+  planned = [source for source in result["sources"] if "predicted" in source]
+  if planned:
+    table(
+      "what the plan had predicted: nats per token",
+      ["source", "predicted", "from", "to", "measured", "off by", ""],
+      [
+        [source["source"], *(f"{source['predicted'][key]:.4f}" for key in ("loss", "low", "high"))]
+        + [f"{source['result']['loss']:.4f}", f"{source['result']['loss'] - source['predicted']['loss']:+.4f}"]
+        + ["within" if source["predicted"]["low"] <= source["result"]["loss"] <= source["predicted"]["high"] else "outside"]
+        for source in planned
+      ],
+    )
   say(f"checkpoint    {result['checkpoint']}")
+  for line in result["guard"]:
+    say(f"guard         {line}")
   if result["exported"]:
     say(f"Hugging Face  {result['exported']}")

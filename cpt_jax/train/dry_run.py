@@ -1,7 +1,7 @@
 """A config -> what the run would do, said without a device and without training.
 
 Invariant: every figure comes from the code that the run uses (the same opened inputs, schedule, groups and shardings).
-Called by main.
+Called by main; its arithmetic by probe.stacked, too.
 """
 
 import math
@@ -14,7 +14,7 @@ from cpt_jax import config as config_lib
 from cpt_jax import mesh as mesh_lib
 from cpt_jax import trees
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.train import console, loop, optimizer, schedule, state, step
+from cpt_jax.train import console, guard, loop, optimizer, schedule, state, step
 
 
 def describe(config: Any, workdir: pathlib.Path) -> int:
@@ -46,7 +46,7 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
     abstract = state.abstract(spec, inputs.tx)
     _groups(config, abstract.params)
     _placement(abstract, config, spec, sizes)
-  _events(config, num_steps)
+  _events(inputs, num_steps)
   console.say("\ndry run: nothing was trained. Without --dry_run this command trains.")
   return loop.EXIT_DONE
 
@@ -122,7 +122,7 @@ def _placement(abstract: state.TrainState, config: Any, spec: spec_lib.ModelSpec
   params = sum(map(_shard_bytes, jax.tree.leaves(abstract.params)))
   moments = sum(map(_shard_bytes, jax.tree.leaves(abstract.opt_state)))
   dtype = step.settings_from_config(config).compute_dtype
-  activations = _activation_bytes(config, spec, sizes, dtype.itemsize)
+  activations = activation_bytes(config, spec, sizes, dtype.itemsize)
   console.table(
     "memory of one device (arithmetic; the compiler's own temporaries come on top)",
     ["what", "size"],
@@ -140,7 +140,7 @@ def _shard_bytes(leaf: Any) -> int:
   return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def _activation_bytes(config: Any, spec: spec_lib.ModelSpec, sizes: dict[str, int], itemsize: int) -> int:
+def activation_bytes(config: Any, spec: spec_lib.ModelSpec, sizes: dict[str, int], itemsize: int) -> int:
   """Inputs that the layers keep for the backward pass, per microbatch and device.
 
   full: the layer's input. dots: that and the outputs of its products. none: those, the norms' and the gate's results as well;
@@ -157,10 +157,13 @@ def _activation_bytes(config: Any, spec: spec_lib.ModelSpec, sizes: dict[str, in
   return int(spec.num_layers * (positions * width + scores) * itemsize)
 
 
-def _events(config: Any, num_steps: int) -> None:
+def _events(inputs: loop.Inputs, num_steps: int) -> None:
+  config = inputs.config
   every_eval, every_save = (config_lib.steps_of(config, key) for key in ("eval.every", "checkpoint.every"))
   often = f"before the first step, every {every_eval} steps, at the end"
   console.say(f"evaluations  {often}; up to {config.eval.tokens:,} held-out tokens a source")
   console.say(f"checkpoints  every {every_save} steps and at the end; the newest {config.checkpoint.keep_last} are kept")
+  for line in guard.describe(config, inputs.loader):
+    console.say(f"guard        {line}")
   export = "a Hugging Face directory at the end" if config.checkpoint.export_hf else "none (checkpoint.export_hf=False)"
   console.say(f"export       {export}")

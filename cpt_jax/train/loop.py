@@ -1,7 +1,7 @@
 """The run, told in order: resolve and open, mesh, data, compile, start, loop, close.
 
 Invariant: evaluate if due, save if due, THEN fetch rows, dispatch the step, and write the metrics of the step before.
-Called by main.
+Called by main, probe.runs.
 """
 
 import contextlib
@@ -22,9 +22,10 @@ from cpt_jax.data.batch import Batch
 from cpt_jax.evals import drift, perplexity
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.train import checkpoint, console, metrics, optimizer, schedule, start, step
+from cpt_jax.train import checkpoint, console, guard, metrics, optimizer, schedule, start, step
 
-EXIT_DONE, EXIT_PREEMPTED = 0, 75
+EXIT_DONE, EXIT_PREEMPTED, EXIT_GUARD = 0, 75, 88
+_AGAIN = -1  # a guard has changed what lies ahead: start again, from the checkpoint that it names
 
 
 class Inputs(NamedTuple):
@@ -36,6 +37,8 @@ class Inputs(NamedTuple):
   spec: spec_lib.ModelSpec
   hf_config: dict
   loader: pipeline.Loader
+  decisions: list[dict]
+  asked: dict[str, sources.Knots]
   rates: schedule.Schedule
   tx: optax.GradientTransformationExtraArgs
 
@@ -73,19 +76,38 @@ def open_inputs(config: Any, workdir: pathlib.Path | None = None) -> Inputs:
     if past and begin.kind == "resume" and (changed := pipeline.changed_settings(config, past)):
       console.say(f"the texts are read from their beginning, not from where {begin.path} was: {', '.join(changed)}")
       past = None
-    loader = pipeline.from_config(config, opened, vocab_size=spec.vocab_size, past=past, start_step=begin.step)
-  return Inputs(config, base, begin, spec, hf_config, loader, rates, tx)
+    # What the run's guards have decided is in force as if the config said it.
+    decisions = guard.decisions(workdir, step=begin.step)
+    asked = {source.name: source.share for source in opened}
+    loader = pipeline.from_config(
+      config,
+      guard.in_force(opened, decisions),
+      vocab_size=spec.vocab_size,
+      past=past,
+      start_step=begin.step,
+      skip=guard.rows_to_skip(decisions, step=begin.step),
+    )
+  return Inputs(config, base, begin, spec, hf_config, loader, decisions, asked, rates, tx)
 
 
-def run(config: Any, workdir: pathlib.Path) -> int:
+def run(config: Any, workdir: pathlib.Path, *, bar: Any = None) -> int:
   """Trains as `config` says, keeping everything in `workdir`; returns the process's exit code.
 
   Started again with the same arguments it goes on from its newest checkpoint, and ends with the same parameters as if it had
   never stopped. On several hosts each runs this at the same time; process 0 alone keeps the records and speaks.
+
+  `bar` shows how far it is instead of console.TrainProgress, whose methods it has.
   """
-  console.console.quiet = not hosts.is_main()
+  # A guard writes down what it decides, and the run starts again: so it is the same whether it was killed there or not.
+  while (code := _run(config, workdir, bar=bar)) == _AGAIN:
+    pass
+  return code
+
+
+def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
+  console.console.quiet |= not hosts.is_main()
   # ---- 1. resolve and open: model config, stores, schedule, optimizer ----
-  config, base, begin, spec, hf_config, loader, rates, tx = open_inputs(config, workdir)
+  config, base, begin, spec, hf_config, loader, decisions, asked, rates, tx = open_inputs(config, workdir)
   num_steps = loader.end_step
 
   with checkpoint.claim(workdir, config), stop_signals() as stop:
@@ -94,6 +116,8 @@ def run(config: Any, workdir: pathlib.Path) -> int:
         raise ConfigError(f"--workdir={workdir}: another process saved a step there in this moment; give the same command again")
       same = checkpoint.identity(config, workdir)
     hosts.agree(same | {"data fingerprint": loader.fingerprint, "start": begin.describe(), "model": str(spec)})
+    if hosts.is_main():  # the others have looked
+      start.remove_void(workdir)
     finished = metrics.read_summary(workdir, num_steps)
     if finished is not None:
       console.say(f"{workdir} is complete at step {num_steps}; nothing to do")
@@ -126,6 +150,7 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     checkpoints = checkpoint.from_config(config, workdir)
     described = begin.describe(optimizer=config.start.optimizer)
     console.header(config, workdir, spec, mesh, described, num_parameters=spec_lib.num_parameters(spec))
+    console.guards(config, loader, decisions, asked)
     console.data_changes(loader, rate=float(rates(begin.step)))
     meta = checkpoints.meta(begin.checkpoint) if begin.kind == "run" else {}
     base_losses = {name: perplexity.SourceLoss(**values) for name, values in meta.get("base_losses", {}).items()}
@@ -142,8 +167,11 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     train_state = start.initial_state(begin, params, spec, tx, checkpoints, keep_optimizer=config.start.optimizer == "keep")
     del params  # the step donates the state; the base lives on in base_copy
     first_step = int(train_state.step)
+    watch = guard.from_config(config, loader, decisions, asked, state=meta["guard"] if meta else None, first_step=first_step)
+    checkpoints.need(watch.needed)
     if hosts.is_main():
       metrics.write_segments(workdir, loader.record())
+      guard.drop_after(workdir, first_step)
 
     # ---- 6. loop ----
     last_step = max(first_step, min(num_steps, config.debug.stop_after or num_steps))
@@ -154,21 +182,26 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     writer = metrics.Writer(
       record_dir, start_step=first_step, evaluates_first=evaluates_first, tensorboard=config.log.tensorboard
     )
-    meter = metrics.from_config(config, loader.names, spec, mesh)
-    bar = console.TrainProgress(start_step=first_step, num_steps=num_steps)
+    meter = metrics.from_config(config, loader.names, spec, mesh, state=meta["meter"] if meta else None)
+    bar = bar or console.TrainProgress(start_step=first_step, num_steps=num_steps)
     losses = dict(base_losses)
 
     def report() -> None:
-      try:
-        reading = meter.read()
-      except FloatingPointError:
+      reading = meter.read()
+      if reading is None:
+        return
+      bar.advance(reading.step)
+      if reading.values is not None:
+        writer.train(reading)
+        bar.show(reading)
+      note = watch.saw(reading, loader)
+      if note is not None:
+        console.say(f"guard    {guard.words(note)}")
+        if record_dir is not None:
+          guard.add(record_dir, note)
+      if watch.is_lost:
         jax.block_until_ready(train_state)  # a process must not end with a step in flight
-        raise
-      if reading is not None:
-        bar.advance(reading.step)
-        if reading.values is not None:
-          writer.train(reading)
-          bar.show(reading)
+        raise FloatingPointError(guard.lost_words(watch.in_a_row, reading.step, workdir))
 
     with contextlib.closing(checkpoints), contextlib.closing(writer), contextlib.closing(bar):
       for now in range(first_step, last_step + 1):
@@ -177,6 +210,8 @@ def run(config: Any, workdir: pathlib.Path) -> int:
         save_due = stopping or now == last_step or (now % save_every == 0 and now > first_step)
         eval_due = now % eval_every == 0 or now == last_step or (save_due and config.checkpoint.best_metric)
         eval_due = evaluates_first if now == first_step else eval_due
+        if watch.reads_at(now):
+          report()
         if eval_due and not stopping:
           report()
           meter.pause()
@@ -187,13 +222,27 @@ def run(config: Any, workdir: pathlib.Path) -> int:
           writer.eval(now, losses, base_losses, moved)
           writer.ledger(now, loader.ledger(now))
           bar.evaluated(now, losses, base_losses)
+          if now % eval_every == 0 or now == num_steps:
+            warning = watch.evaluated(now, losses, base_losses)
+            if warning:
+              console.say(f"guard    {warning}")
+        decision = None if stopping else watch.decide(now, loader)
+        save_due = (save_due or watch.saves(now)) if decision is None else decision["to_step"] == now
         if save_due and now not in checkpoints.steps():
           report()
           meter.pause()
           of_base = {name: loss._asdict() for name, loss in base_losses.items()}
           kept = {"loader": loader.state(now), "hf_config": hf_config, "base_losses": of_base, "base_checkpoint": base.checkpoint}
+          kept |= {"guard": watch.state(), "meter": meter.state()}
+          checkpoints.need(watch.needed)
           checkpoints.save(train_state, now, meta=kept, losses=losses if eval_due and not stopping else {})
-        if stopping or now == last_step:
+        if decision is not None:
+          # ORDER: the checkpoint that it names is whole, then the decision is on disk, and only then anything follows from it.
+          checkpoints.wait()
+          if record_dir is not None:
+            guard.add(record_dir, decision)
+          console.say(f"guard    {guard.words(decision)}. Written to {workdir / guard.FILE}")
+        if stopping or now == last_step or decision is not None:
           break
         batch = next(batches)
         train_state, measured = train_step(train_state, to_device(batch, batch_rows), rates(now))
@@ -204,11 +253,20 @@ def run(config: Any, workdir: pathlib.Path) -> int:
     if stopping:
       console.say(f"stopped by a signal at step {now}, which is saved; the same command goes on from here")
       return EXIT_PREEMPTED
+    if decision is not None and decision["act"] != "stop":
+      return _AGAIN
+    if decision is not None:
+      console.say(guard.advice(decision))
+      return EXIT_GUARD
     exported = ""
     if config.checkpoint.export_hf and now == num_steps:
       exported = str(workdir / "hf")
       pretrained.save_params(train_state.params, spec, exported, source_dir=start.files_dir(config, base), hf_config=hf_config)
-    result = metrics.summary(now, base_losses, losses, loader.ledger(now), str(workdir / "ckpt" / str(now)), exported)
+    result = metrics.summary(
+      now, base_losses, losses, loader.ledger(now), str(workdir / "ckpt" / str(now)), exported, guard.summary(workdir)
+    )
+    if now == num_steps:
+      result = metrics.with_predictions(result, config.plan.losses)
     if hosts.is_main():
       metrics.write_summary(workdir, result)
     console.summary(result)

@@ -8,6 +8,7 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -111,21 +112,38 @@ class Reading(NamedTuple):
   values: dict[str, Any] | None  # means over the steps since the last record; None between records
   tokens_per_sec: float
   mfu: dict[str, float] | None  # causal and palm conventions; None where the chip's peak is not known
+  not_finite: dict[str, float] | None = None  # loss sum and gradient norm of a step whose update was skipped
 
 
 class Meter:
   """Reads each step's metrics while the next step runs; adds up sums, divides once per record.
 
+  A step whose update was skipped, as its numbers are not finite, is counted and left out of the means. With the `state` of a
+  checkpoint a record that was begun before a restart is what it would have been without one; only its speed is not.
+
   The clock stands still in evaluations and saves, and starts after the first step, which may hold a compilation.
   """
 
-  def __init__(self, names: tuple[str, ...], *, log_every: int, flops_per_token: tuple[float, float], peak_flops: float | None):
+  def __init__(
+    self,
+    names: tuple[str, ...],
+    *,
+    log_every: int,
+    flops_per_token: tuple[float, float],
+    peak_flops: float | None,
+    state: dict | None = None,
+  ):
     self._names = names
     self._log_every = log_every
     self._flops_per_token = flops_per_token
     self._peak_flops = peak_flops
     self._pending: tuple[int, StepMetrics] | None = None
-    self._sums = None
+    begun = state or {"sums": {}, "grad_norm": math.nan, "skipped": 0}
+    rows = [begun["sums"].get(name, (0.0, 0.0, 0)) for name in names]
+    # Wider than on the device: the steps of one record may hold more tokens than int32 counts.
+    columns: list[Any] = [np.array([row[i] for row in rows], dtype) for i, dtype in enumerate((np.float64, np.float64, np.int64))]
+    self._sums: Any = Sums(*columns)
+    self._grad_norm, self._skipped = float(begun["grad_norm"]), begun["skipped"]
     self._is_warm = False
     self._start_secs: float | None = None
     self._elapsed_secs = 0.0
@@ -147,25 +165,34 @@ class Meter:
     step, metrics = self._pending
     self._pending = None
     host = jax.device_get(metrics)
-    if not (np.isfinite(host.sums.loss) and np.isfinite(host.grad_norm)):
-      raise FloatingPointError(f"step {step}: loss sum {host.sums.loss}, gradient norm {host.grad_norm}")
     if not self._is_warm:
       self._is_warm, self._start_secs = True, time.monotonic()
-    # Wider than on the device: the steps of one record may hold more tokens than int32 counts.
-    sums = Sums(*(x.astype(np.int64 if x.dtype.kind == "i" else np.float64) for x in host.sums))
-    self._sums = sums if self._sums is None else jax.tree.map(np.add, self._sums, sums)
+    not_finite = None
+    if np.isfinite(host.grad_norm) and np.isfinite(host.sums.loss_M).all():  # as train.step decides
+      self._sums = jax.tree.map(np.add, self._sums, host.sums)
+      self._grad_norm = float(host.grad_norm)
+    else:
+      self._skipped += 1
+      not_finite = {"loss": float(host.sums.loss), "grad_norm": float(host.grad_norm)}
     if step % self._log_every:
-      return Reading(step, None, 0.0, None)
-    values = summarize(self._sums, self._names) | {"rate": float(host.rate), "grad_norm": float(host.grad_norm)}
+      return Reading(step, None, 0.0, None, not_finite)
+    values = summarize(self._sums, self._names) | {"rate": float(host.rate), "grad_norm": self._grad_norm}
+    values["skipped"] = self._skipped
     self.pause()
     tokens_per_sec = self._timed_positions / self._elapsed_secs if self._elapsed_secs else 0.0
-    self._sums, self._elapsed_secs, self._timed_positions = None, 0.0, 0
+    self._sums = jax.tree.map(np.zeros_like, self._sums)
+    self._grad_norm, self._skipped, self._elapsed_secs, self._timed_positions = math.nan, 0, 0.0, 0
     self._start_secs = time.monotonic()
     mfu = None
     if self._peak_flops is not None:
       causal, palm = (flops * tokens_per_sec / self._peak_flops for flops in self._flops_per_token)
       mfu = {"causal": causal, "palm": palm}
-    return Reading(step, values, tokens_per_sec, mfu)
+    return Reading(step, values, tokens_per_sec, mfu, not_finite)
+
+  def state(self) -> dict[str, Any]:
+    """What a checkpoint keeps of the record that has begun, JSON-able."""
+    sums = {name: [x.tolist()[m] for x in self._sums] for m, name in enumerate(self._names)}
+    return {"sums": sums, "grad_norm": self._grad_norm, "skipped": self._skipped}
 
   def pause(self) -> None:
     """Stops the clock until the next step is dispatched."""
@@ -175,12 +202,25 @@ class Meter:
 
 
 def summary(
-  step: int, base_losses: dict[str, SourceLoss], losses: dict[str, SourceLoss], ledger: list[dict], checkpoint: str, exported: str
+  step: int,
+  base_losses: dict[str, SourceLoss],
+  losses: dict[str, SourceLoss],
+  ledger: list[dict],
+  checkpoint: str,
+  exported: str,
+  guard: list[str],
 ) -> dict[str, Any]:
   """What the run came to: summary.json, and the table at the end."""
   measured = [row for row in ledger if row["source"] in losses]  # sources that the run has given up are not evaluated
   sources = [{**row, "base": base_losses[row["source"]]._asdict(), "result": losses[row["source"]]._asdict()} for row in measured]
-  return {"step": step, "sources": sources, "checkpoint": checkpoint, "exported": exported}
+  return {"step": step, "sources": sources, "checkpoint": checkpoint, "exported": exported, "guard": guard}
+
+
+def with_predictions(result: dict[str, Any], losses: Sequence[Sequence[Any]]) -> dict[str, Any]:
+  """The summary with what a plan had said beside what was measured: `plan.losses` of the config."""
+  said = {name: {"loss": loss, "low": low, "high": high} for name, loss, low, high in losses}
+  sources = [row | ({"predicted": said[row["source"]]} if row["source"] in said else {}) for row in result["sources"]]
+  return {**result, "sources": sources}
 
 
 def write_segments(run_dir: pathlib.Path, record: dict) -> None:
@@ -202,14 +242,15 @@ def read_summary(run_dir: pathlib.Path, num_steps: int) -> dict[str, Any] | None
   return result if result["step"] == num_steps else None
 
 
-def from_config(config: Any, names: tuple[str, ...], spec: ModelSpec, mesh: Any) -> Meter:
-  """The meter of a run on this mesh."""
+def from_config(config: Any, names: tuple[str, ...], spec: ModelSpec, mesh: Any, *, state: dict | None = None) -> Meter:
+  """The meter of a run on this mesh; `state` as `Meter` takes it."""
   peak = peak_flops(mesh.devices.flat[0].device_kind)
   return Meter(
     names,
     log_every=config.log.every,
     flops_per_token=flops_per_token(spec, config.data.row_len),
     peak_flops=None if peak is None else peak * mesh.devices.size,
+    state=state,
   )
 
 

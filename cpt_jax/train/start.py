@@ -5,6 +5,8 @@ Invariant: one order of precedence, stated in `choose_start`; a restore is stric
 
 import json
 import pathlib
+import secrets
+import shutil
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +16,7 @@ from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model.spec import ModelSpec, from_hf, load_hf_config
+from cpt_jax.train import guard
 from cpt_jax.train import state as state_lib
 from cpt_jax.train.checkpoint import Checkpoints, read_meta, saved_steps
 from cpt_jax.train.state import TrainState
@@ -51,7 +54,7 @@ def choose_start(config: Any, workdir: pathlib.Path | None, base: Start) -> Star
   Raises:
     ConfigError: the run would be over before its first step.
   """
-  steps = saved_steps(workdir) if workdir else []
+  steps = _valid_steps(workdir) if workdir else []
   if steps and steps[-1] > config_lib.num_steps(config):
     raise ConfigError(
       f"train.length={config.train.length}: the run in {workdir} is at step {steps[-1]} already; set at least '{steps[-1]} steps'"
@@ -63,6 +66,29 @@ def choose_start(config: Any, workdir: pathlib.Path | None, base: Start) -> Star
       f"train.length={config.train.length}: start.resume={base.path} is at step {base.step} already; make it longer"
     )
   return base
+
+
+def _valid_steps(workdir: pathlib.Path) -> list[int]:
+  """Steps that the run has saved and that no decision of a guard has given up, rising."""
+  found = guard.decisions(workdir)
+  earliest = min((decision["to_step"] for decision in found), default=None)
+  return [step for step in saved_steps(workdir) if earliest is None or step <= earliest or not _is_void(workdir, step, found)]
+
+
+def _is_void(workdir: pathlib.Path, step: int, found: list[dict]) -> bool:
+  return guard.is_void(step, num_decisions=read_meta(workdir, step)["guard"]["decisions"], found=found)
+
+
+def remove_void(workdir: pathlib.Path) -> None:
+  """Removes the checkpoints that a guard has given up. Interrupted, it leaves none that is half there."""
+  void = workdir / "void"
+  valid = _valid_steps(workdir)
+  for step in saved_steps(workdir):
+    if step not in valid:
+      void.mkdir(exist_ok=True)
+      # ORDER: moved away whole before it is deleted piece by piece.
+      (workdir / "ckpt" / str(step)).rename(void / f"{step}-{secrets.token_hex(4)}")
+  shutil.rmtree(void, ignore_errors=True)
 
 
 def choose_base(config: Any) -> Start:
@@ -87,7 +113,7 @@ def data_past(begin: Start) -> dict | None:
     merged: dict = {}
     for segment in past["segments"]:
       merged |= segment["sources"]
-    past = {**past, "segments": [{"start_step": 0, "read": past["read"], "sources": merged}]}
+    past = {**past, "segments": [{**past["segments"][-1], "start_step": 0, "read": past["read"], "sources": merged}]}
   return past
 
 

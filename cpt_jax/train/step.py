@@ -1,7 +1,7 @@
 """One update: state and batch -> state and what was measured on the way.
 
 Invariant: sums over microbatches, devices and hosts, then ONE division by the weighted number of tokens; the rate that is
-reported is the rate that was used. Called by train.loop, tools.bench.
+reported is the rate that was used; an update with a number that is not finite is not made. Called by train.loop, tools.bench.
 """
 
 import re
@@ -93,6 +93,9 @@ def make_train_step(
   It goes down the gradient of `sum_m w_m (loss_m + z_loss * z_loss_m) / sum_m w_m tokens_m`, with the step's sums `loss.Sums` of
   each source m and its weight w_m, whatever share of the rows it has. A batch in which that divides by 0 has gradient 0.
 
+  Where the loss or the gradient's norm is not finite the update is skipped: parameters, moments and the optimizer's own counts
+  (Adam's bias correction) keep every bit; `state.step` rises all the same, for the batch is consumed and the rate moves on.
+
   Args:
     source_weights: for each source 1e-12 of the largest or more, or 0: its rows are measured, no more. Only their ratios count.
     frozen: leaves whose path one of these patterns matches get no gradient: it is not computed, and not part of the norm.
@@ -123,8 +126,12 @@ def make_train_step(
     rate = jnp.asarray(rate, jnp.float32)
     updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, state.opt_state, state.params, rate=rate)
     params = optax.apply_updates(state.params, updates)
-    metrics = StepMetrics(sums, optax.tree.norm(grads), rate)
-    return TrainState(state.step + 1, params, opt_state), metrics
+    grad_norm = optax.tree.norm(grads)
+    # A choice, not a branch: it joins the pass over the parameters that the update makes anyway.
+    is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.loss_M).all()
+    old, new = (state.params, state.opt_state), (params, opt_state)
+    params, opt_state = jax.tree.map(lambda a, b: jnp.where(is_finite, b, a), old, new)
+    return TrainState(state.step + 1, params, opt_state), StepMetrics(sums, grad_norm, rate)
 
   return train_step
 
