@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cpt_jax.model import pretrained, transformer
-from cpt_jax.model.spec import from_hf, load_hf_config
+from cpt_jax.model import pretrained, rope, transformer
+from cpt_jax.model.spec import from_hf, load_hf_config, ntk_theta
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # torch and transformers have warnings of their own
 
 _COMMON = {"vocab_size": 96, "num_hidden_layers": 3, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_YARN = {"rope_type": "yarn", "factor": 4.0}
 # name -> (model_type, config): odd head sizes, one and many key/value heads, tied and untied.
 MODELS = {
   "llama": ("llama", {"hidden_size": 32, "intermediate_size": 44, "num_attention_heads": 4, "num_key_value_heads": 2}),
@@ -30,6 +31,20 @@ MODELS = {
       **{"hidden_size": 32, "intermediate_size": 44, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 10},
       **{"tie_word_embeddings": True, "max_position_embeddings": 256, "rms_norm_eps": 1e-5},
       "rope_parameters": {**_LLAMA3, "original_max_position_embeddings": 16, "rope_theta": 500_000.0},
+    },
+  ),
+  "llama_linear": (
+    "llama",
+    {
+      **{"hidden_size": 32, "intermediate_size": 44, "num_attention_heads": 4, "num_key_value_heads": 2},
+      "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0},
+    },
+  ),
+  "qwen2_yarn": (
+    "qwen2",
+    {
+      **{"hidden_size": 32, "intermediate_size": 44, "num_attention_heads": 2, "num_key_value_heads": 1},
+      "rope_parameters": {**_YARN, "original_max_position_embeddings": 16, "rope_theta": 1000.0},
     },
   ),
   "mistral": (
@@ -154,6 +169,48 @@ def test_a_config_made_from_the_spec_means_the_same_to_transformers(tmp_path, to
   assert not any(info.values()), info
   tokens_BT = np.random.default_rng(1).integers(0, _COMMON["vocab_size"], (2, 23))
   np.testing.assert_allclose(their_logits(torch, again, tokens_BT), their_logits(torch, model, tokens_BT), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "scaling",
+  [
+    {"rope_type": "default"},
+    {"rope_type": "linear", "factor": 4.0},
+    {**_LLAMA3, "original_max_position_embeddings": 4096},
+    {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096},
+    {
+      "rope_type": "yarn",
+      "factor": 8.0,
+      "original_max_position_embeddings": 512,
+      "beta_fast": 16,
+      "beta_slow": 2,
+      "truncate": False,
+    },
+    {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 0.707, "mscale_all_dim": 1.0},
+    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16},
+  ],
+)
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+def test_frequencies_are_those_of_transformers(transformers, scaling, head_dim):
+  config = transformers.LlamaConfig(
+    hidden_size=2 * head_dim,
+    num_attention_heads=2,
+    max_position_embeddings=32_768,
+    rope_parameters={**scaling, "rope_theta": 5e4},
+  )
+  theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+  spec = from_hf(config.to_dict())
+  np.testing.assert_allclose(rope.frequencies(spec), theirs.inv_freq.numpy(), rtol=2e-6)
+  cos_BTC, _ = rope.tables(spec, jnp.zeros((1, 1), jnp.int32))
+  np.testing.assert_allclose(cos_BTC, theirs.attention_scaling, rtol=1e-6)
+
+
+def test_a_base_for_longer_rows_is_the_dynamic_scaling_at_that_length(transformers):
+  settings = {"rope_type": "dynamic", "factor": 1.0, "rope_theta": 1e4}
+  config = transformers.LlamaConfig(hidden_size=64, num_attention_heads=1, max_position_embeddings=2048, rope_parameters=settings)
+  scaled, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["dynamic"](config, "cpu", seq_len=8192)
+  ours = ntk_theta(1e4, factor=4.0, head_dim=64) ** -(np.arange(0, 64, 2) / 64)
+  np.testing.assert_allclose(ours, scaled.numpy(), rtol=2e-6)
 
 
 def test_a_head_beside_tied_embeddings_is_read_as_transformers_reads_it(tmp_path, torch, transformers):

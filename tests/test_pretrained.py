@@ -21,7 +21,7 @@ from cpt_jax import mesh as mesh_lib
 from cpt_jax import trees
 from cpt_jax.config import ConfigError
 from cpt_jax.model import hf_files, pretrained, transformer
-from cpt_jax.model.spec import Llama3Scaling, ModelSpec, from_hf
+from cpt_jax.model.spec import Llama3Scaling, ModelSpec, YarnScaling, from_hf
 
 LLAMA = ModelSpec(
   family="llama",
@@ -41,6 +41,7 @@ SPECS = {
   "qwen2": dataclasses.replace(LLAMA, family="qwen2", qkv_bias=True, tied=True, windows=(0, 32, 32)),
   "qwen3": dataclasses.replace(LLAMA, family="qwen3", qk_norm=True),
   "llama3": dataclasses.replace(LLAMA, rope_theta=5e5, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 32)),
+  "yarn": dataclasses.replace(LLAMA, rope_scaling=YarnScaling(4.0, 16, 1.2)),
 }
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cpt_jax.config import ConfigError
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.model import transformer
-from cpt_jax.model.spec import Llama3Scaling, ModelSpec, from_hf, load_hf_config
+from cpt_jax.model.spec import LinearScaling, Llama3Scaling, ModelSpec, YarnScaling, from_hf, load_hf_config
 
 # As published, in the form of transformers 4.
 LLAMA_31_8B = {
@@ -116,6 +116,24 @@ def test_the_two_forms_of_rope_settings_mean_the_same():
   assert from_hf(small()).rope_theta == 10_000.0
 
 
+def test_yarn_settings_mean_what_they_mean_to_transformers():
+  read = lambda **settings: from_hf(small(rope_scaling={"type": "yarn", "factor": 4.0, **settings})).rope_scaling  # noqa: E731
+  plain = YarnScaling(4.0, 2048, attention_factor=0.1 * math.log(4) + 1)
+  assert read() == read(beta_fast=None, beta_slow=32 / 32, mscale=2.0) == plain  # mscale counts with mscale_all_dim alone
+  assert read(original_max_position_embeddings=512).original_positions == 512
+  assert read(attention_factor=1.5, mscale=0.7, mscale_all_dim=1.0).attention_factor == 1.5
+  both = read(mscale=0.707, mscale_all_dim=1.0)
+  assert both.attention_factor == pytest.approx((0.0707 * math.log(4) + 1) / (0.1 * math.log(4) + 1))
+  assert read(factor=0.5).attention_factor == 1.0
+
+
+@pytest.mark.parametrize(
+  "scaling", [None, LinearScaling(4.0), YarnScaling(8.0, 32, 1.25, 24.0, 2.0, False), Llama3Scaling(8.0, 1.0, 4.0, 32)]
+)
+def test_scalings_come_back_from_the_form_of_a_file(scaling):
+  assert from_hf(small(rope_scaling=spec_lib.scaling_to_hf(scaling))).rope_scaling == scaling
+
+
 # What transformers takes for a key that is absent differs by family.
 @pytest.mark.parametrize(
   ("family", "kv_heads", "head_dim", "windows", "positions"),
@@ -167,8 +185,15 @@ def test_smollm2_in_its_published_form():
     ({"quantization_config": {"bits": 4}}, r"quantization_config=.*not supported"),
     ({"logit_scale": 2.0}, r"logit_scale=2\.0: not known to cpt_jax"),
     ({"architectures": ["LlamaForSequenceClassification"]}, r"architectures=.*must be \['LlamaForCausalLM'\]"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"rope_scaling: rope_type='yarn': not supported"),
-    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, r"rope_scaling: .*not supported; cpt_jax reads default and llama3"),
+    ({"rope_scaling": {"rope_type": "longrope"}}, r"'longrope': not supported; cpt_jax reads default, linear, yarn, llama3"),
+    ({"rope_scaling": {"type": "linear"}}, r"rope_scaling: factor: expected a number above 0"),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0, "beta_fast": 3}}, r"beta_fast=3: not known for rope_type 'linear'"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_slow": 32}}, r"beta_slow=32: must be below beta_fast=32"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": 1}}, r"truncate=1: expected true or false"),
+    (
+      {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "head_dim": 64, "max_position_embeddings": 2048},
+      r"dynamic.*up to 2048 it is the default.*rope_theta=20452\.2 for rows up to 4096",  # 10000 * 2^(64/62)
+    ),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, r"low_freq_factor: expected a number above 0"),
     ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, r"factor=2\.0: not known for rope_type 'default'"),
     (

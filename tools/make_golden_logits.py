@@ -18,6 +18,8 @@ SMALL = dict(
 LLAMA3 = dict(
   rope_type="llama3", rope_theta=100.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
 )
+LINEAR = dict(rope_type="linear", rope_theta=100.0, factor=4.0)
+YARN = dict(rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=16)
 # Each differs from the others in what it could get wrong: grouped queries, head sizes other than width / heads, tied heads,
 # biases, query and key norms, windows that hide something, frequencies that are scaled.
 CASES = {
@@ -33,6 +35,8 @@ CASES = {
   ),
   "qwen3_untied": (transformers.Qwen3Config, dict(num_key_value_heads=2, head_dim=14)),
   "qwen3_tied": (transformers.Qwen3Config, dict(num_key_value_heads=1, head_dim=6, tie_word_embeddings=True)),
+  "llama_linear": (transformers.LlamaConfig, dict(num_key_value_heads=2, rope_parameters=LINEAR)),
+  "llama_yarn": (transformers.LlamaConfig, dict(num_key_value_heads=1, head_dim=16, rope_parameters=YARN)),
 }
 ROWS, ROW_LEN = 2, 16
 

@@ -25,7 +25,7 @@ from rich import console, progress
 from cpt_jax import trees
 from cpt_jax.config import ConfigError
 from cpt_jax.model import hf_files
-from cpt_jax.model.spec import ModelSpec, from_hf
+from cpt_jax.model.spec import ModelSpec, from_hf, scaling_to_hf
 
 Entries = dict[str, tuple[str, tuple[int, ...]]]  # tensor name -> (safetensors dtype, shape)
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -334,18 +334,10 @@ def to_hf(spec: ModelSpec) -> dict[str, Any]:
     "max_position_embeddings": spec.max_positions,
     "rms_norm_eps": spec.norm_eps,
     "rope_theta": spec.rope_theta,
-    "rope_scaling": None,
+    "rope_scaling": scaling_to_hf(spec.rope_scaling),
     "tie_word_embeddings": spec.tied,
     "initializer_range": spec.init_std,
   }
-  if spec.rope_scaling is not None:
-    config["rope_scaling"] = {
-      "rope_type": "llama3",
-      "factor": spec.rope_scaling.factor,
-      "low_freq_factor": spec.rope_scaling.low_freq_factor,
-      "high_freq_factor": spec.rope_scaling.high_freq_factor,
-      "original_max_position_embeddings": spec.rope_scaling.original_positions,
-    }
   if spec.family != "llama":
     config["sliding_window"] = max(spec.windows, default=0) or None
   if spec.family in ("qwen2", "qwen3"):

@@ -25,6 +25,33 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearScaling:
+  """Position interpolation (2306.15595): every wavelength times `factor`."""
+
+  factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+  """YaRN (2309.00071, sec. 3): by the turns that a pair makes within the original context, and all logits times a constant."""
+
+  factor: float
+  original_positions: int
+  attention_factor: float  # of cosines and sines, so its square of the logits; the paper's is 0.1 ln factor + 1
+  beta_fast: float = 32.0  # with more turns a wavelength is kept
+  beta_slow: float = 1.0  # with fewer it is multiplied by factor; a straight line over the pairs between
+  truncate: bool = True  # the line begins and ends at whole pairs
+
+
+Scaling = Llama3Scaling | LinearScaling | YarnScaling
+
+
+def ntk_theta(theta: float, *, factor: float, head_dim: int) -> float:
+  """The base that stretches the longest wavelength by `factor` and the shortest not at all (NTK-aware; 2309.00071 sec. 3.1)."""
+  return theta * factor ** (head_dim / (head_dim - 2))
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSpec:
   """One decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 
@@ -38,7 +65,7 @@ class ModelSpec:
   mlp_width: int  # F
   max_positions: int  # longest row that the base was made for
   rope_theta: float = 10_000.0
-  rope_scaling: Llama3Scaling | None = None
+  rope_scaling: Scaling | None = None
   norm_eps: float = 1e-6
   tied: bool = False  # the head is the embedding
   qkv_bias: bool = False
@@ -164,7 +191,7 @@ def from_hf(hf_config: Mapping[str, Any], *, where: str = "config.json") -> Mode
   if head_dim % 2:
     read.problem("head_dim", f"rotary positions need an even head size, found {head_dim}")
   num_layers, max_positions = read.count("num_hidden_layers"), read.count("max_position_embeddings")
-  rope_theta, rope_scaling = _rope(read, max_positions)
+  rope_theta, rope_scaling = _rope(read, max_positions, head_dim)
   windows = _windows(read, family, num_layers)
   spec = ModelSpec(
     family=family,
@@ -286,7 +313,16 @@ def _head_dim(read: _Reader, family: str, *, width: int, num_heads: int) -> int:
   return width // num_heads
 
 
-def _rope(read: _Reader, max_positions: int) -> tuple[float, Llama3Scaling | None]:
+# What transformers reads for each rope_type, beside what it reads for all.
+_ROPE_KEYS = {
+  "default": set(),
+  "linear": {"factor"},
+  "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+  "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+}
+
+
+def _rope(read: _Reader, max_positions: int, head_dim: int) -> tuple[float, Scaling | None]:
   # transformers 5 writes rope_parameters; before it, rope_theta and rope_scaling. If both are there, rope_scaling wins, and a
   # theta inside the dict wins over one outside (its convert_rope_params_to_dict).
   key = "rope_scaling" if read.value("rope_scaling") else "rope_parameters"
@@ -295,21 +331,30 @@ def _rope(read: _Reader, max_positions: int) -> tuple[float, Llama3Scaling | Non
     read.problem(key, "expected an object")
     return 1.0, None
   inner = _Reader({"rope_theta": 10_000.0, **_outer_rope(read), **found}, f"{read.where}: {key}", read.problems)
-  kind = inner.value("rope_type") or inner.value("type") or "default"
-  allowed = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
-  if kind == "llama3":
-    allowed |= {"factor", "low_freq_factor", "high_freq_factor"}
-  elif kind != "default":
-    inner.problem("rope_type", "not supported; cpt_jax reads default and llama3")
+  kind_key = "rope_type" if inner.value("rope_type") else "type"
+  kind = inner.value(kind_key) or "default"
+  theta = inner.number("rope_theta")
+  if kind == "dynamic":
+    doubled = ntk_theta(theta, factor=2.0, head_dim=max(head_dim, 4))
+    inner.problem(
+      kind_key,
+      f"not supported: its base grows with the length of each text. For rows up to {max_positions} it is the default; "
+      f"write that. For longer ones fix the base, e.g. rope_theta={doubled:.6g} for rows up to {2 * max_positions} (NTK)",
+    )
     return 1.0, None
+  if kind not in _ROPE_KEYS:
+    inner.problem(kind_key, f"not supported; cpt_jax reads {', '.join(_ROPE_KEYS)}")
+    return 1.0, None
+  allowed = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
   for name in found:
-    if name not in allowed:
+    if name not in allowed | _ROPE_KEYS[kind]:
       inner.problem(name, f"not known for rope_type {kind!r}")
   if inner.value("partial_rotary_factor") not in (None, 1):
     inner.problem("partial_rotary_factor", "not supported; expected 1")
-  theta = inner.number("rope_theta")
   if kind == "default":
     return theta, None
+  if kind == "linear":
+    return theta, LinearScaling(inner.number("factor"))
   outer = read.value("original_max_position_embeddings")
   if outer is not None and inner.value("original_max_position_embeddings") != outer:
     # Here transformers prefers the outer one, unlike with theta; two different values are a mistake in any case.
@@ -318,6 +363,8 @@ def _rope(read: _Reader, max_positions: int) -> tuple[float, Llama3Scaling | Non
     original = max_positions
   else:
     original = inner.count("original_max_position_embeddings")
+  if kind == "yarn":
+    return theta, _yarn(inner, original)
   scaling = Llama3Scaling(
     factor=inner.number("factor"),
     low_freq_factor=inner.number("low_freq_factor"),
@@ -327,6 +374,40 @@ def _rope(read: _Reader, max_positions: int) -> tuple[float, Llama3Scaling | Non
   if scaling.low_freq_factor >= scaling.high_freq_factor and not read.problems.lines:
     inner.problem("low_freq_factor", "must be below high_freq_factor")
   return theta, scaling
+
+
+def _yarn(inner: _Reader, original: int) -> YarnScaling:
+  optional = lambda name, otherwise: otherwise if inner.value(name) is None else inner.number(name)  # noqa: E731
+  factor = inner.number("factor")
+  of_scale = lambda mscale: 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0  # noqa: E731
+  # mscale and mscale_all_dim (DeepSeek's) count only together, and only if no attention_factor is given.
+  inferred = of_scale(1.0)
+  if inner.value("mscale") and inner.value("mscale_all_dim"):
+    inferred = of_scale(inner.number("mscale")) / of_scale(inner.number("mscale_all_dim"))
+  scaling = YarnScaling(
+    factor=factor,
+    original_positions=original,
+    attention_factor=optional("attention_factor", inferred),
+    beta_fast=optional("beta_fast", 32.0),
+    beta_slow=optional("beta_slow", 1.0),
+    truncate=True if inner.value("truncate") is None else inner.flag("truncate"),
+  )
+  if scaling.beta_slow >= scaling.beta_fast:
+    inner.problem("beta_slow", f"must be below beta_fast={scaling.beta_fast:g}")
+  return scaling
+
+
+def scaling_to_hf(scaling: Scaling | None) -> dict[str, Any] | None:
+  """The `rope_scaling` of a Hugging Face configuration; `from_hf` reads it back."""
+  if scaling is None:
+    return None
+  if isinstance(scaling, LinearScaling):
+    return {"rope_type": "linear", "factor": scaling.factor}
+  made = {"factor": scaling.factor, "original_max_position_embeddings": scaling.original_positions}
+  names = ("attention_factor", "beta_fast", "beta_slow", "truncate") if isinstance(scaling, YarnScaling) else ()
+  names = names or ("low_freq_factor", "high_freq_factor")
+  kind = "yarn" if isinstance(scaling, YarnScaling) else "llama3"
+  return {"rope_type": kind, **made, **{name: getattr(scaling, name) for name in names}}
 
 
 def _outer_rope(read: _Reader) -> dict[str, Any]:
