@@ -102,6 +102,7 @@ def run_stack(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: 
         if not diverged[r]:
           meter.dispatched(finished, _trial(measured, r), num_positions=config_lib.tokens_per_step(config))
           reading = meter.read()
+          assert reading is not None, "of the step that was dispatched just now"
           if reading.values is not None:
             writer.train(reading)
           note = watches[r].saw(reading, opened[r].loader)

@@ -157,8 +157,8 @@ def _scale_by_leaf(leaves: dict[str, Leaf]) -> optax.GradientTransformation:
 
 
 def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
-  def update(updates: Any, state: Any, params: Any = None, *, rate: Any, **_: Any):
-    return jax.tree.map(lambda u: -rate * u, updates), state
+  def update(updates: Any, state: Any, params: Any = None, **extra: Any):
+    return jax.tree.map(lambda u: -extra["rate"] * u, updates), state
 
   return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
@@ -171,8 +171,8 @@ def _without_frozen(
   def init(params):
     return inner.init(_trained(params, leaves))
 
-  def update(updates: Any, state: Any, params: Any = None, *, rate: Any, **_: Any):
-    trained, state = inner.update(_trained(updates, leaves), state, _trained(params, leaves), rate=rate)
+  def update(updates: Any, state: Any, params: Any = None, **extra: Any):
+    trained, state = inner.update(_trained(updates, leaves), state, _trained(params, leaves), **extra)
     found = trees.paths(trained)
     # Adding -0.0 keeps every bit of a parameter; adding 0.0 would turn -0.0 into 0.0.
     return trees.map_with_path(lambda path, g: found[path] if path in found else jnp.full_like(g, -0.0), updates), state
