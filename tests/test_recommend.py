@@ -111,8 +111,17 @@ def test_alternatives():
   measured = by_name["best measured cell"]
   assert measured.rate in grids.RATES and measured.replay in grids.REPLAYS and measured.is_allowed
   assert measured.domain_loss >= plan.best.domain_loss - 1e-9
-  weighted = recommend.recommend(predictor("weak"), weights={"law": 1.0})
+  short = dataclasses.replace(predictor("weak"), tokens=float(grids.TOKENS))
+  weighted = recommend.recommend(short, weights={"law": 1.0})
   assert weighted.replay == 0 and "1% replay" in {point.what for point in weighted.alternatives}
+
+
+def test_little_replay_is_recommended_as_far_as_long_runs_have_measured_it():
+  # The longer runs of this grid have 1% at least; what short runs say of less does not hold for long ones.
+  for tokens, least in ((1.0, 0.0), (1.24 * 2, 0.01), (4.0, 0.01)):
+    plan = recommend.recommend(dataclasses.replace(predictor("weak"), tokens=tokens * grids.TOKENS), weights={"law": 1.0})
+    assert plan.replay == least and all(point.replay >= least for point in plan.frontier)
+    assert any("was measured in shorter runs only" in note for note in plan.notes) == (least > 0)
 
 
 def test_a_longer_run_says_that_it_is_extrapolated():

@@ -91,6 +91,8 @@ def test_a_design_costs_no_more_than_asked_and_reaches_the_run(budget, part, num
   cells = {(trial.rate, trial.replay) for trial in grid if trial.steps == made.steps}
   assert len(cells) == (num_rates or design.NUM_RATES) * len(made.replays)
   assert all((trial.rate, trial.replay) in cells for trial in grid)  # the longer ones, too
+  for times in {2, 4} & set(made.longer):  # forgetting without replay grows with the tokens
+    assert {t.replay for t in grid if t.steps == times * made.steps} >= {made.own_replay, min(made.replays)}
   assert all(trial.replay == made.own_replay in made.replays for trial in made.sweep())
 
 

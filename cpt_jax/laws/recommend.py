@@ -169,9 +169,22 @@ class Predictor:
     return Point(what, rate, replay, rise, float(self.domain_loss(rate_n, replay_n)[0]), losses, allowed)
 
   def range(self, axis: str) -> tuple[float, float]:
-    """What all sources were measured at."""
+    """What all sources were measured at; of replay no less than in the longest runs, see `least_replay`."""
     ranges = [choice.range(axis) for choice in self.choices.values()]
-    return max(low for low, _ in ranges), min(high for _, high in ranges)
+    low, high = max(low for low, _ in ranges), min(high for _, high in ranges)
+    return (max(low, self.least_replay), high) if axis == "replay" else (low, high)
+
+  @property
+  def least_replay(self) -> float:
+    """The least share of the runs whose length comes nearest to the budget from below.
+
+    Forgetting levels off with replay and goes on growing without it, so what short runs say of little replay does not hold for long
+    ones: a plan from longer runs with 5% and 25% alone missed a run without replay by 0.27 nats (docs/experiments.md, 1).
+    """
+    lengths = {cell.tokens for cell in self.cells if math.isfinite(max(cell.losses.values()))}
+    # A quarter more: runs of one length differ by their padding.
+    longest = max((tokens for tokens in lengths if tokens <= 1.25 * self.tokens), default=min(lengths))
+    return min(cell.replay for cell in self.cells if cell.tokens == longest)
 
   def grid(self, *, around: tuple[float, float] | None = None, zoom: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """(n,) rates and replay shares, even in their logarithms: all measured ones, or 1/zoom of the range around a setting."""
@@ -424,6 +437,12 @@ def _notes(predictor: Predictor, best: Point, limit: float | None) -> tuple[str,
     for edge, word in ((low, more[0]), (high, more[1])):
       if high > low and math.isclose(value, edge, rel_tol=1e-6, abs_tol=1e-9) and not (axis == "replay" and edge in (0.0, 1.0)):
         notes.append(f"The {axis} is at the edge of the measured range ({edge:g}): the best may lie beyond; measure {word}.")
+  least = min(cell.replay for cell in predictor.cells)
+  if least < predictor.least_replay:
+    notes.append(
+      f"Less replay than {predictor.least_replay:.3g} was measured in shorter runs only, where forgetting without replay has not grown "
+      "to its size, so it is not considered; measure it in the longest runs, too."
+    )
   low, high = predictor.range("tokens")
   if not low <= predictor.tokens <= high:
     notes.append(

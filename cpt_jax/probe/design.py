@@ -66,9 +66,12 @@ class Design(NamedTuple):
     return made
 
   def _long(self, rates: Sequence[float], times: int) -> list[Trial]:
-    """A few cells from inside the grid, at `times` the steps."""
-    middle = sorted({self.own_replay, *_inner(self.replays)}, key=lambda x: abs(x - self.own_replay))[:2]
-    cells = [(rate, replay) for rate in reversed(_inner(rates)) for replay in middle]
+    """A few cells of the grid's inner rates, at `times` the steps, with its own replay share and with the least.
+
+    The least, since forgetting without replay grows with the tokens when that with replay has levelled off.
+    """
+    shares = dict.fromkeys((self.own_replay, min(self.replays), *_inner(self.replays)))
+    cells = [(rate, replay) for rate in reversed(_inner(rates)) for replay in list(shares)[:2]]
     return [Trial(rate, replay, self.steps * times, self.seeds[0]) for rate, replay in cells[: NUM_LONGER.get(times, 1)]]
 
 
