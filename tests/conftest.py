@@ -22,6 +22,13 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("default")
 
 
+@pytest.fixture(autouse=True)
+def no_mesh_is_left():
+  """A run that a test makes in this process sets its mesh for good; the next test begins without one."""
+  yield
+  jax.set_mesh(None)
+
+
 @pytest.fixture(scope="session")
 def root() -> pathlib.Path:
   """The repository's root."""

@@ -40,6 +40,7 @@ def files(folder):
   return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_finished_trials_become_a_plan_and_a_config(plan, tiny_plan, tmp_path):
   made = design.make(tiny_plan, rates=[1e-3, 4e-3], replays=[0.05, 0.25], seeds=1, longer=[2], trial_tokens="1024")
   by_hand = trials.Trial(2e-3, 0.25, 32, 0)  # of no design, and taken all the same

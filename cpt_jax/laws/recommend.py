@@ -178,8 +178,8 @@ class Predictor:
   def least_replay(self) -> float:
     """The least share of the runs whose length comes nearest to the budget from below.
 
-    Forgetting levels off with replay and goes on growing without it, so what short runs say of little replay does not hold for long
-    ones: a plan from longer runs with 5% and 25% alone missed a run without replay by 0.27 nats (docs/experiments.md, 1).
+    Forgetting levels off with replay and goes on growing without it, so what short runs say of little replay does not hold for
+    long ones: a plan from longer runs with 5% and 25% alone missed a run without replay by 0.27 nats (docs/experiments.md, 1).
     """
     lengths = {cell.tokens for cell in self.cells if math.isfinite(max(cell.losses.values()))}
     # A quarter more: runs of one length differ by their padding.
@@ -440,8 +440,8 @@ def _notes(predictor: Predictor, best: Point, limit: float | None) -> tuple[str,
   least = min(cell.replay for cell in predictor.cells)
   if least < predictor.least_replay:
     notes.append(
-      f"Less replay than {predictor.least_replay:.3g} was measured in shorter runs only, where forgetting without replay has not grown "
-      "to its size, so it is not considered; measure it in the longest runs, too."
+      f"Less replay than {predictor.least_replay:.3g} was measured in shorter runs only, where forgetting without replay has not "
+      "grown to its size, so it is not considered; measure it in the longest runs, too."
     )
   low, high = predictor.range("tokens")
   if not low <= predictor.tokens <= high:
