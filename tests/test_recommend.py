@@ -121,7 +121,21 @@ def test_little_replay_is_recommended_as_far_as_long_runs_have_measured_it():
   for tokens, least in ((1.0, 0.0), (1.24 * 2, 0.01), (4.0, 0.01)):
     plan = recommend.recommend(dataclasses.replace(predictor("weak"), tokens=tokens * grids.TOKENS), weights={"law": 1.0})
     assert plan.replay == least and all(point.replay >= least for point in plan.frontier)
-    assert any("was measured in shorter runs only" in note for note in plan.notes) == (least > 0)
+    assert any("is not considered: either the longest runs had no less" in note for note in plan.notes) == (least > 0)
+
+
+def test_settings_like_a_run_that_the_laws_miss_are_not_recommended():
+  # One of the longest runs, without replay, forgot ten times what any law here can follow; the robust fit passes it over.
+  cells, laws = grids.grid("weak"), {"en": LAWS["en"], "law": QUICK["law"]}
+  longest = next(cell for cell in cells if cell.tokens > 3 * grids.TOKENS)
+  mild = longest._replace(replay=0.0, losses=grids.true_losses("weak", longest.rate, 0.0, longest.tokens), run="mild")
+  harsh = mild._replace(losses={**mild.losses, "en": 4.6}, run="harsh")
+  missing = recommend.fit_sources([*cells, harsh], tokens=4 * grids.TOKENS, laws=laws)
+  assert [cell.run for cell in missing.cells if missing.is_missed(cell)] == ["harsh"]
+  plan = recommend.recommend(missing, weights={"law": 1.0})
+  assert plan.replay == 0.01 and any("The laws miss a measured run, harsh (rate" in note for note in plan.notes)
+  followed = recommend.fit_sources([*cells, mild], tokens=4 * grids.TOKENS, laws=laws)
+  assert recommend.recommend(followed, weights={"law": 1.0}).replay == 0.0
 
 
 def test_a_longer_run_says_that_it_is_extrapolated():
