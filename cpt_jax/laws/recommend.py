@@ -419,6 +419,8 @@ def _alternatives(predictor: Predictor, best: Point, limit: float | None) -> tup
   wanted.append(("most replay that was measured", best.rate, high))
   points: list[Point] = []
   for what, rate, replay in wanted:
+    if replay < predictor.least_replay - 1e-9:
+      continue
     point = predictor.point(what, rate, replay, limit=limit)
     known = [best, *points]
     if point is not None and not any(math.isclose(p.rate, rate) and math.isclose(p.replay, replay) for p in known):
@@ -426,6 +428,7 @@ def _alternatives(predictor: Predictor, best: Point, limit: float | None) -> tup
   measured = [
     predictor.point("a measured cell", rate, replay, limit=limit)
     for rate, replay in sorted({(cell.rate, cell.replay) for cell in predictor.cells})
+    if replay >= predictor.least_replay - 1e-9
   ]
   allowed = [point for point in measured if point is not None and point.is_allowed]
   if limit is not None and allowed:
