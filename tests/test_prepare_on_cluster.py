@@ -20,6 +20,8 @@ from cpt_jax.config import ConfigError
 from cpt_jax.data import decontaminate, documents, prepare, store
 
 UNIT_BYTES = 20_000
+# datatrove forks. JAX warns of that where a test before has started its threads; the children never use it.
+pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
 
 
 @pytest.fixture(scope="module")
