@@ -26,6 +26,7 @@ from cpt_jax.laws import cells as cells_lib
 from cpt_jax.laws import choose, cpt_law, curves, fit, recommend
 from cpt_jax.laws.cells import Cell
 from cpt_jax.laws.curves import Curve
+from cpt_jax.probe.trials import replay_share
 from cpt_jax.train import console
 
 # Share of the forgetting without replay that a share of replay removes: Ibrahim et al. 2403.08763, from tables 2 and 4.
@@ -46,7 +47,7 @@ def collect(folder: pathlib.Path) -> list[Record]:
     {
       "run": run.path.name,
       "rate": run.rate,
-      "replay": round(_asked_replay(run), 6),
+      "replay": round(replay_share(run.config), 6),
       "seed": run.seed,
       "tokens": len(run.rates_S) * config_lib.tokens_per_step(run.config),
       "roles": run.roles,
@@ -58,11 +59,6 @@ def collect(folder: pathlib.Path) -> list[Record]:
     for run in runs_lib.read_runs(folder)
     if run.is_complete
   ]
-
-
-def _asked_replay(run: runs_lib.Run) -> float:
-  last = {name: float(entry.share[-1][1]) for name, entry in run.config.data.sources.items()}
-  return sum(share for name, share in last.items() if run.roles[name] == "replay") / sum(last.values())
 
 
 class Measured:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from cpt_jax import config as config_lib
 from cpt_jax import durations
 from cpt_jax.config import ConfigError
-from cpt_jax.probe.trials import Trial, by_role, grid, last_shares
+from cpt_jax.laws import choose
+from cpt_jax.probe.trials import Trial, by_role, grid, replay_share
 
 REPLAYS = (0.0, 0.01, 0.05, 0.25, 0.5)  # the range of Ibrahim et al. 2403.08763, table 2
 NUM_RATES = 4  # of the grid
@@ -23,7 +24,7 @@ LADDER = tuple(2.0**k for k in range(-2, 6))  # of the sweep, times the config's
 LONGER = (2, 4)  # times the steps of the others
 NUM_LONGER = {2: 4, 4: 2}  # cells at so many times the steps; one where it is more
 MIN_STEPS = 16  # of a trial whose length follows from the budget: a warm-up of 5% is then one step, an anneal of 25% four
-FARTHEST = 64  # a law says nothing about a run more than this many times as long as the longest trial (laws.choose)
+FARTHEST = int(2 ** choose.FARTHEST["tokens"])  # times the longest trial: of a longer run the laws say nothing
 
 
 class Design(NamedTuple):
@@ -96,7 +97,7 @@ def make(
   per_step = config_lib.tokens_per_step(config)
   budget_tokens = _tokens("budget", budget or f"{config_lib.num_steps(config)} steps", per_step)
   _check(config, rates, replays, seeds, longer)
-  own = _own_replay(config)
+  own = replay_share(config)
   own = own if not replays else min(replays, key=lambda x: abs(x - own))
   design = Design(
     rates=tuple(sorted(rates)),
@@ -146,12 +147,6 @@ def _needed(design: Design, times: int) -> int:
 def _inner(values: Sequence[float]) -> list[float]:
   """Without the lowest and the highest, where anything is left then."""
   return sorted(values)[1:-1] or sorted(values)
-
-
-def _own_replay(config: Any) -> float:
-  """The replay sources' part of the shares at the run's end."""
-  last = last_shares(config)
-  return sum(last[name] for name in by_role(config)["replay"]) / sum(last.values())
 
 
 def _check(config: Any, rates: Sequence[float], replays: Sequence[float], seeds: int, longer: Sequence[float]) -> None:

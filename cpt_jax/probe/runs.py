@@ -25,7 +25,7 @@ from cpt_jax.config import ConfigError, Problems
 from cpt_jax.data.store import write_atomically
 from cpt_jax.probe import config_files, stacked
 from cpt_jax.probe.outcome import Measured, is_stable
-from cpt_jax.probe.trials import Trial, by_role, trial_config
+from cpt_jax.probe.trials import Trial, by_role, replay_share, trial_config
 from cpt_jax.train import checkpoint, console, loop, metrics, start
 
 DIVERGED = "diverged.json"
@@ -113,10 +113,8 @@ def _trial_of(config: Any, record: Any, path: pathlib.Path) -> Trial:
   missing = [name for of_role in names.values() for name in of_role if name not in record.data.sources]
   if missing:
     raise ConfigError(f"{path} holds a run without the source {', '.join(missing)}; move it away or give another --output")
-  shares = {name: float(entry.share[-1][1]) for name, entry in record.data.sources.items()}
-  replay = sum(shares[name] for name in names["replay"]) / (sum(shares.values()) or 1.0)
   steps = config_lib.num_steps(record)
-  return Trial(float(record.schedule.lr_peak), round(replay, 12), steps, int(record.seed) - config.seed)
+  return Trial(float(record.schedule.lr_peak), round(replay_share(record), 12), steps, int(record.seed) - config.seed)
 
 
 def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, bar: "Progress", stack: int = 1) -> int:

@@ -98,6 +98,12 @@ def by_role(config: Any) -> dict[str, list[str]]:
   return {role: [name for name, entry in config.data.sources.items() if entry.role == role] for role in ("replay", "domain")}
 
 
+def replay_share(config: Any) -> float:
+  """What part of the shares at the end of the run the replay sources have."""
+  last = last_shares(config)
+  return sum(last[name] for name in by_role(config)["replay"]) / (sum(last.values()) or 1.0)
+
+
 def last_shares(config: Any) -> dict[str, float]:
   """The share of each source at the end of the run, not normalised."""
   if config.data.stages:
