@@ -143,3 +143,11 @@ def test_predictions_in_a_config_are_checked():
   with pytest.raises(ConfigError) as error:
     configs.resolve(c)
   assert len(error.value.lines) == 2 and "Did you mean law?" in str(error.value) and "is no prediction" in str(error.value)
+
+
+def test_guards_are_off_in_a_trial_and_stay_in_the_run():
+  config = run_config()
+  config.guard.general_loss_rise, config.guard.spike_mads = 0.3, 8.0
+  made = trials.trial_config(config, Trial(1e-3, 0.25, 16, 0))
+  assert (made.guard.general_loss_rise, made.guard.spike_mads) == (0.0, 0.0)
+  assert trials.at_point(config, rate=1e-3, replay=0.25).guard.general_loss_rise == 0.3
