@@ -341,6 +341,30 @@ def _meetings(num_in: int, num_kernel: int, num_out: int, *, stride: int, lhs_di
   return count
 
 
+# Products of the size rows x heads x queries x keys x head size in a fused attention kernel, by a part of its name: scores and
+# values forward; backward also both again, and the gradients of queries and keys (FlashAttention-2, 2307.08691, sec. 2.3).
+_KERNEL_PRODUCTS = {
+  "flash_forward": 2,
+  "flash_key_gradients": 4,  # scores, d_values, d_probs, d_keys
+  "flash_query_gradients": 3,  # scores, d_probs, d_queries
+  "splash_mha_fwd": 2,
+  "splash_mqa_fwd": 2,
+  "splash_mha_dkv": 5,  # with the gradient of the queries in the same kernel
+  "splash_mqa_dkv": 5,
+  "fmhaSoftmaxBackward": 5,
+  "fmhaSoftmax": 2,
+}  # fmt: skip
+# Custom calls that are kernels.
+_KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call", "__cudnn$fmha")
+
+
+def kernel_products(instruction: Instruction) -> int | None:
+  """How many attention products a kernel makes: 0 where the instruction is no kernel, None for a kernel that is not known."""
+  if instruction.op != "custom-call" or not instruction.kernel.startswith(_KERNELS):
+    return 0
+  return next((number for name, number in _KERNEL_PRODUCTS.items() if name in instruction.attributes), None)
+
+
 class Collective(NamedTuple):
   """Transfers between chips that are alike, over one step."""
 
