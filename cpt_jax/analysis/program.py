@@ -458,7 +458,7 @@ def _first_group(i: Instruction, num_devices: int) -> tuple[int, ...]:
     first = re.match(r"\{\{([\d,]+)\}", text)
     return tuple(map(int, first.group(1).split(","))) if first else tuple(range(num_devices))
   if text.startswith("mesh"):
-    return _mesh_group(text)
+    return _mesh_group(i.attributes)
   match = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
   if not match:
     raise ValueError(f"replica_groups={text} of {i.name}: a form that is not known here")
@@ -477,21 +477,28 @@ def _transposed_iota(dims: list[int], order: list[int], n: int) -> int:
   return at
 
 
-def _mesh_group(text: str) -> tuple[int, ...]:
-  """`mesh['a'=4,'b'=2] {'a'}`: devices 0, 2, 4 and 6; `{'a':(2)2}` is the second factor of a = 2 x 2."""
-  match = re.fullmatch(r"mesh\[([^\]]*)\] \{([^}]*)\}", text)
-  if not match or "device_ids" in text:
-    raise ValueError(f"replica_groups={text}: a form that is not known here")
+def _mesh_group(attributes: str) -> tuple[int, ...]:
+  """`mesh['a'=4,'b'=2] {'a'}`: devices 0, 2, 4 and 6; `{'a':(2)2}` is the second factor of a = 2 x 2.
+
+  With `device_ids=([2,4]T(1,0))` behind the mesh, its places hold these devices instead of 0, 1, 2, ...
+  """
+  match = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes)
+  if not match:
+    raise ValueError(f"{attributes[:200]}: replica groups in a form that is not known here")
   sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match.group(1))}
   names = list(sizes)
   group = [0]
-  for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match.group(2)):
+  for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match.group(4)):
     stride = math.prod(sizes[n] for n in names[names.index(name) + 1 :])
     count = sizes[name]
     if before:
       count = int(size)
       stride *= sizes[name] // (int(before) * count)
     group = [g + k * stride for g in group for k in range(count)]
+  if match.group(2):
+    dims = [int(d) for d in match.group(2).split(",")]
+    order = [int(d) for d in match.group(3).split(",")] if match.group(3) else list(range(len(dims)))
+    group = [_transposed_iota(dims, order, n) for n in group]
   return tuple(sorted(group))
 
 
