@@ -25,6 +25,7 @@ LOGICAL_RULES: Mapping[str, str | tuple[str, ...] | None] = {
   "embed": "fsdp",
   "heads": "tensor",
   "kv_heads": "tensor",
+  "all_heads": ("tensor", "context"),  # inside attention, whose rows are whole
   "mlp": "tensor",
   "vocab": "tensor",
   "layers": None,
@@ -97,6 +98,13 @@ def current() -> Mesh | AbstractMesh | None:
 def axis_size(name: str) -> int:
   """Devices along a mesh axis of the mesh that is set; 1 without one."""
   return jax.sharding.get_abstract_mesh().shape.get(name, 1)
+
+
+def platform() -> str:
+  """ "cpu", "gpu" or "tpu": what the mesh that is set is made of, which need not be in this machine."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  found = jax.default_backend() if device is None else device.platform
+  return "gpu" if found in ("cuda", "rocm") else found
 
 
 def out(*logical: str | None) -> PartitionSpec | None:

@@ -74,7 +74,8 @@ def one_device():
     (dict(fsdp=8), "plain"),
     (dict(data=2, fsdp=2, tensor=2), "blockwise"),
     (dict(fsdp=2, context=2, tensor=2), "blockwise"),
-    (dict(context=4, tensor=2), "plain"),
+    (dict(context=4, tensor=2), "plain"),  # too many for the heads: keys and values are gathered
+    (dict(data=4, context=2), "auto"),  # each device has heads of its own
   ],
   ids=str,
 )

@@ -35,27 +35,33 @@ class ModelSettings(NamedTuple):
   remat: str
   attention: str
   loss_chunk: int
+  max_documents: int | None = None  # in a row; None = not known
 
 
-def settings_from_config(config: Any) -> ModelSettings:
+def settings_from_config(config: Any, *, max_documents: int | None = None) -> ModelSettings:
   """`auto` computes in bfloat16 where the chip has units for it: GPU and TPU."""
   dtype = config.model.compute_dtype
   if dtype == "auto":
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  return ModelSettings(jnp.dtype(dtype), config.model.remat, config.model.attention, config.model.loss_chunk)
+    dtype = "float32" if mesh.platform() == "cpu" else "bfloat16"
+  return ModelSettings(jnp.dtype(dtype), config.model.remat, config.model.attention, config.model.loss_chunk, max_documents)
 
 
 TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, StepMetrics]]
 
 
 def from_config(
-  config: Any, spec: ModelSpec, optimizer: optax.GradientTransformation, *, source_weights: Sequence[float]
+  config: Any,
+  spec: ModelSpec,
+  optimizer: optax.GradientTransformation,
+  *,
+  source_weights: Sequence[float],
+  max_documents: int | None = None,
 ) -> TrainStep:
-  """The update that a config asks for; `source_weights` as in `make_train_step`."""
+  """The update that a config asks for; `source_weights` as in `make_train_step`, `max_documents` as in `ModelSettings`."""
   return make_train_step(
     spec,
     optimizer,
-    settings=settings_from_config(config),
+    settings=settings_from_config(config, max_documents=max_documents),
     source_weights=source_weights,
     microbatches=config.train.microbatches,
     z_loss=config.train.z_loss,
@@ -74,6 +80,7 @@ def batch_sums(params: Any, batch: Batch, spec: ModelSpec, *, settings: ModelSet
     compute_dtype=settings.compute_dtype,
     remat=settings.remat,
     attention=settings.attention,
+    max_documents=settings.max_documents,
   )
   return loss.sums(params, spec, hidden_BTD, batch, num_sources=num_sources, chunk=settings.loss_chunk)
 
