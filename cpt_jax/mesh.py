@@ -22,6 +22,7 @@ AXES = ("data", "fsdp", "context", "tensor")
 LOGICAL_RULES: Mapping[str, str | tuple[str, ...] | None] = {
   "batch": ("data", "fsdp"),
   "seq": "context",
+  "positions": ("data", "fsdp", "context"),  # those of a batch in parts, one for each device that holds different ones
   "embed": "fsdp",
   "heads": "tensor",
   "kv_heads": "tensor",
@@ -97,6 +98,12 @@ def current() -> Mesh | AbstractMesh | None:
 def axis_size(name: str) -> int:
   """Devices along a mesh axis of the mesh that is set; 1 without one."""
   return jax.sharding.get_abstract_mesh().shape.get(name, 1)
+
+
+def num_parts(name: str) -> int:
+  """Into how many parts the mesh that is set divides this dimension; 1 without one."""
+  axes = LOGICAL_RULES[name] or ()
+  return math.prod(axis_size(axis) for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def out(*logical: str | None) -> PartitionSpec | None:
