@@ -178,7 +178,7 @@ def default() -> Any:
   # auto (the fastest that can run here), plain, blockwise (memory linear in row length; any chip), flash and cudnn (NVIDIA GPUs),
   # splash (TPU). One that cannot run gives way to the next with a warning that says why.
   c.model.attention = "auto"
-  c.model.loss_chunk = 256  # positions whose logits exist at once; 0 = all
+  c.model.loss_chunk = 4096  # positions of each device whose logits exist at once; 0 = all
 
   c.data = ConfigDict()
   # Tokenizer directory or file; empty = that of start.hf.

@@ -22,6 +22,7 @@ AXES = ("data", "fsdp", "context", "tensor")
 LOGICAL_RULES: Mapping[str, str | tuple[str, ...] | None] = {
   "batch": ("data", "fsdp"),
   "seq": "context",
+  "positions": ("data", "fsdp", "context"),  # those of a batch in parts, one for each device that holds different ones
   "embed": "fsdp",
   "heads": "tensor",
   "kv_heads": "tensor",
@@ -101,10 +102,16 @@ def axis_size(name: str) -> int:
 
 
 def platform() -> str:
-  """ "cpu", "gpu" or "tpu": what the mesh that is set is made of, which need not be in this machine."""
+  """What the mesh that is set is made of, which need not be in this machine: cpu, gpu or tpu."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   found = jax.default_backend() if device is None else device.platform
   return "gpu" if found in ("cuda", "rocm") else found
+
+
+def num_parts(name: str) -> int:
+  """Into how many parts the mesh that is set divides this dimension; 1 without one."""
+  axes = LOGICAL_RULES[name] or ()
+  return math.prod(axis_size(axis) for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def out(*logical: str | None) -> PartitionSpec | None:

@@ -54,8 +54,7 @@ def loss_and_gradient(params, batch, *, remat, chunk, attention):
       remat=remat,
       attention=attention,
     )
-    sums = loss.sums(params, SPEC, hidden_BTD, batch, num_sources=M, chunk=chunk)
-    return jnp.sum(jnp.arange(M) * (sums.loss_M + 0.1 * sums.z_loss_M)), sums
+    return loss.objective(params, SPEC, hidden_BTD, batch, source_weights=range(M), z_loss=0.1, chunk=chunk)
 
   return jax.grad(objective, has_aux=True)(params)
 

@@ -69,9 +69,9 @@ def from_config(
   )
 
 
-def batch_sums(params: Any, batch: Batch, spec: ModelSpec, *, settings: ModelSettings, num_sources: int) -> loss.Sums:
-  """Loss sums of a batch, per source."""
-  hidden_BTD = transformer.apply(
+def hidden_states(params: Any, batch: Batch, spec: ModelSpec, *, settings: ModelSettings) -> jax.Array:
+  """Hidden states of a batch, [B, T, D]."""
+  return transformer.apply(
     params,
     spec,
     batch.tokens_BT,
@@ -82,7 +82,6 @@ def batch_sums(params: Any, batch: Batch, spec: ModelSpec, *, settings: ModelSet
     attention=settings.attention,
     max_documents=settings.max_documents,
   )
-  return loss.sums(params, spec, hidden_BTD, batch, num_sources=num_sources, chunk=settings.loss_chunk)
 
 
 def make_train_step(
@@ -114,8 +113,9 @@ def make_train_step(
 
   def objective(params, batch):
     params = trees.map_with_path(lambda path, p: jax.lax.stop_gradient(p) if is_frozen(path) else p, params)
-    sums = batch_sums(params, batch, spec, settings=settings, num_sources=len(weights_M))
-    return jnp.sum(weights_M * (sums.loss_M + z_loss * sums.z_loss_M)), sums
+    hidden_BTD = hidden_states(params, batch, spec, settings=settings)
+    chunk = settings.loss_chunk
+    return loss.objective(params, spec, hidden_BTD, batch, source_weights=weights_M, z_loss=z_loss, chunk=chunk)
 
   def is_frozen(path):
     return any(re.fullmatch(pattern, path) for pattern in frozen)
@@ -183,6 +183,7 @@ def make_eval_step(spec: ModelSpec, *, settings: ModelSettings, num_sources: int
   """Loss sums without an update."""
 
   def eval_step(params: Any, batch: Batch) -> loss.Sums:
-    return batch_sums(params, batch, spec, settings=settings, num_sources=num_sources)
+    hidden_BTD = hidden_states(params, batch, spec, settings=settings)
+    return loss.sums(params, spec, hidden_BTD, batch, num_sources=num_sources, chunk=settings.loss_chunk)
 
   return eval_step
