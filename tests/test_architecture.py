@@ -9,7 +9,7 @@ import pytest
 
 # A module imports from its own layer or a lower one; inside a layer only what comes before it.
 LAYERS = [
-  ["durations", "config", "journal"],
+  ["durations", "config", "journal", "environment"],
   ["trees", "hosts", "mesh"],
   ["data.batch", "data.documents", "data.tokenizer", "data.chat", "data.store", "data.decontaminate", "data.prepare"]
   + ["data.cluster", "data.sources", "data.selection", "data.packing", "data.shuffle", "data.quotas", "data.mixture"]
