@@ -175,8 +175,10 @@ def default() -> Any:
   c.model.scratch = ""
   c.model.compute_dtype = "auto"  # auto (bfloat16 on GPU and TPU, float32 on CPU), float32, bfloat16
   c.model.remat = "none"  # what the backward pass recomputes: none, dots (all but matrix products), full (all of a layer)
-  c.model.attention = "auto"  # auto, plain, blockwise (memory linear in row length)
-  c.model.loss_chunk = 256  # positions whose logits exist at once; 0 = all
+  # auto (the fastest that can run here), plain, blockwise (memory linear in row length; any chip), flash and cudnn (NVIDIA GPUs),
+  # splash (TPU). One that cannot run gives way to the next with a warning that says why.
+  c.model.attention = "auto"
+  c.model.loss_chunk = 4096  # positions of each device whose logits exist at once; 0 = all
 
   c.data = ConfigDict()
   # Tokenizer directory or file; empty = that of start.hf.
@@ -283,7 +285,7 @@ CHOICES = {
   "start.optimizer": ("keep", "reset"),
   "model.compute_dtype": ("auto", "float32", "bfloat16"),
   "model.remat": ("none", "dots", "full"),
-  "model.attention": ("auto", "plain", "blockwise"),
+  "model.attention": ("auto", "plain", "blockwise", "flash", "cudnn", "splash"),
   "data.packing": ("concat", "best_fit", "pad"),
   "data.split_positions": ("restart", "continue"),
   "data.on_bad": ("skip", "fail"),

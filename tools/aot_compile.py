@@ -20,6 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clo
 
 from cpt_jax import chips
 from cpt_jax import config as config_lib
+from cpt_jax import environment
 from cpt_jax.analysis import step_report
 from cpt_jax.analysis.roofline import Place
 
@@ -36,7 +37,10 @@ def main(argv: list[str]) -> int:
   try:
     if len(argv) > 1 or not flags.FLAGS["config"].present or not _TOPOLOGY.value:
       raise config_lib.ConfigError(f"name a config and a topology: {__doc__.splitlines()[3].split(': ', 1)[1]}")
-    record = compile_record(_CONFIG.value, chips.parse_topology(_TOPOLOGY.value), name=str(_config_file()))
+    topology = chips.parse_topology(_TOPOLOGY.value)
+    kind = "tpu" if topology.chip.platform == "tpu" else "gpu"
+    environment.prepare_ahead(os.environ, kind, gpu_model=topology.chip.kinds[0])  # before anything imports jax
+    record = compile_record(_CONFIG.value, topology, name=str(_config_file()))
   except config_lib.ConfigError as error:
     print(error, file=sys.stderr)
     return error.exit_code
@@ -201,15 +205,5 @@ def _show_roofline(record: dict[str, Any], topology: chips.Topology) -> None:
 if __name__ == "__main__":
   from absl import logging
 
-  # ORDER: before jax is imported. It must not look for this machine's own accelerators.
-  os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # no machine of the cloud is asked who it is
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",  # of no effect, but libtpu warns without one
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two of these may run at once
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-  }
   logging.set_verbosity(logging.WARNING)
   app.run(main)

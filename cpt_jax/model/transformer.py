@@ -6,6 +6,7 @@ only declare them. Called by train.step, train.state, evals and model.pretrained
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,12 +17,13 @@ from cpt_jax import mesh
 from cpt_jax.model import attention as attention_lib
 from cpt_jax.model import layers, rope
 from cpt_jax.model.spec import ModelSpec
+from cpt_jax.model.visible import KEPT
 
 # What the backward pass keeps of a layer: the products with parameters and what was attended, or only the layer's input.
 _REMAT = {
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(attention_lib.KEPT),
+    jax.checkpoint_policies.save_only_these_names(KEPT),
   ),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -124,34 +126,40 @@ def apply(
   compute_dtype: Any,
   remat: str = "none",
   attention: str = "auto",
+  max_documents: int | None = None,
 ) -> jax.Array:
   """Hidden states after the final norm, [B, T, D] in `compute_dtype`.
 
-  `remat`: "none", "dots" or "full"; `attention`: as `attention.attend`. Norms, softmax and rotations are in float32.
+  `remat`: "none", "dots" or "full"; `attention`, `max_documents`: as `attention.attend`. Norms, softmax and rotations: float32.
   """
   tokens_BT, positions_BT, segments_BT = (mesh.constrain(x, "batch", "seq") for x in (tokens_BT, positions_BT, segments_BT))
   rotation = rope.tables(spec, positions_BT)
   axes = {name: names[1:] for name, names in logical_axes(spec)["layers"].items()}
-  windows = spec.windows_at(tokens_BT.shape[1])
+  # Programs are made for the different windows, and each layer says which is its own.
+  windows = [window or tokens_BT.shape[1] for window in spec.windows_at(tokens_BT.shape[1])]
+  different = tuple(sorted(set(windows)))
+  attend = functools.partial(
+    attention_lib.attend, segments_BT=segments_BT, kind=attention, windows=different, max_documents=max_documents
+  )
 
   def layer(x_BTD, stacked):
-    weights, window = stacked
+    weights, layer_window = stacked
     # Cast before gathering, layer by layer: half the traffic, and never a second copy of the whole model. Norms stay float32.
     dtypes = {name: jnp.float32 if name.endswith("norm") else compute_dtype for name in weights}
     weights = {name: mesh.gathered(w.astype(dtypes[name]), *axes[name]) for name, w in weights.items()}
-    x_BTD = x_BTD + _attention(weights, spec, x_BTD, rotation, segments_BT, kind=attention, window=window)
+    x_BTD = x_BTD + _attention(weights, spec, x_BTD, rotation, functools.partial(attend, layer_window=layer_window))
     normed_BTD = layers.rms_norm(x_BTD, weights["mlp_norm"], eps=spec.norm_eps)
     return x_BTD + layers.swiglu(normed_BTD, weights["w_gate"], weights["w_up"], weights["w_down"]), None
 
   if remat != "none":
     layer = jax.checkpoint(layer, policy=_REMAT[remat], prevent_cse=False)
   hidden_BTD = layers.embed(params["embedding"], tokens_BT, dtype=compute_dtype)
-  window_L = jnp.asarray([w or tokens_BT.shape[1] for w in windows], jnp.int32) if windows else None
+  window_L = jnp.asarray([different.index(w) for w in windows] or [0] * spec.num_layers, jnp.int32)
   hidden_BTD, _ = jax.lax.scan(layer, hidden_BTD, (params["layers"], window_L))
   return layers.rms_norm(hidden_BTD, mesh.gathered(params["final_norm"], "embed"), eps=spec.norm_eps)
 
 
-def _attention(weights, spec: ModelSpec, x_BTD, rotation, segments_BT, *, kind, window) -> jax.Array:
+def _attention(weights, spec: ModelSpec, x_BTD, rotation, attend: Callable[..., jax.Array]) -> jax.Array:
   normed_BTD = layers.rms_norm(x_BTD, weights["attn_norm"], eps=spec.norm_eps)
   q_BTNH = jnp.einsum("BTD,DNH->BTNH", normed_BTD, weights["wq"])
   k_BTKH = jnp.einsum("BTD,DKH->BTKH", normed_BTD, weights["wk"])
@@ -163,7 +171,7 @@ def _attention(weights, spec: ModelSpec, x_BTD, rotation, segments_BT, *, kind, 
     q_BTNH = layers.rms_norm(q_BTNH, weights["q_norm"], eps=spec.norm_eps)
     k_BTKH = layers.rms_norm(k_BTKH, weights["k_norm"], eps=spec.norm_eps)
   q_BTNH, k_BTKH = rope.rotate(q_BTNH, *rotation), rope.rotate(k_BTKH, *rotation)
-  out_BTNH = attention_lib.attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, kind=kind, window=window)
+  out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
   return mesh.einsum("BTNH,NHD->BTD", out_BTNH, weights["wo"], to=("batch", "seq", None))
 
 

@@ -134,9 +134,10 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
     heldout = {name: loader.heldout_rows(name, max_tokens=config.eval.tokens, rows=my_eval_rows) for name in loader.names}
 
     # ---- 4. compile: at first use, from the cache when this program was compiled before ----
-    settings = step.settings_from_config(config)
+    settings = step.settings_from_config(config, max_documents=max(held.max_documents for held in heldout.values()))
     jit = jax.jit if not config.debug.no_jit else lambda f, **_: f
-    train_step = jit(step.from_config(config, spec, tx, source_weights=loader.loss_weights), donate_argnums=0)
+    update = step.from_config(config, spec, tx, source_weights=loader.loss_weights, max_documents=loader.max_documents)
+    train_step = jit(update, donate_argnums=0)
     eval_step = jit(step.make_eval_step(spec, settings=settings, num_sources=len(loader.names)))
 
     def to_device(batch: Batch, num_rows: int = eval_rows) -> Batch:
