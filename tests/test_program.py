@@ -39,6 +39,12 @@ LOOPS = """HloModule jit_train_step, is_scheduled=true
   ROOT %t = (s32[], s32[], bf16[16,32]) tuple(%p.1, %p.1, %x)
 }
 
+%count_on (a.1: s32[], b.1: s32[]) -> s32[] {
+  %a.1 = s32[]{:T(128)} parameter(0)
+  %b.1 = s32[]{:T(128)} parameter(1)
+  ROOT %sum = s32[]{:T(128)} add(%a.1, %b.1)
+}
+
 %outer_condition (p.2: (s32[], bf16[16,32])) -> pred[] {
   %limit = s32[]{:T(128)} constant(7)
   %p.2 = (s32[], bf16[16,32]) parameter(0)
@@ -52,7 +58,9 @@ LOOPS = """HloModule jit_train_step, is_scheduled=true
   %y = bf16[16,32]{1,0} get-tuple-element(%p.3), index=1
   %init = (s32[], s32[], bf16[16,32]) tuple(%start, %start, %y)
   %while.in = (s32[], s32[], bf16[16,32]) while(%init), condition=%inner_condition, body=%inner_body
-  ROOT %t.1 = (s32[], bf16[16,32]) tuple(%start, %y)
+  %step = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} fusion(%start, %step), kind=kLoop, calls=%count_on
+  ROOT %t.1 = (s32[], bf16[16,32]) tuple(%next, %y)
 }
 
 ENTRY %main (a: bf16[16,32]) -> bf16[16,64] {
@@ -77,6 +85,10 @@ def test_a_loop_that_depends_on_data_turns_as_causality_lets_it_on_average():
   found = programs.Program(LOOPS)
   assert found.data_dependent == {"while.in": (5 + 1) / 2}
   assert found.runs["inner_body"] == 5 * 3
+
+
+def test_a_loop_that_was_unrolled_turns_less_often():
+  assert programs.Program(LOOPS.replace("constant(1)", "constant(2)")).runs["outer_body"] == 3  # from 2: 2, 4, 6
 
 
 def test_what_the_compiler_says_of_a_loop_goes_before_what_its_condition_says():
@@ -149,7 +161,9 @@ TRANSFERS = """
   %shard = bf16[1,256,512]{2,1,0} get-tuple-element(%p.1), index=1
   %start = bf16[1,2048,512]{2,1,0} fusion(%shard), kind=kCustom, calls=%started
   %end = bf16[1,2048,512]{2,1,0} fusion(%shard), kind=kCustom, calls=%finished
-  ROOT %t = (s32[], bf16[1,256,512]) tuple(%i.1, %shard)
+  %one = s32[] constant(1)
+  %next = s32[] add(%i.1, %one)
+  ROOT %t = (s32[], bf16[1,256,512]) tuple(%next, %shard)
 }
 
 ENTRY %main.2 (x: bf16[1,256,512]) -> f32[] {

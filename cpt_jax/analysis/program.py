@@ -8,9 +8,10 @@ XLA's own cost_analysis counts the body of a loop once, whatever its length, and
 
 import functools
 import math
+import operator
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _BYTES = {
   "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
@@ -22,6 +23,10 @@ _FREE = frozenset(
   "parameter tuple get-tuple-element bitcast constant while conditional call after-all partition-id replica-id iota opt-barrier "
   "add-dependency domain".split()
 )
+# What counters of loops are made of.
+_ARITHMETIC = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul}
+_COMPARISONS = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "EQ": operator.eq, "NE": operator.ne}
+_MOST_TURNS = 1_000_000  # a loop of more is taken for one that depends on data
 _SHAPE = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _NAME = re.compile(r"%([\w.-]+)")
 _CALLED = re.compile(r"(calls|body|condition|to_apply|branch_computations|called_computations)=(?:%([\w.-]+)|\{([^}]*)\})")
@@ -128,16 +133,15 @@ class Program:
   def turns(self, loop: Instruction, *, within: str) -> float:
     """How often a while loop of the computation `within` turns.
 
-    The compiler says it, or the condition compares a counter with a constant. Else it depends on data: in this package that is
+    The compiler says it, or it follows from the counters that the condition compares. Else it depends on data: in this package that is
     blockwise attention, whose inner loop meets, where rows hold one document, half of the key blocks on average.
     """
     match = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes)
     if match:
       return float(match.group(1))
-    (condition,) = loop.called("condition")
-    bound, start = self._bounds(self.computations[condition], self.computations[within].get(loop.operands[0]), within)
-    if bound is not None and start is not None:
-      return float(max(bound - start, 0))
+    counted = self._play(loop, within)
+    if counted is not None:
+      return float(counted)
     outer = [
       self.turns(i, within=name)
       for name, body in self.computations.items()
@@ -147,27 +151,47 @@ class Program:
     self.data_dependent[loop.name] = mean = (outer[0] + 1) / 2 if outer else 1.0
     return mean
 
-  def _bounds(self, condition: Mapping[str, Instruction], init: Instruction | None, within: str):
-    """(bound, start) of a counter that rises by 1; None for what is no constant."""
-    root = next(i for i in condition.values() if i.is_root)
-    if root.op != "compare" or "direction=LT" not in root.attributes or init is None or init.op != "tuple":
-      return None, None
-
-    def value(name: str) -> int | None:
-      found = condition[name]
-      if found.op == "constant":
-        return _whole(found.literal)
-      if found.op == "get-tuple-element":
-        return self._constant(init.operands[int(found.attribute("index"))], within)
+  def _play(self, loop: Instruction, within: str) -> int | None:
+    """Counts the turns of a loop by its counters alone; None where its condition looks at something else."""
+    (condition,), (body,) = loop.called("condition"), loop.called("body")
+    init = self.computations[within].get(loop.operands[0])
+    if init is None or init.op != "tuple":
       return None
+    counters = {n: self._number(within, operand, ()) for n, operand in enumerate(init.operands)}
+    counters = {n: value for n, value in counters.items() if value is not None}
+    test, root = _root(self.computations[condition]), _root(self.computations[body])
+    for turn in range(_MOST_TURNS):
+      goes_on = self._number(condition, test.name, (counters,))
+      if not goes_on:
+        return None if goes_on is None else turn
+      if root.op != "tuple":
+        return None
+      following = {n: self._number(body, root.operands[n], (counters,)) for n in counters}
+      counters = {n: value for n, value in following.items() if value is not None}
+    return None
 
-    return value(root.operands[1]), value(root.operands[0])
-
-  def _constant(self, name: str, within: str) -> int | None:
-    found = self.computations[within].get(name)
-    while found is not None and found.op in ("copy", "bitcast", "convert"):
-      found = self.computations[within].get(found.operands[0])
-    return _whole(found.literal) if found is not None and found.op == "constant" else None
+  def _number(self, computation: str, name: str, arguments: tuple) -> Any:
+    """The value of a whole number or a truth that follows from constants and the arguments' known parts; else None."""
+    i = self.computations[computation].get(name)
+    if i is None:
+      return None
+    if i.op == "constant":
+      return _whole(i.literal)
+    if i.op == "parameter":
+      return arguments[int(i.literal)] if int(i.literal) < len(arguments) else None
+    if i.op not in (*_ARITHMETIC, "get-tuple-element", "compare", "fusion", "copy", "bitcast", "convert"):
+      return None
+    values = tuple(self._number(computation, operand, arguments) for operand in i.operands)
+    if i.op == "get-tuple-element":
+      return values[0].get(int(i.attribute("index"))) if isinstance(values[0], dict) else None
+    if i.op == "fusion":
+      (called,) = i.called("calls")
+      return self._number(called, _root(self.computations[called]).name, values)
+    if not all(isinstance(value, int) for value in values):
+      return None
+    if i.op == "compare":
+      return _COMPARISONS[i.attribute("direction")](*values)
+    return _ARITHMETIC[i.op](*values) if i.op in _ARITHMETIC else values[0]
 
   def top_level(self) -> Iterator[tuple[str, Instruction, float]]:
     """(computation, instruction, runs in a step) of everything that the chip executes one after the other: no fusion's inside."""
@@ -251,6 +275,10 @@ def _shapes(text: str) -> Iterator[Shape]:
     space = re.search(r"S\((\d+)\)", layout)
     sizes = tuple(int(re.sub(r"\D", "", d)) for d in dims.split(",") if d)
     yield Shape(dtype, sizes, int(space.group(1)) if space else 0)
+
+
+def _root(computation: Mapping[str, Instruction]) -> Instruction:
+  return next(i for i in computation.values() if i.is_root)
 
 
 def _whole(literal: str) -> int | None:

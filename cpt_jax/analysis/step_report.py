@@ -77,12 +77,15 @@ def measure(text: str, job: Job, places: Sequence[rooflines.Place]) -> dict[str,
   transfers = [rooflines.transfer(c, places, job.topology) for c in collectives(program, job.mesh)]
   roof = rooflines.roofline(done, transfers, job.topology)
   counted = flops(done, job)
+  notes = _notes(program, unknown)
+  if counted["program_total"] < 0.99 * counted["model_causal"]:
+    notes.append("the program seems to compute less than the model needs: a part of it was not understood, and speeds are too high")
   return {
     "flops_per_chip": counted,
     "hbm_bytes_per_chip": done.hbm_bytes,
     "transfers": _grouped(transfers),
     "roofline": _speeds(roof, counted, job),
-    "notes": _notes(program, unknown),
+    "notes": notes,
   }
 
 
@@ -165,8 +168,10 @@ def advice(job: Job, *, state_bytes: int) -> list[str]:
   """What to change where a step does not fit, the cheapest first."""
   usable = job.topology.chip.usable_bytes
   if state_bytes > 0.9 * usable:
-    shards = job.mesh["fsdp"] * job.mesh["tensor"]
-    least = -(-state_bytes * shards // int(0.7 * usable))
+    # A power of 2 that leaves at least three tenths of the memory to everything else.
+    shards = least = job.mesh["fsdp"] * job.mesh["tensor"]
+    while state_bytes * shards > 0.7 * usable * least:
+      least *= 2
     return [
       f"the state alone takes {state_bytes / 2**30:.2f} GiB of each chip's {usable / 2**30:.2f}: divide it over more chips, with"
       f" mesh.fsdp x mesh.tensor = {least} or more instead of {shards}"
