@@ -85,7 +85,7 @@ def compile_record(config: Any, topology: chips.Topology, *, name: str) -> dict[
   compiled = ahead.compile_step(target)
   if isinstance(compiled, ahead.Refused):
     verdict = {"needed_bytes": compiled.needed_bytes, "usable_bytes": compiled.limit_bytes, "fits": False}
-    verdict |= {"refused": compiled.message.splitlines()[0], "state_bytes": state_bytes}
+    verdict |= {"refused": compiled.message, "state_bytes": state_bytes}
     return record | {"memory": verdict, "advice": step_report.advice(job, state_bytes=state_bytes)}
   if _HLO.value:
     pathlib.Path(_HLO.value).write_text(compiled.text, encoding="utf-8")
