@@ -178,6 +178,8 @@ def default() -> Any:
   # auto (the fastest that can run here), plain, blockwise (memory linear in row length; any chip), flash and cudnn (NVIDIA GPUs),
   # splash (TPU). One that cannot run gives way to the next with a warning that says why.
   c.model.attention = "auto"
+  # The layers in a loop, which compiles once for any depth; False: each by itself, faster steps on GPUs and a longer start.
+  c.model.scan = True
   c.model.loss_chunk = 4096  # positions of each device whose logits exist at once; 0 = all
 
   c.data = ConfigDict()

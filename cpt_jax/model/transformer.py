@@ -127,6 +127,7 @@ def apply(
   remat: str = "none",
   attention: str = "auto",
   max_documents: int | None = None,
+  scan: bool = True,
 ) -> jax.Array:
   """Hidden states after the final norm, [B, T, D] in `compute_dtype`.
 
@@ -154,9 +155,19 @@ def apply(
   if remat != "none":
     layer = jax.checkpoint(layer, policy=_REMAT[remat], prevent_cse=False)
   hidden_BTD = layers.embed(params["embedding"], tokens_BT, dtype=compute_dtype)
-  window_L = jnp.asarray([different.index(w) for w in windows] or [0] * spec.num_layers, jnp.int32)
-  hidden_BTD, _ = jax.lax.scan(layer, hidden_BTD, (params["layers"], window_L))
+  layer_windows = [different.index(w) for w in windows] or [0] * spec.num_layers
+  if scan:
+    hidden_BTD, _ = jax.lax.scan(layer, hidden_BTD, (params["layers"], jnp.asarray(layer_windows, jnp.int32)))
+  else:
+    for stacked in zip(_unstacked(params["layers"], spec.num_layers), layer_windows, strict=True):
+      hidden_BTD, _ = layer(hidden_BTD, stacked)
   return layers.rms_norm(hidden_BTD, mesh.gathered(params["final_norm"], "embed"), eps=spec.norm_eps)
+
+
+def _unstacked(stacked: dict[str, jax.Array], num_layers: int) -> list[dict[str, jax.Array]]:
+  """The parameters of each layer. A split, whose gradient is one concatenation; that of an index is a whole stack of zeros."""
+  parts = {name: jax.lax.split(x, (1,) * num_layers) for name, x in stacked.items()}
+  return [{name: parts[name][index].squeeze(0) for name in stacked} for index in range(num_layers)]
 
 
 def _attention(weights, spec: ModelSpec, x_BTD, rotation, attend: Callable[..., jax.Array]) -> jax.Array:

@@ -36,6 +36,7 @@ class ModelSettings(NamedTuple):
   attention: str
   loss_chunk: int
   max_documents: int | None = None  # in a row; None = not known
+  scan: bool = True
 
 
 def settings_from_config(config: Any, *, max_documents: int | None = None) -> ModelSettings:
@@ -43,7 +44,9 @@ def settings_from_config(config: Any, *, max_documents: int | None = None) -> Mo
   dtype = config.model.compute_dtype
   if dtype == "auto":
     dtype = "float32" if mesh.platform() == "cpu" else "bfloat16"
-  return ModelSettings(jnp.dtype(dtype), config.model.remat, config.model.attention, config.model.loss_chunk, max_documents)
+  return ModelSettings(
+    jnp.dtype(dtype), config.model.remat, config.model.attention, config.model.loss_chunk, max_documents, config.model.scan
+  )
 
 
 TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, StepMetrics]]
@@ -81,6 +84,7 @@ def hidden_states(params: Any, batch: Batch, spec: ModelSpec, *, settings: Model
     remat=settings.remat,
     attention=settings.attention,
     max_documents=settings.max_documents,
+    scan=settings.scan,
   )
 
 
