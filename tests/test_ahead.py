@@ -58,7 +58,6 @@ def test_the_shapes_are_those_of_the_models_that_they_are_named_after(root):
       (int(36.08 * 2**30), int(15.75 * 2**30)),
     ),
     ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 96.12G of 95.74G hbm.", (int(96.12 * 2**30), int(95.74 * 2**30))),
-    ("RESOURCE_EXHAUSTED: something new", (0, 0)),
   ],
 )
 def test_a_compiler_that_runs_out_of_memory_is_a_verdict_with_its_figures(message, expected):
@@ -67,8 +66,15 @@ def test_a_compiler_that_runs_out_of_memory_is_a_verdict_with_its_figures(messag
   assert found.message == message
 
 
-def test_any_other_error_of_a_compiler_stays_one():
-  assert ahead.read_refusal("INTERNAL: Mosaic failed to compile") is None
+@pytest.mark.parametrize(
+  "message",
+  [
+    "INTERNAL: Mosaic failed to compile",
+    "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: ... Scoped allocation with size 16.80M and limit 16.00M exceeded",
+  ],
+)
+def test_any_other_error_of_a_compiler_stays_one(message):
+  assert ahead.read_refusal(message) is None
 
 
 @pytest.mark.parametrize(("topology", "extra"), [("v5e:4x4", "tpu-aot"), ("h100:1x8", "gpu-aot")])

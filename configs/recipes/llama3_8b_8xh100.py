@@ -17,7 +17,7 @@ def get_config():
   c.model.remat = "dots"
   c.data.row_len = 4096
   c.train.batch_rows = 128
-  c.train.microbatches = 8
+  c.train.microbatches = 16
   c.mesh.data = 1
   c.mesh.fsdp = -1
   return c

@@ -15,6 +15,7 @@ def get_config():
   c = config.default()
   c.model.scratch = "configs/architectures/llama3_8b.json"
   c.model.remat = "full"
+  c.model.loss_chunk = 1024
   c.data.row_len = 4096
   c.train.batch_rows = 128
   c.train.microbatches = 8

@@ -177,8 +177,8 @@ def advice(job: Job, *, state_bytes: int) -> list[str]:
       f" mesh.fsdp x mesh.tensor = {least} or more instead of {shards}"
     ]
   found = []
-  if job.loss_chunk == 0 or job.loss_chunk > 256:
-    found.append(f"model.loss_chunk=256 instead of {job.loss_chunk}: fewer positions whose logits exist at once")
+  if job.loss_chunk == 0 or job.loss_chunk > 1024:
+    found.append(f"model.loss_chunk=1024 instead of {job.loss_chunk}: fewer positions whose logits exist at once")
   if job.remat != "full":
     found.append(f"model.remat=full instead of {job.remat}: the backward pass computes each layer again")
   if job.rows_per_device > 1:

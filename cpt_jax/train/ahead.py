@@ -196,19 +196,19 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def read_refusal(message: str) -> Refused | None:
-  """What a compiler says when the chip's memory is not enough; None for any other error.
+  """What a compiler says when the chip's main memory is not enough; None for any other error.
 
   >>> read_refusal("RESOURCE_EXHAUSTED: ... required for HLO temporaries (36.08G) exceeds available HBM (15.75G).").limit_bytes
   16911433728
   """
-  if "RESOURCE_EXHAUSTED" not in message:
+  if "RESOURCE_EXHAUSTED" not in message or "vmem" in message.lower():  # a kernel's own memory is a mistake of the kernel
     return None
   amount = r"([\d.]+)([KMGT]?)"
   for pattern in (rf"\({amount}\) exceeds available HBM \({amount}\)", rf"Used {amount} of {amount} hbm"):
     if match := re.search(pattern, message):
       needed, limit = (int(float(match.group(i)) * _UNITS[match.group(i + 1)]) for i in (1, 3))
       return Refused(needed, limit, message)
-  return Refused(0, 0, message)
+  return None
 
 
 # What the CUDA C++ programming guide (table of technical specifications by compute capability) says of every such chip.
