@@ -176,7 +176,8 @@ def default() -> Any:
   c.model.compute_dtype = "auto"  # auto (bfloat16 on GPU and TPU, float32 on CPU), float32, bfloat16
   c.model.remat = "none"  # what the backward pass recomputes: none, dots (all but matrix products), full (all of a layer)
   c.model.attention = "auto"  # auto, plain, blockwise (memory linear in row length)
-  c.model.loss_chunk = 4096  # positions of each device whose logits exist at once; 0 = all
+  # Positions of each device, whatever rows they are in, whose logits exist at once; 0 = 256 on CPU, 4096 on GPU and TPU.
+  c.model.loss_chunk = 0
 
   c.data = ConfigDict()
   # Tokenizer directory or file; empty = that of start.hf.
