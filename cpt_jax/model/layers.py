@@ -5,6 +5,7 @@ Invariant: norms are computed in float32 and return the dtype they were given. C
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from cpt_jax import mesh
 
@@ -22,13 +23,25 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, dtype: jnp.dtype) -> jax
   return whole_VD.at[tokens_BT].get(out_sharding=mesh.out("batch", "seq", None)).astype(dtype)
 
 
+def project(equation: str, x: jax.Array, parameter: jax.Array, axes: tuple[str, ...], *, to: tuple[str | None, ...] | None = None):
+  """`einsum` of `x` and a parameter with these logical axes, cast to the dtype of `x` and gathered over fsdp; `to` as mesh.einsum.
+
+  The backward pass casts and gathers again: kept until then, the products' parameters would be a second, whole model.
+  """
+
+  def product(x, parameter):
+    return jnp.einsum(equation, x, mesh.gathered(parameter.astype(x.dtype), *axes), out_sharding=None if to is None else mesh.out(*to))
+
+  return jax.checkpoint(product, prevent_cse=False)(x, parameter)
+
+
 def swiglu(x_BTD: jax.Array, w_gate_DF: jax.Array, w_up_DF: jax.Array, w_down_FD: jax.Array) -> jax.Array:
   """Gated feed-forward with SiLU (2002.05202)."""
   x = mesh.merge_positions(x_BTD)
-  gate = jnp.einsum("...D,DF->...F", x, w_gate_DF)
-  up = jnp.einsum("...D,DF->...F", x, w_up_DF)
+  gate = checkpoint_name(project("...D,DF->...F", x, w_gate_DF, ("embed", "mlp")), "gate")
+  up = checkpoint_name(project("...D,DF->...F", x, w_up_DF, ("embed", "mlp")), "up")
   where = ("batch", "seq")[: x.ndim - 1]
-  out = mesh.einsum("...F,FD->...D", _gate(gate, up), w_down_FD, to=(*where, None))
+  out = project("...F,FD->...D", _gate(gate, up), w_down_FD, ("mlp", "embed"), to=(*where, None))
   return mesh.reshape(out, x_BTD.shape, to=("batch", "seq", None))
 
 

@@ -38,11 +38,12 @@ class ModelSettings(NamedTuple):
 
 
 def settings_from_config(config: Any) -> ModelSettings:
-  """`auto` computes in bfloat16 where the chip has units for it: GPU and TPU."""
-  dtype = config.model.compute_dtype
+  """`auto` computes in bfloat16 where the chip has units for it: GPU and TPU. What cannot be offloaded stays on the device."""
+  dtype, platform = config.model.compute_dtype, jax.default_backend()
   if dtype == "auto":
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  return ModelSettings(jnp.dtype(dtype), config.model.remat, config.model.attention, config.model.loss_chunk)
+    dtype = "float32" if platform == "cpu" else "bfloat16"
+  remat = transformer.on_platform(config.model.remat, platform)
+  return ModelSettings(jnp.dtype(dtype), remat, config.model.attention, config.model.loss_chunk)
 
 
 TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, StepMetrics]]
@@ -58,6 +59,7 @@ def from_config(
     settings=settings_from_config(config),
     source_weights=source_weights,
     microbatches=config.train.microbatches,
+    accumulate_dtype=config.train.accumulate_dtype,
     z_loss=config.train.z_loss,
     frozen=config.optimizer.frozen,
   )
@@ -75,7 +77,8 @@ def batch_sums(params: Any, batch: Batch, spec: ModelSpec, *, settings: ModelSet
     remat=settings.remat,
     attention=settings.attention,
   )
-  return loss.sums(params, spec, hidden_BTD, batch, num_sources=num_sources, chunk=settings.loss_chunk)
+  with jax.named_scope("loss"):  # train.memory finds it by this name
+    return loss.sums(params, spec, hidden_BTD, batch, num_sources=num_sources, chunk=settings.loss_chunk)
 
 
 def make_train_step(
@@ -87,6 +90,7 @@ def make_train_step(
   microbatches: int,
   z_loss: float,
   frozen: Sequence[str] = (),
+  accumulate_dtype: str = "float32",
 ) -> TrainStep:
   """The update `train_step(state, batch, rate)` as a pure function; the caller jits it and donates the state.
 
@@ -118,7 +122,7 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch, rate: Any) -> tuple[TrainState, StepMetrics]:
     if batch.weights_BT.size > np.iinfo(np.int32).max:
       raise ValueError(f"train.batch_rows x data.row_len = {batch.weights_BT.shape}: a step counts up to 2^31 - 1 positions")
-    grads, sums = accumulate(gradient, state.params, batch, microbatches=microbatches)
+    grads, sums = accumulate(gradient, state.params, batch, microbatches=microbatches, dtype=accumulate_dtype)
     tokens = jnp.sum(weights_M * sums.tokens_M.astype(jnp.float32))
     # A batch in which nothing has weight would divide by zero; its gradient is zero already.
     scale = 1.0 / jnp.where(tokens > 0, tokens, 1.0)
@@ -150,8 +154,14 @@ def _relative(source_weights: Sequence[float]) -> np.ndarray:
   return (weights_M / largest).astype(np.float32)
 
 
-def accumulate(gradient: Callable, params: Any, batch: Batch, *, microbatches: int) -> tuple[Any, loss.Sums]:
-  """Sums of gradients and losses over `microbatches` parts of the batch, one after the other."""
+def accumulate(
+  gradient: Callable, params: Any, batch: Batch, *, microbatches: int, dtype: str = "float32"
+) -> tuple[Any, loss.Sums]:
+  """Sums of gradients and losses over `microbatches` parts of the batch, one after the other.
+
+  Gradients are float32 and added in float32; their sum waits for the next part in `dtype`. Each rounding to bfloat16 is off by up
+  to 1/256 of the sum, so after A parts a gradient may be off by about sqrt(A)/512 of its size, more where parts cancel.
+  """
   if microbatches == 1:
     return gradient(params, batch)
 
@@ -164,12 +174,13 @@ def accumulate(gradient: Callable, params: Any, batch: Batch, *, microbatches: i
   parts = jax.tree.map(split, batch)
 
   def add_part(total, part):
-    return jax.tree.map(jnp.add, total, gradient(params, part)), None
+    return jax.tree.map(lambda t, g: (t.astype(g.dtype) + g).astype(t.dtype), total, gradient(params, part)), None
 
   shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
-  zeros = (jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[1]))
-  total, _ = jax.lax.scan(add_part, zeros, parts)
-  return total
+  no_sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[1])
+  zeros = (jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params), no_sums)
+  (grads, sums), _ = jax.lax.scan(add_part, zeros, parts)
+  return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), sums
 
 
 def make_eval_step(spec: ModelSpec, *, settings: ModelSettings, num_sources: int) -> Callable[[Any, Batch], loss.Sums]:
