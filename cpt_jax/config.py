@@ -174,15 +174,15 @@ def default() -> Any:
   # Start from scratch: a Hugging Face config.json (path of the file) that says the architecture.
   c.model.scratch = ""
   c.model.compute_dtype = "auto"  # auto (bfloat16 on GPU and TPU, float32 on CPU), float32, bfloat16
-  # What the forward pass keeps of each layer for the backward pass, which computes the rest again; from most memory to least. With
-  # D width, F mlp width, N and K query and key/value heads of H numbers, c bytes of a number of compute_dtype, a position keeps
+  # What the forward pass keeps of each layer for the backward pass, which computes the rest again, from most memory to least. With
+  # width D, mlp width F, N and K query and key/value heads of H, c bytes of a number of compute_dtype, a position keeps (bytes)
   #   none            16D + c(2D + (3N+2K)H + 3F) + 4N + 16   all that derivatives read; casts of parameters are made again
   #   dots            c(2D + (2N+2K)H + 2F) + 4N   products with parameters and what was attended: norms, rotations, gates again
   #   attention_dots  c(2D + (2N+2K)H) + 4N        those of the attention: the mlp's first two products again, too
   #   attended        c(D + NH) + 4N               what was attended: all products but the mlp's last again, but not attention
   #   full            cD                           the layer's input: the whole layer again
-  # and dots_offload, attention_dots_offload, attended_offload, full_offload: the same, waiting in the host's memory, where a GPU or
-  # TPU fetches it from; a CPU has no other memory, and runs them as the choice without _offload.
+  # and dots_offload, attention_dots_offload, attended_offload, full_offload: the same, but it waits in the host's memory, where a
+  # GPU or TPU fetches it from; a CPU has no other memory, and runs them (and says so) as the choice without _offload.
   c.model.remat = "none"
   c.model.attention = "auto"  # auto, plain, blockwise (memory linear in row length)
   c.model.loss_chunk = 256  # positions whose logits exist at once; 0 = all

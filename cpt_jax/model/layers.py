@@ -23,14 +23,17 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, dtype: jnp.dtype) -> jax
   return whole_VD.at[tokens_BT].get(out_sharding=mesh.out("batch", "seq", None)).astype(dtype)
 
 
-def project(equation: str, x: jax.Array, parameter: jax.Array, axes: tuple[str, ...], *, to: tuple[str | None, ...] | None = None):
-  """`einsum` of `x` and a parameter with these logical axes, cast to the dtype of `x` and gathered over fsdp; `to` as mesh.einsum.
+def project(
+  equation: str, x: jax.Array, parameter: jax.Array, axes: tuple[str, ...], *, to: tuple[str | None, ...] | None = None
+) -> jax.Array:
+  """`einsum` of `x` and a parameter of these logical axes, which is cast to the dtype of `x` and gathered; `to` as in mesh.einsum.
 
-  The backward pass casts and gathers again: kept until then, the products' parameters would be a second, whole model.
+  The backward pass casts and gathers once more: what all layers had kept until then would be a second, whole model.
   """
+  out = None if to is None else mesh.out(*to)
 
   def product(x, parameter):
-    return jnp.einsum(equation, x, mesh.gathered(parameter.astype(x.dtype), *axes), out_sharding=None if to is None else mesh.out(*to))
+    return jnp.einsum(equation, x, mesh.gathered(parameter.astype(x.dtype), *axes), out_sharding=out)
 
   return jax.checkpoint(product, prevent_cse=False)(x, parameter)
 

@@ -40,6 +40,23 @@ def _policy(remat: str) -> Callable[..., Any]:
   )
 
 
+def kept_bytes(spec: ModelSpec, remat: str, *, itemsize: int, tensor: int = 1) -> float:
+  """Bytes that a position keeps of each layer on each of `tensor` devices, as config.py has them; `itemsize` of the compute dtype.
+
+  "none" keeps a little more where queries and keys have norms or biases.
+  """
+  D, F = spec.width, spec.mlp_width / tensor
+  NH, KH = (heads * spec.head_dim / tensor for heads in (spec.num_heads, spec.num_kv_heads))
+  log_sums = 4 * spec.num_heads / tensor
+  if remat == "none":
+    return 16 * D + itemsize * (2 * D + 3 * NH + 2 * KH + 3 * F) + log_sums + 16
+  if remat.endswith(_OFFLOAD):
+    return 0.0
+  widths = {"q": NH, "k": KH, "v": KH, "out": D, "gate": F, "up": F, attention_lib.KEPT: NH}
+  kept = _KEPT[remat]
+  return itemsize * (D + sum(widths[name] for name in kept)) + (log_sums if attention_lib.KEPT in kept else 0)
+
+
 def on_platform(remat: str, platform: str) -> str:
   """The same choice of model.remat where it can be had: a CPU's memory is the host's, so there is nowhere else to keep things."""
   return remat.removesuffix(_OFFLOAD) if platform == "cpu" else remat

@@ -23,7 +23,9 @@ _NAME = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _LEAF = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _SEPARATOR = re.compile(r"(?:, )?(?:/\*index=\d+\*/)?")
 _OPCODE = re.compile(r" ([\w\-]+)\(")
-_CALLED = re.compile(r"(?:body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_CALLED = re.compile(
+  r"(?:body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}"
+)
 _TILE = re.compile(r"([\d,]+):T\((\d+),(\d+)\)")
 
 
@@ -32,7 +34,7 @@ class Buffer:
 
   def __init__(self, shape: "_Shape", op_name: str, now: int):
     self.dtype, self.dims, self.num_bytes = shape.dtype, shape.dims, shape.num_bytes
-    self.op_name = op_name  # where it comes from in the Python program, "jit(train_step)/jvp(loss)/..."; of its user if it has none
+    self.op_name = op_name  # its place in the Python program, "jit(train_step)/jvp(loss)/..."; of its user if it has none
     self.first = self.last = now  # its life, by the order of its computation
     self.is_elsewhere = False  # it lies in a loop's state or a donated argument
 
@@ -123,7 +125,8 @@ def _num_bytes(dtype: str, dims: tuple[int, ...], layout: str) -> int:
   sizes = list(dims)
   if len(dims) > 1 and (tile := _TILE.match(layout)):
     inner, next_inner = (int(dim) for dim in tile[1].split(",")[:2])
-    sizes[inner], sizes[next_inner] = (-(-dims[d] // size) * size for d, size in ((inner, int(tile[3])), (next_inner, int(tile[2]))))
+    for dim, size in ((inner, int(tile[3])), (next_inner, int(tile[2]))):
+      sizes[dim] = -(-dims[dim] // size) * size
   return math.prod(sizes) * _ITEM_BYTES.get(dtype, 0)
 
 

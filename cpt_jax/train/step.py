@@ -46,6 +46,12 @@ def settings_from_config(config: Any) -> ModelSettings:
   return ModelSettings(jnp.dtype(dtype), remat, config.model.attention, config.model.loss_chunk)
 
 
+def remat_note(config: Any) -> str:
+  """A line for people where model.remat is not what is run; empty where it is."""
+  asked, run = config.model.remat, settings_from_config(config).remat
+  return "" if run == asked else f"{asked}: a CPU's memory is the host's, so what would be sent there stays, as with {run}"
+
+
 TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, StepMetrics]]
 
 
@@ -128,13 +134,15 @@ def make_train_step(
     scale = 1.0 / jnp.where(tokens > 0, tokens, 1.0)
     grads = jax.tree.map(lambda g: g * scale, grads)
     rate = jnp.asarray(rate, jnp.float32)
-    updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, state.opt_state, state.params, rate=rate)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("update"):
+      updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, state.opt_state, state.params, rate=rate)
+      params = optax.apply_updates(state.params, updates)
     grad_norm = optax.tree.norm(grads)
     # A choice, not a branch: it joins the pass over the parameters that the update makes anyway.
     is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.loss_M).all()
     old, new = (state.params, state.opt_state), (params, opt_state)
-    params, opt_state = jax.tree.map(lambda a, b: jnp.where(is_finite, b, a), old, new)
+    with jax.named_scope("update"):
+      params, opt_state = jax.tree.map(lambda a, b: jnp.where(is_finite, b, a), old, new)
     return TrainState(state.step + 1, params, opt_state), StepMetrics(sums, grad_norm, rate)
 
   return train_step
