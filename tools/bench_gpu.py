@@ -52,7 +52,7 @@ DEFAULT = (
   "train:1b,16x4096,scan=False",
   "train:1b,1x32768,scan=False",
   "train:8b,2x4096,remat=dots,scan=False,optimizer.mu_dtype=bfloat16",
-  "torch:1b,4x4096",
+  "torch:1b,8x4096",
   "attention",
   "train:1b,8x4096,scan=False,documents=16",
   "train:1b,8x4096,scan=False",
