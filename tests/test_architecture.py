@@ -18,9 +18,11 @@ LAYERS = [
   + ["model.splash", "model.attention", "model.transformer", "model.loss", "model.hf_files"]
   + ["model.pretrained"],
   ["evals.perplexity", "evals.drift"],
-  ["train.schedule", "train.optimizer", "train.state", "train.step", "train.guard", "train.checkpoint", "train.start"]
-  + ["train.metrics", "train.console", "train.loop", "train.ahead", "train.dry_run"],
-  ["analysis.program", "analysis.roofline", "analysis.step_report", "analysis.runs", "analysis.corpus", "analysis.diagnosis", "analysis.report", "laws.fit", "laws.curves", "laws.annealing"]
+  ["train.schedule", "train.optimizer", "train.state", "train.step", "train.hlo", "train.memory", "train.guard"]
+  + ["train.checkpoint", "train.start", "train.metrics", "train.console", "train.loop", "train.ahead"]
+  + ["train.dry_run"],
+  ["analysis.program", "analysis.roofline", "analysis.step_report"]
+  + ["analysis.runs", "analysis.corpus", "analysis.diagnosis", "analysis.report", "laws.fit", "laws.curves", "laws.annealing"]
   + ["laws.cpt_law", "laws.separable", "laws.change", "laws.cells", "laws.replay", "laws.domain", "laws.dcpt", "laws.cmr"]
   + ["laws.mixing", "laws.transfer", "laws.choose", "laws.recommend", "laws.plots"],
   ["probe.trials", "probe.design", "probe.config_files", "probe.outcome", "probe.stacked", "probe.runs", "probe.tables"]

@@ -23,6 +23,7 @@ SECTIONS = {
     "positions_per_sec",
     "ratios",
   },
+  "loss": {"cores", "timed", "rounds", "shapes"},
   "overhead": {"block_steps", "sizes"},
   "loader": {"training_positions_per_sec", "shapes"},
   "mixture": {"row_len", "fixed", "packed", "skipped"},
@@ -107,6 +108,16 @@ def test_loader(bench):
     assert shape["positions_per_sec"] == pytest.approx(shape["rows_per_sec"]["median"] * shape["row_len"])
     assert shape["times_training"] == pytest.approx(shape["positions_per_sec"] / record["training_positions_per_sec"])
   assert "loader alone" in printed
+
+
+def test_loss(bench):
+  record, printed = bench("loss")
+  (shape,) = record["shapes"]
+  ours, theirs = shape["samples"].values()
+  assert shape["memory_ratio"] == ours[0]["temp_bytes"] / theirs[0]["temp_bytes"]
+  assert shape["ratios"]["cpu_secs"] == [np.median(ours[0]["cpu_secs"]) / np.median(theirs[0]["cpu_secs"])]
+  assert 0 < max(shape["errors"].values()) < 1e-6
+  assert "cross-entropy with its gradients" in printed
 
 
 def test_overhead(bench):

@@ -49,17 +49,17 @@ _TINY |= dict(head_dim=32, vocab_size=1_000)
 # In the order in which they are wanted most.
 DEFAULT = (
   "ceilings",
-  "attention",
-  "train:1b,8x4096,scan=False",
   "train:1b,16x4096,scan=False",
   "train:1b,1x32768,scan=False",
-  "train:1b,2x32768,scan=False",
-  "torch:1b,4x4096",
-  "train:8b,2x4096,remat=full,optimizer.mu_dtype=bfloat16",
+  "train:8b,2x4096,remat=dots,scan=False,optimizer.mu_dtype=bfloat16",
+  "torch:1b,8x4096",
+  "attention",
   "train:1b,8x4096,scan=False,documents=16",
-  "train:1b,8x4096",
-  "loop:1b,8x4096",
+  "train:1b,8x4096,scan=False",
+  "loop:1b,8x4096,scan=False",
   "correctness",
+  "tiles:4x4096,64,16",
+  "tiles:4x4096,128,1",
 )
 WARM_STEPS, BLOCKS, BLOCK_STEPS = 3, 5, 4
 
@@ -131,13 +131,20 @@ def flash_tiles(head_dim: int) -> list[Any]:
   from cpt_jax.model import flash
 
   tile = flash.Tiles
-  others = [
-    flash.Tuning(tile(128, 64, 4, 3), tile(64, 64, 4, 3), tile(64, 64, 4, 3)),
-    flash.Tuning(tile(128, 128, 8, 3), tile(64, 128, 8, 2), tile(128, 64, 8, 2)),
-    flash.Tuning(tile(64, 64, 4, 4), tile(128, 64, 8, 2), tile(128, 64, 4, 2)),
-    flash.Tuning(tile(128, 64, 8, 4), tile(64, 128, 4, 2), tile(128, 128, 8, 2)),
-    flash.Tuning(tile(128, 32, 4, 4), tile(32, 128, 4, 3), tile(128, 32, 4, 3)),
-  ]
+  if head_dim <= 64:
+    others = [
+      flash.Tuning(tile(64, 64, 4, 4), tile(64, 64, 4, 2), tile(64, 64, 4, 2)),
+      flash.Tuning(tile(64, 64, 4, 3), tile(64, 32, 4, 3), tile(128, 64, 4, 3)),
+      flash.Tuning(tile(128, 64, 4, 2), tile(128, 64, 4, 2), tile(64, 128, 4, 2)),
+      flash.Tuning(tile(128, 64, 8, 2), tile(64, 64, 8, 2), tile(64, 32, 4, 3)),
+    ]
+  else:
+    others = [
+      flash.Tuning(tile(128, 128, 8, 2), tile(64, 128, 8, 3), tile(128, 128, 8, 2)),
+      flash.Tuning(tile(128, 64, 8, 2), tile(32, 128, 8, 2), tile(128, 32, 8, 2)),
+      flash.Tuning(tile(128, 64, 8, 3), tile(64, 64, 8, 2), tile(64, 128, 8, 2)),
+      flash.Tuning(tile(128, 64, 4, 2), tile(128, 128, 8, 2), tile(128, 64, 8, 1)),
+    ]
   return list(dict.fromkeys([flash.tuning(head_dim), *others]))
 
 
@@ -185,7 +192,8 @@ def measure_attention(*, quick: bool) -> dict[str, Any]:
 
   from cpt_jax import mesh
 
-  shapes = [(4, 4096, 64, 1), (4, 4096, 64, 16), (1, 32768, 64, 1), (1, 32768, 64, 32), (4, 4096, 128, 1)]
+  shapes = [(4, 4096, 64, 1), (4, 4096, 64, 4), (4, 4096, 64, 16), (4, 4096, 128, 1), (4, 4096, 128, 4), (4, 4096, 128, 16)]
+  shapes += [(1, 32768, 64, 1), (1, 32768, 64, 32)]
   shapes = [(1, 256, 32, 1), (1, 256, 32, 4)] if quick else shapes
   heads, kv_heads = (4, 2) if quick else (32, 8)
   result: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "shapes": []}

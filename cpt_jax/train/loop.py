@@ -150,6 +150,8 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
     checkpoints = checkpoint.from_config(config, workdir)
     described = begin.describe(optimizer=config.start.optimizer)
     console.header(config, workdir, spec, mesh, described, num_parameters=spec_lib.num_parameters(spec))
+    if note := step.remat_note(config):
+      console.say(f"remat    {note}")
     console.guards(config, loader, decisions, asked)
     console.data_changes(loader, rate=float(rates(begin.step)))
     meta = checkpoints.meta(begin.checkpoint) if begin.kind == "run" else {}
