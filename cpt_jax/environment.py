@@ -136,7 +136,9 @@ def prepare_ahead(environ: MutableMapping[str, str], kind: str, *, gpu_model: st
     Setting("TPU_SKIP_MDS_QUERY", "1", "libtpu does not ask Google's cloud which machine this is, and wait for an answer"),
     Setting("TPU_WORKER_HOSTNAMES", "localhost", "nor complain that nobody told it"),
     Setting("TPU_ACCELERATOR_TYPE", "v5p-8", "the same; the topology that is compiled for is named elsewhere"),
-    Setting("ALLOW_MULTIPLE_LIBTPU_LOAD", "1", "two processes may compile at once: there is no chip that they could quarrel over"),
+    Setting(
+      "ALLOW_MULTIPLE_LIBTPU_LOAD", "1", "two processes may compile at once: there is no chip that they could quarrel over"
+    ),
     Setting("TPU_MIN_LOG_LEVEL", "3", "libtpu's diary of chips that it does not find"),
     Setting("TF_CPP_MIN_LOG_LEVEL", "3", "the same of XLA"),
   ]

@@ -9,7 +9,7 @@ from cpt_jax import chips, config, environment
 from cpt_jax import mesh as mesh_lib
 from cpt_jax.config import ConfigError
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.train import ahead, loop, start
+from cpt_jax.train import ahead, loop, memory, start
 
 RECIPES = ["llama3_1b_1xh100", "llama3_8b_8xh100", "llama3_8b_v5e_16", "llama3_8b_v5p_64", "llama3_70b_v5p_512"]
 RECIPES += ["llama3_70b_256xh100"]
@@ -92,26 +92,22 @@ def test_every_gpu_of_the_table_has_a_description_for_its_compiler():
       assert text.count("{") == text.count("}")
 
 
-def test_the_batch_is_the_one_that_the_loader_hands_over(tiny_hf_config, random_batch, tmp_path):
+def test_the_batch_is_the_one_that_the_loader_hands_over(random_batch):
   mesh = mesh_lib.make_mesh(data=2, fsdp=4, context=1, tensor=1)
   c = config.default()
   c.train.batch_rows, c.data.row_len = 8, 16
-  target = ahead.Target(chips.parse_topology("h100:1x8"), mesh, (), (), c, spec_lib.from_hf(tiny_hf_config))
   expected = mesh_lib.to_global(mesh, random_batch(0, rows=8, row_len=16))
-  found = ahead.abstract_batch(target)
-  for name, leaf in found._asdict().items():
+  for name, leaf in memory.abstract_batch(c, mesh)._asdict().items():
     array = getattr(expected, name)
     assert (leaf.shape, leaf.dtype) == (array.shape, array.dtype), name
     assert leaf.sharding.is_equivalent_to(array.sharding, array.ndim), name
 
 
-def test_what_a_run_holds_is_parameters_two_moments_and_the_base_in_half_precision(tiny_spec):
+def test_a_run_holds_parameters_two_moments_and_the_base_in_half_precision(tiny_spec):
   mesh = mesh_lib.make_mesh(data=2, fsdp=4, context=1, tensor=1)
-  target = ahead.Target(chips.parse_topology("h100:1x8"), mesh, (), (), config.default(), tiny_spec)
-  found = ahead.held(target)
-  assert found.params == 4 * spec_lib.num_parameters(tiny_spec) // 4  # every leaf has a width, which fsdp divides
-  assert found.optimizer == 2 * found.params + 4  # Adam's two moments and its count
-  assert found.base == found.params // 2
+  found = ahead.held(ahead.Target(chips.parse_topology("h100:1x8"), mesh, (), (), config.default(), tiny_spec))
+  params = 4 * spec_lib.num_parameters(tiny_spec) // 4  # every leaf has a width, which fsdp divides
+  assert found == {"state": 3 * params + 4, "base for drift": params // 2}  # and Adam's count
 
 
 def test_compiling_ahead_leaves_this_machines_chips_alone_and_keeps_no_program():

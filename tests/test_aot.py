@@ -51,7 +51,12 @@ def differences(found, golden):
     keys = ("memory", "flops_per_chip", "hbm_bytes_per_chip", "roofline")
     found, golden = ({key: record[key] for key in keys if key in record} for record in (found, golden))
   found, golden = dict(leaves(found)), dict(leaves(golden))
-  wrong = [f"{path}: only in the {where}" for a, b, where in ((found, golden, "new"), (golden, found, "old")) for path in a if path not in b]
+  wrong = [
+    f"{path}: only in the {where}"
+    for a, b, where in ((found, golden, "new"), (golden, found, "old"))
+    for path in a
+    if path not in b
+  ]
   for path in found.keys() & golden.keys():
     new, old = found[path], golden[path]
     tolerance = 0.0 if is_same_compiler else max([t for name, t in TOLERANCES.items() if name in path], default=0.05)

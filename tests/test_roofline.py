@@ -131,7 +131,8 @@ def test_transfers_that_overlap_hide_and_those_that_do_not_add_up():
 
 
 SPEC = spec_lib.ModelSpec(
-  family="llama", vocab_size=1000, width=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_width=128, max_positions=512
+  family="llama", vocab_size=1000, width=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_width=128,
+  max_positions=512,
 )  # fmt: skip
 
 
@@ -168,7 +169,8 @@ ENTRY %main (q: bf16[2,128,4,16]) -> bf16[2,128,4,16] {
   found = step_report.measure(text, job(), [Place(0, ())] * 8)
   assert found["flops_per_chip"]["program"] == {"forward": 2 * 2 * 2 * 4 * 16 * 128 * 64}
   unknown = step_report.measure(text.replace("flash_forward", "mine"), job(), [Place(0, ())] * 8)
-  assert unknown["notes"] == ["the work of the kernel jit(f)/jvp()/mine is not known and not counted"]
+  assert "the work of the kernel jit(f)/jvp()/mine is not known and not counted" in unknown["notes"]
+  assert "a part of it was not understood" in unknown["notes"][-1]  # far less than the model's FLOPs
 
 
 def test_speed_is_tokens_over_the_step_and_mfu_the_models_flops_over_the_peak():

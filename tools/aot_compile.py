@@ -18,9 +18,8 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clone that is not installed
 
-from cpt_jax import chips
+from cpt_jax import chips, environment
 from cpt_jax import config as config_lib
-from cpt_jax import environment
 from cpt_jax.analysis import step_report
 from cpt_jax.analysis.roofline import Place
 
@@ -30,6 +29,12 @@ _OUTPUT = flags.DEFINE_string("output", "", "Where to write the record as JSON."
 _HLO = flags.DEFINE_string("hlo", "", "Where to write the optimized program's text.")
 
 EXIT_TOO_LARGE = 1
+_MEMORY_WORDS = {
+  "update": "new parameters and moments that have no old one's place (below 0: places to spare)",
+  "kept": "activations of all layers, kept for the backward pass",
+  "layer": "the layer at work, gathered parameters, the rest",
+  "packing": "gaps, or (below 0) memory used twice",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -80,8 +85,8 @@ def compile_record(config: Any, topology: chips.Topology, *, name: str) -> dict[
   record = {"config": name, "topology": str(topology), "chips": topology.num_chips, "mesh": dict(job.mesh)}
   record |= {"batch_rows": job.batch_rows, "microbatches": job.microbatches, "row_len": job.row_len, "remat": job.remat}
   record["versions"] = _versions(topology)
-  kept = ahead.held(target)
-  state_bytes = kept.params + kept.optimizer + kept.base
+  held = ahead.held(target)
+  state_bytes = sum(held.values())
   compiled = ahead.compile_step(target)
   if isinstance(compiled, ahead.Refused):
     verdict = {"needed_bytes": compiled.needed_bytes, "usable_bytes": compiled.limit_bytes, "fits": False}
@@ -89,10 +94,11 @@ def compile_record(config: Any, topology: chips.Topology, *, name: str) -> dict[
     return record | {"memory": verdict, "advice": step_report.advice(job, state_bytes=state_bytes)}
   if _HLO.value:
     pathlib.Path(_HLO.value).write_text(compiled.text, encoding="utf-8")
-  m = compiled.memory
-  needed = {"parameters": kept.params, "optimizer": kept.optimizer, "batch": m.arguments - kept.params - kept.optimizer}
-  needed |= {"outputs": m.outputs, "temporaries": m.temporaries, "program": m.program, "base for drift": kept.base}
-  record["memory"] = step_report.memory(needed, job) | {"peak_bytes": m.peak, "state_bytes": state_bytes}
+  needed = compiled.memory._asdict()
+  donated, host = needed.pop("donated"), needed.pop("host")
+  needed["update"] -= donated
+  needed |= {"program": compiled.program_bytes, "base for drift": held["base for drift"]}
+  record["memory"] = step_report.memory(needed, job) | {"host_bytes": host, "state_bytes": state_bytes}
   places = [Place(domain, coords) for domain, coords in zip(target.domains, target.coords, strict=True)]
   record |= step_report.measure(compiled.text, job, places)
   record["compile_secs"] = compiled.compile_secs
@@ -120,11 +126,11 @@ def show(record: dict[str, Any]) -> None:
   console.say(f"compiled by   {', '.join(f'{name} {version}' for name, version in record['versions'].items())}")
   memory = record["memory"]
   if "refused" in memory:
-    console.say(f"compiler      {memory['refused']}")
+    console.say(f"compiler      {memory['refused'].splitlines()[0]}")
   else:
-    rows = [[name, console.size(size)] for name, size in memory["bytes"].items()]
-    rows += [["needed", console.size(memory["needed_bytes"])], ["usable", console.size(memory["usable_bytes"])]]
-    console.table("memory of one chip", ["what", "size"], rows)
+    rows = [[_MEMORY_WORDS.get(name, name), f"{size / 2**30:.2f}"] for name, size in memory["bytes"].items()]
+    rows += [["needed", f"{memory['needed_bytes'] / 2**30:.2f}"], ["usable", f"{memory['usable_bytes'] / 2**30:.2f}"]]
+    console.table("memory of one chip, when the step needs most", ["what", "GiB"], rows)
     _show_flops(record)
     _show_transfers(record, console)
     _show_roofline(record, topology)
@@ -141,10 +147,11 @@ def verdict(record: dict[str, Any]) -> str:
   used = f"{memory['needed_bytes'] / 2**30:.2f} of {memory['usable_bytes'] / 2**30:.2f} GiB"
   if not memory["fits"]:
     return f"verdict       does not fit: {used} a chip"
-  speed = record["roofline"]["one_after_the_other"]
+  roof = record["roofline"]
+  causal, palm, tokens = (roof["one_after_the_other"][key] for key in ("mfu_causal", "mfu_palm", "tokens_per_sec_per_chip"))
   return (
-    f"verdict       fits: {used} a chip ({memory['headroom_frac']:.0%} free); bound by {record['roofline']['bound']}; at most"
-    f" {speed['mfu_causal']:.1%} MFU causal ({speed['mfu_palm']:.1%} palm), {speed['tokens_per_sec_per_chip']:,.0f} tokens/s a chip"
+    f"verdict       fits: {used} a chip ({memory['headroom_frac']:.0%} free); bound by {roof['bound']}; at most"
+    f" {causal:.1%} MFU causal ({palm:.1%} palm), {tokens:,.0f} tokens/s a chip"
   )
 
 
@@ -188,13 +195,15 @@ def _show_roofline(record: dict[str, Any], topology: chips.Topology) -> None:
     [links, f"{roof['link_secs'] * 1e3:,.1f}", f"{chip.link_bytes_per_sec / 1e9:,.0f} GB/s a link, one way"],
     [network, f"{roof['network_secs'] * 1e3:,.1f}", f"{chip.network_bytes_per_sec / 1e9:,.2f} GB/s a chip, one way"],
   ]
-  console.table(f"roofline: ms of a step by resource alone; bound by {roof['bound']}", ["resource", "ms", "at"], rows)
+  console.table("roofline: a step by each resource alone", ["resource", "ms", "at"], rows)
+  console.say(f"bound by {roof['bound']}")
   console.table(
     "the ceiling of the speed",
     ["if", "ms a step", "MFU causal", "MFU palm", "tokens/s a chip"],
     [
-      [what, f"{s['step_secs'] * 1e3:,.1f}", f"{s['mfu_causal']:.1%}", f"{s['mfu_palm']:.1%}", f"{s['tokens_per_sec_per_chip']:,.0f}"]
-      for what, s in (
+      [what, f"{speed['step_secs'] * 1e3:,.1f}", f"{speed['mfu_causal']:.1%}", f"{speed['mfu_palm']:.1%}"]
+      + [f"{speed['tokens_per_sec_per_chip']:,.0f}"]
+      for what, speed in (
         ("all resources work at once", roof["all_at_once"]),
         ("operations follow each other, transfers overlap where they can", roof["one_after_the_other"]),
       )

@@ -14,14 +14,29 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 _BYTES = {
-  "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
-  "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
+  "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
+  "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
 }  # fmt: skip
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # What moves no bytes of the chip's main memory by itself.
 _FREE = frozenset(
-  "parameter tuple get-tuple-element bitcast constant while conditional call after-all partition-id replica-id iota opt-barrier "
-  "add-dependency domain".split()
+  [
+    "parameter",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "constant",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "iota",
+    "opt-barrier",
+    "add-dependency",
+    "domain",
+  ]
 )
 # What counters of loops are made of.
 _ARITHMETIC = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul}
@@ -133,8 +148,8 @@ class Program:
   def turns(self, loop: Instruction, *, within: str) -> float:
     """How often a while loop of the computation `within` turns.
 
-    The compiler says it, or it follows from the counters that the condition compares. Else it depends on data: in this package that is
-    blockwise attention, whose inner loop meets, where rows hold one document, half of the key blocks on average.
+    The compiler says it, or it follows from the counters that the condition compares. Else it depends on data: in this package
+    that is blockwise attention, whose inner loop meets, where rows hold one document, half of the key blocks on average.
     """
     match = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes)
     if match:
@@ -219,7 +234,7 @@ class Program:
   def hbm_bytes_of(self, computation: str, name: str) -> float:
     """Bytes of main memory that one run of an instruction reads and writes.
 
-    Each operand once and the result once; where a fusion takes a slice of an operand, or puts one into its result, the slice alone.
+    Each operand once and the result once; where a fusion takes a slice of an operand, or puts one into its result, that alone.
     """
     body = self.computations[computation]
     instruction = body[name]
@@ -427,7 +442,13 @@ def collectives(program: Program, mesh_shape: Mapping[str, int]) -> list[Collect
       fused = "async_collective_fusion_config" in i.attributes or "async_collective_name" in i.attributes
       found.append(
         Collective(
-          op, phase_of(_op_name(i, body)), program.runs[owner], _payload(i, op, body), _axes(group, mesh_shape), group, overlapped or fused
+          op,
+          phase_of(_op_name(i, body)),
+          program.runs[owner],
+          _payload(i, op, body),
+          _axes(group, mesh_shape),
+          group,
+          overlapped or fused,
         )
       )
   return found
@@ -510,7 +531,9 @@ def _mesh_group(attributes: str) -> tuple[int, ...]:
 
   With `device_ids=([2,4]T(1,0))` behind the mesh, its places hold these devices instead of 0, 1, 2, ...
   """
-  match = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes)
+  match = re.search(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes
+  )
   if not match:
     raise ValueError(f"{attributes[:200]}: replica groups in a form that is not known here")
   sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match.group(1))}

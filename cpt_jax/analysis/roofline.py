@@ -82,8 +82,8 @@ def work(program: Program, topology: Topology, *, kernel_flops: Callable[[Instru
 def transfer(collective: Collective, places: Sequence[Place], topology: Topology) -> Transfer:
   """The time of a collective, the network's part and the links' part one after the other, each at its full rate.
 
-  A group of g chips in h domains has m = g / h in each. A gather of S bytes brings every chip (h - 1) / h of its S / m over its own
-  part of the network and (m - 1) / m of S over the links; a scatter of sums is the same backwards, an all-reduce both.
+  A group of g chips in h domains has m = g / h in each. A gather of S bytes brings every chip (h - 1) / h of its S / m over its
+  own part of the network and (m - 1) / m of S over the links; a scatter of sums is the same backwards, an all-reduce both.
   """
   members = [places[position] for position in collective.group]
   num_domains = len({place.domain for place in members})
@@ -125,7 +125,9 @@ def link_rate(members: Sequence[Place], topology: Topology) -> float:
 
 def roofline(done: Work, transfers: Sequence[Transfer], topology: Topology) -> Roofline:
   """The seconds of a step by resource."""
-  total = {is_async: sum(t.link_secs + t.network_secs for t in transfers if t.collective.is_async == is_async) for is_async in (0, 1)}
+  total = {
+    is_async: sum(t.link_secs + t.network_secs for t in transfers if t.collective.is_async == is_async) for is_async in (0, 1)
+  }
   return Roofline(
     compute_secs=sum(done.flops.values()) / topology.chip.peak_flops,
     hbm_secs=done.hbm_bytes / topology.chip.hbm_bytes_per_sec,

@@ -1,7 +1,7 @@
 """A compiled step, its model and its chips -> one record: memory and verdict, FLOPs, transfers, roofline, what to change.
 
-Invariant: JSON-able; a figure says in its name whether it is of one chip, one step, or one turn. Called by tools.aot_compile, whose
-tables show it; never imports jax.
+Invariant: JSON-able; a figure says in its name whether it is of one chip, one step, or one turn; never imports jax.
+Called by tools.aot_compile, whose tables show it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -79,7 +79,9 @@ def measure(text: str, job: Job, places: Sequence[rooflines.Place]) -> dict[str,
   counted = flops(done, job)
   notes = _notes(program, unknown)
   if counted["program_total"] < 0.99 * counted["model_causal"]:
-    notes.append("the program seems to compute less than the model needs: a part of it was not understood, and speeds are too high")
+    notes.append(
+      "the program seems to compute less than the model needs: a part of it was not understood, and speeds are too high"
+    )
   return {
     "flops_per_chip": counted,
     "hbm_bytes_per_chip": done.hbm_bytes,
@@ -157,8 +159,8 @@ def _notes(program: Program, unknown: set[str]) -> list[str]:
   if program.data_dependent:
     turns = ", ".join(sorted({f"{mean:g}" for mean in program.data_dependent.values()}))
     notes.append(
-      f"{len(program.data_dependent)} loops turn as often as the data says (blockwise attention); counted as {turns} turns, as in rows"
-      " of one document"
+      f"{len(program.data_dependent)} loops turn as often as the data says (blockwise attention); counted as {turns} turns, as in"
+      " rows of one document"
     )
   notes += [f"the work of the kernel {name} is not known and not counted" for name in sorted(unknown)]
   return notes

@@ -1,13 +1,12 @@
 """A config and the name of a topology -> its training step, compiled for chips that are not there, and the memory that it needs.
 
-Invariant: the program is the one that a run compiles (train.step, the real optimizer, shardings and mesh); nothing is computed, no
-weight and no text is read. Called by tools.aot_compile.
+Invariant: the program is the one that a run compiles (train.step, the real optimizer, shardings and mesh); nothing is computed,
+no weight and no text is read. Called by tools.aot_compile.
 
-The compilers are extras: [tpu-aot] brings libtpu, [gpu-aot] XLA's CUDA plugin. Neither needs its chip, its driver or its libraries.
+The compilers are extras: [tpu-aot] brings libtpu, [gpu-aot] XLA's CUDA plugin. Neither needs its chip, driver or libraries.
 """
 
 import importlib.util
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -20,43 +19,20 @@ from cpt_jax import config as config_lib
 from cpt_jax import mesh as mesh_lib
 from cpt_jax.chips import Chip, Topology
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.data.batch import Batch
 from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec
-from cpt_jax.train import loop, optimizer, start, state, step
+from cpt_jax.train import loop, memory, optimizer, start, state, step
 
 # platform -> (module of the compiler, extra that installs it)
 _COMPILERS = {"tpu": ("libtpu", "tpu-aot"), "cuda": ("jax_plugins.xla_cuda13", "gpu-aot")}
-
-class Memory(NamedTuple):
-  """Bytes of one chip, as the compiler has laid them out."""
-
-  arguments: int  # state and batch
-  outputs: int  # of those that are not written over the arguments
-  temporaries: int
-  program: int
-  peak: int  # the most that lives at one time; 0 where the compiler does not say
-
-  @property
-  def total(self) -> int:
-    """What a run must find free: each buffer has its own place."""
-    return self.arguments + self.outputs + self.temporaries + self.program
-
-
-class Held(NamedTuple):
-  """Bytes of one chip that a run holds all the time."""
-
-  params: int
-  optimizer: int
-  base: int  # the base's parameters, from which drift is measured: bfloat16, as bases are stored (float32 ones: twice that)
 
 
 class Compiled(NamedTuple):
   """A step that was compiled."""
 
-  memory: Memory
+  memory: memory.Memory
+  program_bytes: int  # of the chip, for the program itself
   text: str  # optimized HLO
-  lower_secs: float
   compile_secs: float
 
 
@@ -133,16 +109,15 @@ def _is_installed(module: str) -> bool:
     return False
 
 
-def held(target: Target) -> Held:
-  """What the state and the base's copy take of each chip."""
+def held(target: Target) -> dict[str, int]:
+  """Bytes of each chip that a run takes all the time: the state, and the copy of the base from which drift is measured.
+
+  The copy is in bfloat16, as bases are stored; of one that is stored in float32 it takes twice that.
+  """
   with jax.set_mesh(target.mesh):
     abstract = state.abstract(target.spec, optimizer.from_config(target.config, transformer.abstract_params(target.spec)))
-
-  def size(tree: Any, itemsize: int = 0) -> int:
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * (itemsize or leaf.dtype.itemsize) for leaf in leaves)
-
-  return Held(size(abstract.params), size(abstract.opt_state), size(abstract.params, jnp.dtype("bfloat16").itemsize))
+  params, moments = (sum(map(memory.shard_bytes, jax.tree.leaves(tree))) for tree in (abstract.params, abstract.opt_state))
+  return {"state": params + moments, "base for drift": params // 2}
 
 
 def compile_step(target: Target) -> Compiled | Refused:
@@ -152,11 +127,11 @@ def compile_step(target: Target) -> Compiled | Refused:
     tx = optimizer.from_config(config, transformer.abstract_params(target.spec))
     weights = [entry.loss_weight for entry in config.data.sources.values()] or [1.0]
     update = step.from_config(config, target.spec, tx, source_weights=weights)
-    arguments = (state.abstract(target.spec, tx), abstract_batch(target), jax.ShapeDtypeStruct((), jnp.float32))
+    train_state = state.abstract(target.spec, tx)
+    rate = jax.ShapeDtypeStruct((), jnp.float32)
+    lowered = jax.jit(update, donate_argnums=0).trace(train_state, memory.abstract_batch(config, target.mesh), rate)
+    lowered = lowered.lower(lowering_platforms=(target.topology.chip.platform,))
     start_secs = time.monotonic()
-    traced = jax.jit(update, donate_argnums=0).trace(*arguments)
-    lowered = traced.lower(lowering_platforms=(target.topology.chip.platform,))
-    lowered_secs = time.monotonic()
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -164,31 +139,11 @@ def compile_step(target: Target) -> Compiled | Refused:
       if refused is None:
         raise
       return refused
-    compiled_secs = time.monotonic()
   return Compiled(
-    _memory(compiled.memory_analysis()), compiled.as_text(), lowered_secs - start_secs, compiled_secs - lowered_secs
-  )
-
-
-def abstract_batch(target: Target) -> Batch:
-  """Shapes and places of a step's batch."""
-  rows, row_len = target.config.train.batch_rows, target.config.data.row_len
-  shardings = mesh_lib.batch_shardings(target.mesh)
-
-  def leaf(dtype, *shape):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[len(shape)])
-
-  whole = {name: leaf(jnp.int32, rows, row_len) for name in ("tokens_BT", "targets_BT", "segments_BT", "positions_BT")}
-  return Batch(**whole, weights_BT=leaf(jnp.float32, rows, row_len), source_B=leaf(jnp.int32, rows))
-
-
-def _memory(found: Any) -> Memory:
-  return Memory(
-    arguments=found.argument_size_in_bytes,
-    outputs=found.output_size_in_bytes - found.alias_size_in_bytes,
-    temporaries=found.temp_size_in_bytes,
-    program=found.generated_code_size_in_bytes,
-    peak=getattr(found, "peak_memory_in_bytes", 0),
+    memory.of_compiled(compiled, train_state),
+    compiled.memory_analysis().generated_code_size_in_bytes,
+    compiled.as_text(),
+    time.monotonic() - start_secs,
   )
 
 
@@ -213,9 +168,9 @@ def read_refusal(message: str) -> Refused | None:
 
 # What the CUDA C++ programming guide (table of technical specifications by compute capability) says of every such chip.
 _CAPABILITIES = {
-  "a100": {"major": 8, "minor": 0, "cores": 108, "fpus": 64, "shared_optin": 166_912, "shared_core": 167_936, "l2_mib": 40, "ghz": 1.41},
-  "h100": {"major": 9, "minor": 0, "cores": 132, "fpus": 128, "shared_optin": 232_448, "shared_core": 233_472, "l2_mib": 50, "ghz": 1.98},
-}  # fmt: skip
+  "a100": {"major": 8, "minor": 0, "cores": 108, "fpus": 64, "optin": 166_912, "shared": 167_936, "l2_mib": 40, "ghz": 1.41},
+  "h100": {"major": 9, "minor": 0, "cores": 132, "fpus": 128, "optin": 232_448, "shared": 233_472, "l2_mib": 50, "ghz": 1.98},
+}
 _CAPABILITIES["h200"] = _CAPABILITIES["h100"]
 
 
@@ -226,7 +181,7 @@ def gpu_target(chip: Chip) -> str:
     "threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048",
     "block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535",
     "registers_per_core_limit: 65536 registers_per_block_limit: 65536 shared_memory_per_block: 49152",
-    f"shared_memory_per_core: {c['shared_core']} shared_memory_per_block_optin: {c['shared_optin']}",
+    f"shared_memory_per_core: {c['shared']} shared_memory_per_block_optin: {c['optin']}",
     f"core_count: {c['cores']} fpus_per_core: {c['fpus']} clock_rate_ghz: {c['ghz']} l2_cache_size: {c['l2_mib'] << 20}",
     f"memory_bandwidth: {int(chip.hbm_bytes_per_sec)} device_memory_size: {chip.hbm_bytes}",
     f"cuda_compute_capability {{ major: {c['major']} minor: {c['minor']} }}",

@@ -22,6 +22,7 @@ from cpt_jax.model.loss import Sums
 from cpt_jax.model.spec import ModelSpec, flops_per_token
 from cpt_jax.train.step import StepMetrics
 
+
 def peak_flops(device_kind: str) -> float | None:
   """Peak of one chip in FLOP/s, or None where it is not known (a CPU)."""
   chip = chips.of_device(device_kind)
