@@ -424,8 +424,8 @@ def leaf_keys(config: Any) -> list[str]:
   return keys
 
 
-def resolve(config: Any) -> ConfigDict:
-  """Checks every key that needs no file and no device; returns a locked copy.
+def resolve(config: Any, *, needs_data: bool = True) -> ConfigDict:
+  """Checks every key that needs no file and no device; returns a locked copy. Without `needs_data` there need be no sources.
 
   Raises:
     ConfigError: with a line for each problem.
@@ -436,7 +436,8 @@ def resolve(config: Any) -> ConfigDict:
   _check_keys(config, problems)
   problems.raise_if_any()  # the checks below read keys
   _check_values(config, problems)
-  _check_sources(config, problems)
+  if needs_data or config.data.sources:
+    _check_sources(config, problems)
   _check_predictions(config, problems)
   problems.raise_if_any()
   config.lock()

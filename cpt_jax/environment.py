@@ -125,6 +125,26 @@ def prepare(environ: MutableMapping[str, str]) -> None:
     environ.update(missing(environ, settings(detect(environ), gpu_model=_gpu_model())))
 
 
+def prepare_ahead(environ: MutableMapping[str, str], kind: str, *, gpu_model: str = "") -> None:
+  """As `prepare`, where the step is compiled for chips of another machine, of this kind.
+
+  Nothing of this machine's own chips is taken, whatever JAX_PLATFORMS says, and no program is kept: there is no chip to load it.
+  """
+  environ["JAX_PLATFORMS"] = "cpu"
+  wanted = [setting for setting in settings(kind, gpu_model=gpu_model) if not setting.name.startswith("JAX_COMPILATION_CACHE")]
+  wanted += [
+    Setting("TPU_SKIP_MDS_QUERY", "1", "libtpu does not ask Google's cloud which machine this is, and wait for an answer"),
+    Setting("TPU_WORKER_HOSTNAMES", "localhost", "nor complain that nobody told it"),
+    Setting("TPU_ACCELERATOR_TYPE", "v5p-8", "the same; the topology that is compiled for is named elsewhere"),
+    Setting(
+      "ALLOW_MULTIPLE_LIBTPU_LOAD", "1", "two processes may compile at once: there is no chip that they could quarrel over"
+    ),
+    Setting("TPU_MIN_LOG_LEVEL", "3", "libtpu's diary of chips that it does not find"),
+    Setting("TF_CPP_MIN_LOG_LEVEL", "3", "the same of XLA"),
+  ]
+  environ.update(missing(environ, wanted))
+
+
 def _pci_vendors() -> list[str]:
   return [pathlib.Path(path).read_text(encoding="ascii").strip() for path in glob.glob("/sys/bus/pci/devices/*/vendor")]
 

@@ -57,8 +57,7 @@ def open_inputs(config: Any, workdir: pathlib.Path | None = None) -> Inputs:
     config.data.tokenizer = start.tokenizer_path(config)
   spec, hf_config = start.load_spec(base)
   problems = Problems()
-  if config.data.row_len > spec.max_positions:
-    problems.add(f"data.row_len={config.data.row_len}: the model was made for {spec.max_positions} positions; use at most that")
+  start.check_row_len(config, spec, problems)
   with problems.collect():
     rates = schedule.from_config(config)
     tx = optimizer.from_config(config, transformer.abstract_params(spec))
