@@ -423,7 +423,7 @@ def measure_torch(text: str, *, quick: bool) -> dict[str, Any]:
 def measure_correctness(*, quick: bool) -> dict[str, Any]:
   """Is a run that was stopped and went on the same to the bit as one that was not, with deterministic kernels."""
   flags_of_xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
-  environment = {**os.environ, "PYTHONPATH": str(_ROOT), "XLA_FLAGS": flags_of_xla}
+  environment = {**os.environ, "XLA_FLAGS": flags_of_xla}
   config = ["--config=configs/quickstart.py", "--config.train.length=12 steps", "--config.eval.tokens=2000"]
   config += ["--config.checkpoint.every=6 steps", "--config.train.batch_rows=4"]
   with tempfile.TemporaryDirectory() as scratch:
