@@ -3,7 +3,8 @@
 Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_70b_256xh100.py --topology=h100:32x8
 It ends with:             verdict       fits: TODO
 
-WHY
+One row a GPU, each layer again: 1,048,576 tokens a step in one part. Parameters are divided over all hosts, since no host's eight
+GPUs hold them; every layer's gather crosses the network, all ports at once.
 
 A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
 """

@@ -3,7 +3,7 @@
 Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_70b_v5p_512.py --topology=v5p:8x8x8
 It ends with:             verdict       fits: TODO
 
-WHY
+One row a chip, each layer again: 2,097,152 tokens a step in one part.
 
 A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
 """

@@ -3,7 +3,7 @@
 Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_8b_v5p_64.py --topology=v5p:4x4x4
 It ends with:             verdict       fits: TODO
 
-WHY
+Two rows a chip, of which only norms, rotations and gates are computed again: 524,288 tokens a step in one part.
 
 A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
 """
