@@ -18,7 +18,7 @@ GOLDEN = sorted((pathlib.Path(__file__).parent / "golden").glob("*.npz"))
 SPEC = ModelSpec("qwen3", 31, 16, 2, 4, 2, 6, 20, max_positions=64, qk_norm=True, qkv_bias=True, init_std=0.3)
 
 
-@functools.partial(jax.jit, static_argnums=1, static_argnames=("remat", "attention", "dtype"))
+@functools.partial(jax.jit, static_argnums=1, static_argnames=("remat", "attention", "dtype", "scan"))
 def logits(params, spec, tokens_BT, positions_BT, segments_BT, *, remat="none", attention="auto", dtype=jnp.float32, scan=True):
   hidden_BTD = transformer.apply(
     params, spec, tokens_BT, positions_BT, segments_BT, compute_dtype=dtype, remat=remat, attention=attention, scan=scan
