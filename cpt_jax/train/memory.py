@@ -56,7 +56,7 @@ def of_compiled(compiled: Any, train_state: state.TrainState) -> Memory:
   """The classes of a compiled `train_step(state, batch, rate)`, whose state was like `train_state` (shapes and shardings)."""
   shapes = {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(train_state.params)}
   num_layers = jax.tree.leaves(train_state.params["layers"])[0].shape[0]
-  classes = dict.fromkeys(("gradients", "update", "kept", "layer", "loss"), 0)
+  classes: dict[str, int] = dict.fromkeys(["gradients", "update", "kept", "layer", "loss"], 0)
   for buffer in hlo.at_peak(compiled.as_text()):
     classes[_class(buffer, shapes, num_layers)] += buffer.num_bytes
   stats = compiled.memory_analysis()
