@@ -38,10 +38,11 @@ def compiled(remat, *, row_len=512, **kwargs):
   return gradient.lower(transformer.abstract_params(SPEC), *abstract).compile()
 
 
-def test_every_choice_gives_the_same_loss_and_gradients():
+@pytest.mark.parametrize("attention", ["plain", pytest.param("blockwise", marks=pytest.mark.slow)])
+def test_every_choice_gives_the_same_loss_and_gradients(attention):
   params, arrays = transformer.init(SPEC, jax.random.key(0)), batch(row_len=24)
   found = {
-    remat: jax.jit(jax.value_and_grad(lambda p, remat=remat: loss(p, *arrays, remat=remat)))(params)
+    remat: jax.jit(jax.value_and_grad(lambda p, remat=remat: loss(p, *arrays, remat=remat, attention=attention)))(params)
     for remat in [*LADDER, "dots_offload"]
   }
   for remat, (value, grads) in found.items():

@@ -20,7 +20,9 @@ RULES = dict(decay_rules=((".*norm", 0.0), (".*", 1.0)), rate_rules=((".*", 1.0)
 
 
 # A large eps: with a small one Adam turns the rounding of a gradient near zero into a whole step.
-def build(spec, *, microbatches=1, z_loss=0.0, clip_norm=1.0, frozen=(), source_weights=(1.0, 1.0)):
+def build(
+  spec, *, microbatches=1, z_loss=0.0, clip_norm=1.0, frozen=(), source_weights=(1.0, 1.0), mu_dtype="float32", sums="float32"
+):
   rates = schedule.make(
     "rewarm",
     num_steps=10,
@@ -34,7 +36,8 @@ def build(spec, *, microbatches=1, z_loss=0.0, clip_norm=1.0, frozen=(), source_
     shape="linear",
   )
   params = transformer.init(spec, jax.random.key(0))
-  tx = optimizer.make(params, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=clip_norm, **{**RULES, "frozen": frozen})
+  rules = {**RULES, "frozen": frozen}
+  tx = optimizer.make(params, b1=0.9, b2=0.95, eps=1e-3, mu_dtype=mu_dtype, weight_decay=0.1, clip_norm=clip_norm, **rules)
   update = step.make_train_step(
     spec,
     tx,
@@ -43,6 +46,7 @@ def build(spec, *, microbatches=1, z_loss=0.0, clip_norm=1.0, frozen=(), source_
     microbatches=microbatches,
     z_loss=z_loss,
     frozen=frozen,
+    accumulate_dtype=sums,
   )
   return state.create(params, tx), jax.jit(update), rates
 
@@ -109,6 +113,16 @@ def test_every_mesh_trains_as_one_device_does(tiny_spec, random_batch, axes):
     spread, eight = train(tiny_spec, batches, place=lambda b: mesh_lib.to_global(mesh, b))
   assert_close(spread.params, alone.params, rtol=1e-4, atol=1e-5)
   assert_close(eight, one, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_moments_and_sums_train_as_float32_does_within_half_a_percent(tiny_spec, random_batch):
+  batches = [random_batch(seed % 3) for seed in range(30)]  # three batches, learnt by heart
+  _, full = train(tiny_spec, batches, microbatches=4)
+  now, half = train(tiny_spec, batches, microbatches=4, mu_dtype="bfloat16", sums="bfloat16")
+  full, half = (np.array([m.sums.loss_M.sum() / m.sums.tokens_M.sum() for m in each]) for each in (full, half))
+  assert full[-1] < 0.97 * full[0]
+  np.testing.assert_allclose(half, full, rtol=5e-3)
+  assert (half != full).any() and {str(x.dtype) for x in jax.tree.leaves(now.params)} == {"float32"}
 
 
 def test_rows_of_padding_change_nothing(tiny_spec, random_batch):
