@@ -116,28 +116,6 @@ def test_what_stands_in_the_padding_changes_nothing_and_is_finite(params):
   assert np.isfinite(changed).all()
 
 
-def test_remat_policies_give_the_same_gradients(params):
-  batch = packed(5, 6)
-
-  def gradient(remat):
-    return jax.jit(jax.grad(lambda p: jnp.sum(logits(p, SPEC, *batch, remat=remat) ** 2)))(params)
-
-  expected = gradient("none")
-  for remat in ("dots", "full"):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), gradient(remat), expected)
-
-
-def test_remat_keeps_less(params):
-  batch = packed(5, 6)
-
-  def saved_numbers(remat):
-    _, pullback = jax.vjp(lambda p: logits(p, SPEC, *batch, remat=remat), params)
-    return sum(x.size for x in jax.tree.leaves(pullback) if hasattr(x, "size"))
-
-  assert saved_numbers("dots") < 0.8 * saved_numbers("none")
-  assert saved_numbers("full") < 0.8 * saved_numbers("dots")
-
-
 def test_bfloat16_computes_near_float32_and_returns_float32_logits(params):
   batch = packed(12)
   full, low = (logits(params, SPEC, *batch, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))

@@ -35,7 +35,7 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, dtype: jnp.dtype) -> jax
 def project(
   equation: str, x: jax.Array, parameter: jax.Array, axes: tuple[str, ...], *, to: tuple[str | None, ...] | None = None
 ) -> jax.Array:
-  """`einsum` of `x` and a parameter of these logical axes, which is cast to the dtype of `x` and gathered; `to` as in mesh.einsum.
+  """`einsum` of `x` and a parameter of these logical axes, which is cast like `x` and gathered; `to` as in mesh.einsum.
 
   The backward pass casts and gathers once more: what all layers had kept until then would be a second, whole model.
   """

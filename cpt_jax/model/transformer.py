@@ -42,7 +42,7 @@ def _policy(remat: str) -> Callable[..., Any]:
 
 
 def kept_bytes(spec: ModelSpec, remat: str, *, itemsize: int, tensor: int = 1) -> float:
-  """Bytes that a position keeps of each layer on each of `tensor` devices, as config.py has them; `itemsize` of the compute dtype.
+  """Bytes that a position keeps of each layer on each of `tensor` devices, by config.py; `itemsize` of the compute dtype.
 
   "none" keeps a little more where queries and keys have norms or biases.
   """

@@ -138,6 +138,8 @@ class _Needed(ocp.training.preservation_policies.PreservationPolicy):
 
 def _difference_lines(difference: trees.Diff) -> list[str]:
   lines = [f"  missing: {path}" for path in difference.missing] + [f"  extra: {path}" for path in difference.extra]
+  if any(".mu." in line for line in difference.reshaped):
+    lines.append("  (moments of another dtype: give optimizer.mu_dtype as it was then, or start.optimizer=reset)")
   return lines + [f"  reshaped: {line}" for line in difference.reshaped]
 
 
