@@ -174,8 +174,21 @@ def default() -> Any:
   # Start from scratch: a Hugging Face config.json (path of the file) that says the architecture.
   c.model.scratch = ""
   c.model.compute_dtype = "auto"  # auto (bfloat16 on GPU and TPU, float32 on CPU), float32, bfloat16
-  c.model.remat = "none"  # what the backward pass recomputes: none, dots (all but matrix products), full (all of a layer)
-  c.model.attention = "auto"  # auto, plain, blockwise (memory linear in row length)
+  # What the forward pass keeps of each layer for the backward pass, which computes the rest again, from most memory to least. With
+  # width D, mlp width F, N and K query and key/value heads of H, c bytes of a number of compute_dtype, a position keeps (bytes)
+  #   none            16D + c(2D + (3N+2K)H + 3F) + 4N + 16   all that derivatives read; casts of parameters are made again
+  #   dots            c(2D + (2N+2K)H + 2F) + 4N   products with parameters and what was attended: norms, rotations, gates again
+  #   attention_dots  c(2D + (2N+2K)H) + 4N        those of the attention: the mlp's first two products again, too
+  #   attended        c(D + NH) + 4N               what was attended: all products but the mlp's last again, but not attention
+  #   full            cD                           the layer's input: the whole layer again
+  # and dots_offload, attention_dots_offload, attended_offload, full_offload: the same, but it waits in the host's memory, where a
+  # GPU or TPU fetches it from; a CPU has no other memory, and runs them (and says so) as the choice without _offload.
+  c.model.remat = "none"
+  # auto (the fastest that can run here), plain, blockwise (memory linear in row length; any chip), flash and cudnn (NVIDIA GPUs),
+  # splash (TPU). One that cannot run gives way to the next with a warning that says why.
+  c.model.attention = "auto"
+  # The layers in a loop, which compiles once for any depth; False: each by itself, faster steps on GPUs and a longer start.
+  c.model.scan = True
   # Positions of each device, whatever rows they are in, whose logits exist at once; 0 = 256 on CPU, 4096 on GPU and TPU.
   c.model.loss_chunk = 0
 
@@ -201,6 +214,8 @@ def default() -> Any:
   c.train.length = "1000 steps"  # duration: steps or tokens
   c.train.batch_rows = 8  # rows in a step, B, over all devices
   c.train.microbatches = 1  # gradient accumulation: the step's rows in this many parts
+  # What the sum over microbatches is kept in: float32, or bfloat16 (2 bytes a parameter less, rounded after each part)
+  c.train.accumulate_dtype = "float32"
   c.train.z_loss = 0.0  # weight of the squared log-partition (PaLM 2204.02311 sec. 5 uses 1e-4)
 
   c.schedule = ConfigDict()
@@ -219,6 +234,7 @@ def default() -> Any:
   c.optimizer.b1 = 0.9
   c.optimizer.b2 = 0.95
   c.optimizer.eps = 1e-8
+  c.optimizer.mu_dtype = "float32"  # what the first moment is kept in: float32, or bfloat16 (2 bytes a parameter less)
   c.optimizer.weight_decay = 0.1
   c.optimizer.clip_norm = 1.0  # global norm of the gradient; 0 = no clipping
   # Path rules (pattern, multiplier), first full match of the leaf's path wins, every leaf must match one.
@@ -283,11 +299,14 @@ def default() -> Any:
 CHOICES = {
   "start.optimizer": ("keep", "reset"),
   "model.compute_dtype": ("auto", "float32", "bfloat16"),
-  "model.remat": ("none", "dots", "full"),
-  "model.attention": ("auto", "plain", "blockwise"),
+  "model.remat": ("none", "dots", "attention_dots", "attended", "full")
+  + ("dots_offload", "attention_dots_offload", "attended_offload", "full_offload"),
+  "model.attention": ("auto", "plain", "blockwise", "flash", "cudnn", "splash"),
   "data.packing": ("concat", "best_fit", "pad"),
   "data.split_positions": ("restart", "continue"),
   "data.on_bad": ("skip", "fail"),
+  "train.accumulate_dtype": ("float32", "bfloat16"),
+  "optimizer.mu_dtype": ("float32", "bfloat16"),
   "guard.on_collapse": ("stop", "hold", "rewind"),
   "guard.on_spike": ("skip", "stop", "hold", "rewind"),
   "schedule.name": ("constant", "linear", "cosine", "wsd", "rewarm", "infinite"),

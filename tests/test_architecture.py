@@ -9,16 +9,17 @@ import pytest
 
 # A module imports from its own layer or a lower one; inside a layer only what comes before it.
 LAYERS = [
-  ["durations", "config", "journal"],
+  ["durations", "config", "journal", "environment"],
   ["trees", "hosts", "mesh"],
   ["data.batch", "data.documents", "data.tokenizer", "data.chat", "data.store", "data.decontaminate", "data.prepare"]
   + ["data.cluster", "data.sources", "data.selection", "data.packing", "data.shuffle", "data.quotas", "data.mixture"]
   + ["data.order", "data.pipeline", "data.excerpts"],
-  ["model.spec", "model.rope", "model.layers", "model.attention", "model.transformer", "model.loss", "model.hf_files"]
+  ["model.spec", "model.rope", "model.layers", "model.visible", "model.blockwise", "model.flash", "model.cudnn"]
+  + ["model.splash", "model.attention", "model.transformer", "model.loss", "model.hf_files"]
   + ["model.pretrained"],
   ["evals.perplexity", "evals.drift"],
-  ["train.schedule", "train.optimizer", "train.state", "train.step", "train.guard", "train.checkpoint", "train.start"]
-  + ["train.metrics", "train.console", "train.loop", "train.dry_run"],
+  ["train.schedule", "train.optimizer", "train.state", "train.step", "train.hlo", "train.memory", "train.guard"]
+  + ["train.checkpoint", "train.start", "train.metrics", "train.console", "train.loop", "train.dry_run"],
   ["analysis.runs", "analysis.corpus", "analysis.diagnosis", "analysis.report", "laws.fit", "laws.curves", "laws.annealing"]
   + ["laws.cpt_law", "laws.separable", "laws.change", "laws.cells", "laws.replay", "laws.domain", "laws.dcpt", "laws.cmr"]
   + ["laws.mixing", "laws.transfer", "laws.choose", "laws.recommend", "laws.plots"],

@@ -134,7 +134,7 @@ def test_remat_keeps_less(params):
     _, pullback = jax.vjp(lambda p: logits(p, SPEC, *batch, remat=remat), params)
     return sum(x.size for x in jax.tree.leaves(pullback) if hasattr(x, "size"))
 
-  assert saved_numbers("dots") < 0.7 * saved_numbers("none")
+  assert saved_numbers("dots") < 0.8 * saved_numbers("none")
   assert saved_numbers("full") < 0.8 * saved_numbers("dots")
 
 

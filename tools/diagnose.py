@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a clone that is not installed
 
 from cpt_jax import config as config_lib
-from cpt_jax import durations
+from cpt_jax import durations, environment
 from cpt_jax.analysis import diagnosis
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.data import documents, prepare
@@ -423,6 +423,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "cpt_jax" / "jax"))
-  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+  environment.prepare(os.environ)
   app.run(main)

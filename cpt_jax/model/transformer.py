@@ -6,25 +6,61 @@ only declare them. Called by train.step, train.state, evals and model.pretrained
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from cpt_jax import mesh
 from cpt_jax.model import attention as attention_lib
 from cpt_jax.model import layers, rope
 from cpt_jax.model.spec import ModelSpec
+from cpt_jax.model.visible import KEPT
 
-# What the backward pass keeps of a layer: the products with parameters and what was attended, or only the layer's input.
-_REMAT = {
-  "dots": jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(attention_lib.KEPT),
-  ),
-  "full": jax.checkpoint_policies.nothing_saveable,
-}
+# What the backward pass finds kept of each layer, by the names that the layer gives; the rest is computed again from its input.
+_MLP = ("gate", "up")
+_ATTENTION = ("q", "k", "v", KEPT, "out")
+_KEPT = {"dots": _ATTENTION + _MLP, "attention_dots": _ATTENTION, "attended": (KEPT,), "full": ()}
+_OFFLOAD = "_offload"
+
+
+def _policy(remat: str) -> Callable[..., Any]:
+  """What jax.checkpoint keeps, for a choice of model.remat."""
+  policies = jax.checkpoint_policies
+  kept = _KEPT[remat.removesuffix(_OFFLOAD)]
+  if not remat.endswith(_OFFLOAD):
+    return policies.save_only_these_names(*kept)
+  return policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=["input", *kept],
+    offload_src="device",
+    offload_dst="pinned_host",
+  )
+
+
+def kept_bytes(spec: ModelSpec, remat: str, *, itemsize: int, tensor: int = 1) -> float:
+  """Bytes that a position keeps of each layer on each of `tensor` devices, as config.py has them; `itemsize` of the compute dtype.
+
+  "none" keeps a little more where queries and keys have norms or biases.
+  """
+  D, F = spec.width, spec.mlp_width / tensor
+  NH, KH = (heads * spec.head_dim / tensor for heads in (spec.num_heads, spec.num_kv_heads))
+  log_sums = 4 * spec.num_heads / tensor
+  if remat == "none":
+    return 16 * D + itemsize * (2 * D + 3 * NH + 2 * KH + 3 * F) + log_sums + 16
+  if remat.endswith(_OFFLOAD):
+    return 0.0
+  widths = {"q": NH, "k": KH, "v": KH, "out": D, "gate": F, "up": F, KEPT: NH}
+  kept = _KEPT[remat]
+  return itemsize * (D + sum(widths[name] for name in kept)) + (log_sums if KEPT in kept else 0)
+
+
+def on_platform(remat: str, platform: str) -> str:
+  """The same choice of model.remat where it can be had: a CPU's memory is the host's, so there is nowhere else to keep things."""
+  return remat.removesuffix(_OFFLOAD) if platform == "cpu" else remat
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, *axes: str) -> nnx.Param:
@@ -124,47 +160,63 @@ def apply(
   compute_dtype: Any,
   remat: str = "none",
   attention: str = "auto",
+  max_documents: int | None = None,
+  scan: bool = True,
 ) -> jax.Array:
   """Hidden states after the final norm, [B, T, D] in `compute_dtype`.
 
-  `remat`: "none", "dots" or "full"; `attention`: as `attention.attend`. Norms, softmax and rotations are in float32.
+  `remat`: as config.py lists them; `attention`, `max_documents`: as `attention.attend`. Norms, softmax and rotations: float32.
   """
   tokens_BT, positions_BT, segments_BT = (mesh.constrain(x, "batch", "seq") for x in (tokens_BT, positions_BT, segments_BT))
   rotation = rope.tables(spec, positions_BT)
-  axes = {name: names[1:] for name, names in logical_axes(spec)["layers"].items()}
-  windows = spec.windows_at(tokens_BT.shape[1])
+  # Programs are made for the different windows, and each layer says which is its own.
+  windows = [window or tokens_BT.shape[1] for window in spec.windows_at(tokens_BT.shape[1])]
+  different = tuple(sorted(set(windows)))
+  attend = functools.partial(
+    attention_lib.attend, segments_BT=segments_BT, kind=attention, windows=different, max_documents=max_documents
+  )
 
   def layer(x_BTD, stacked):
-    weights, window = stacked
-    # Cast before gathering, layer by layer: half the traffic, and never a second copy of the whole model. Norms stay float32.
-    dtypes = {name: jnp.float32 if name.endswith("norm") else compute_dtype for name in weights}
-    weights = {name: mesh.gathered(w.astype(dtypes[name]), *axes[name]) for name, w in weights.items()}
-    x_BTD = x_BTD + _attention(weights, spec, x_BTD, rotation, segments_BT, kind=attention, window=window)
-    normed_BTD = layers.rms_norm(x_BTD, weights["mlp_norm"], eps=spec.norm_eps)
+    weights, layer_window = stacked
+    x_BTD = checkpoint_name(x_BTD, "input")
+    x_BTD = x_BTD + _attention(weights, spec, x_BTD, rotation, functools.partial(attend, layer_window=layer_window))
+    normed_BTD = layers.rms_norm(x_BTD, mesh.gathered(weights["mlp_norm"], "embed"), eps=spec.norm_eps)
     return x_BTD + layers.swiglu(normed_BTD, weights["w_gate"], weights["w_up"], weights["w_down"]), None
 
   if remat != "none":
-    layer = jax.checkpoint(layer, policy=_REMAT[remat], prevent_cse=False)
+    layer = jax.checkpoint(layer, policy=_policy(remat), prevent_cse=False)
   hidden_BTD = layers.embed(params["embedding"], tokens_BT, dtype=compute_dtype)
-  window_L = jnp.asarray([w or tokens_BT.shape[1] for w in windows], jnp.int32) if windows else None
-  hidden_BTD, _ = jax.lax.scan(layer, hidden_BTD, (params["layers"], window_L))
+  layer_windows = [different.index(w) for w in windows] or [0] * spec.num_layers
+  if scan:
+    hidden_BTD, _ = jax.lax.scan(layer, hidden_BTD, (params["layers"], jnp.asarray(layer_windows, jnp.int32)))
+  else:
+    for stacked in zip(_unstacked(params["layers"], spec.num_layers), layer_windows, strict=True):
+      hidden_BTD, _ = layer(hidden_BTD, stacked)
   return layers.rms_norm(hidden_BTD, mesh.gathered(params["final_norm"], "embed"), eps=spec.norm_eps)
 
 
-def _attention(weights, spec: ModelSpec, x_BTD, rotation, segments_BT, *, kind, window) -> jax.Array:
-  normed_BTD = layers.rms_norm(x_BTD, weights["attn_norm"], eps=spec.norm_eps)
-  q_BTNH = jnp.einsum("BTD,DNH->BTNH", normed_BTD, weights["wq"])
-  k_BTKH = jnp.einsum("BTD,DKH->BTKH", normed_BTD, weights["wk"])
-  v_BTKH = jnp.einsum("BTD,DKH->BTKH", normed_BTD, weights["wv"])
+def _unstacked(stacked: dict[str, jax.Array], num_layers: int) -> list[dict[str, jax.Array]]:
+  """The parameters of each layer. A split, whose gradient is one concatenation; that of an index is a whole stack of zeros."""
+  parts = {name: jax.lax.split(x, (1,) * num_layers) for name, x in stacked.items()}
+  return [{name: parts[name][index].squeeze(0) for name in stacked} for index in range(num_layers)]
+
+
+def _attention(weights, spec: ModelSpec, x_BTD, rotation, attend: Callable[..., jax.Array]) -> jax.Array:
+  normed_BTD = layers.rms_norm(x_BTD, mesh.gathered(weights["attn_norm"], "embed"), eps=spec.norm_eps)
+  q_BTNH = layers.project("BTD,DNH->BTNH", normed_BTD, weights["wq"], ("embed", "heads", "head_dim"))
+  k_BTKH = layers.project("BTD,DKH->BTKH", normed_BTD, weights["wk"], ("embed", "kv_heads", "head_dim"))
+  v_BTKH = layers.project("BTD,DKH->BTKH", normed_BTD, weights["wv"], ("embed", "kv_heads", "head_dim"))
   if spec.qkv_bias:
-    q_BTNH, k_BTKH = q_BTNH + weights["bq"][None, None], k_BTKH + weights["bk"][None, None]
-    v_BTKH = v_BTKH + weights["bv"][None, None]
+    bq_NH, bk_KH, bv_KH = (weights[name].astype(x_BTD.dtype) for name in ("bq", "bk", "bv"))
+    q_BTNH, k_BTKH, v_BTKH = q_BTNH + bq_NH[None, None], k_BTKH + bk_KH[None, None], v_BTKH + bv_KH[None, None]
+  q_BTNH, k_BTKH, v_BTKH = checkpoint_name(q_BTNH, "q"), checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v")
   if spec.qk_norm:
     q_BTNH = layers.rms_norm(q_BTNH, weights["q_norm"], eps=spec.norm_eps)
     k_BTKH = layers.rms_norm(k_BTKH, weights["k_norm"], eps=spec.norm_eps)
   q_BTNH, k_BTKH = rope.rotate(q_BTNH, *rotation), rope.rotate(k_BTKH, *rotation)
-  out_BTNH = attention_lib.attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, kind=kind, window=window)
-  return mesh.einsum("BTNH,NHD->BTD", out_BTNH, weights["wo"], to=("batch", "seq", None))
+  out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
+  out_BTD = layers.project("BTNH,NHD->BTD", out_BTNH, weights["wo"], ("heads", "head_dim", "embed"), to=("batch", "seq", None))
+  return checkpoint_name(out_BTD, "out")
 
 
 def head(params: dict[str, Any], spec: ModelSpec, *, dtype: Any) -> jax.Array:

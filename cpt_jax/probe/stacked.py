@@ -21,7 +21,8 @@ from cpt_jax.config import ConfigError
 from cpt_jax.data.batch import Batch
 from cpt_jax.evals import drift, perplexity
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.train import checkpoint, dry_run, guard, loop, metrics, start, state, step
+from cpt_jax.train import checkpoint, guard, loop, metrics, start, state, step
+from cpt_jax.train import memory as memory_lib
 
 # Bytes of a parameter while it is trained: itself, two moments, its gradient, its update, all float32.
 _BYTES_PER_PARAMETER = 5 * 4
@@ -144,7 +145,7 @@ def run_stack(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: 
 def how_many(config: Any) -> int:
   """Trials of this config that one device holds at once: as many as its memory has room for; 1 on a CPU, which gains little.
 
-  By arithmetic: parameters, moments, gradients and updates in float32, and the activations that train.dry_run counts, in
+  By arithmetic: parameters, moments, gradients and updates in float32, and the activations that train.memory counts, in
   _MEMORY_FRAC of the memory that the device says it has.
   """
   memory = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
@@ -152,7 +153,7 @@ def how_many(config: Any) -> int:
     return 1
   inputs = loop.open_inputs(config)
   sizes, itemsize = _one_device(), step.settings_from_config(inputs.config).compute_dtype.itemsize
-  activations = dry_run.activation_bytes(inputs.config, inputs.spec, sizes, itemsize)
+  activations = memory_lib.kept_bytes(inputs.config, inputs.spec, sizes, itemsize)
   one = spec_lib.num_parameters(inputs.spec) * _BYTES_PER_PARAMETER + activations
   return max(1, int(_MEMORY_FRAC * memory["bytes_limit"] / one))
 

@@ -67,7 +67,7 @@ def count(n: float) -> str:
 def size(num_bytes: float) -> str:
   """Bytes for people, in powers of 1024."""
   for scale, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-    if num_bytes >= scale:
+    if abs(num_bytes) >= scale:
       return f"{num_bytes / scale:.2f} {unit}"
   return f"{num_bytes:.0f} B"
 

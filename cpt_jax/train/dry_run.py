@@ -1,20 +1,22 @@
-"""A config -> what the run would do, said without a device and without training.
+"""A config -> what the run would do, said without data on a device and without training.
 
-Invariant: every figure comes from the code that the run uses (the same opened inputs, schedule, groups and shardings).
-Called by main; its arithmetic by probe.stacked, too.
+Invariant: every figure comes from the code that the run uses (the same opened inputs, schedule, groups, shardings and step).
+Called by main.
 """
 
 import math
 import pathlib
+import subprocess
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from cpt_jax import config as config_lib
 from cpt_jax import mesh as mesh_lib
 from cpt_jax import trees
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.train import console, guard, loop, optimizer, schedule, state, step
+from cpt_jax.train import console, guard, loop, memory, optimizer, schedule, state, step
 
 
 def describe(config: Any, workdir: pathlib.Path) -> int:
@@ -45,7 +47,8 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
   with jax.sharding.use_abstract_mesh(mesh):
     abstract = state.abstract(spec, inputs.tx)
     _groups(config, abstract.params)
-    _placement(abstract, config, spec, sizes)
+    _placement(abstract)
+  _memory(inputs, abstract, sizes)
   _events(inputs, num_steps)
   console.say("\ndry run: nothing was trained. Without --dry_run this command trains.")
   return loop.EXIT_DONE
@@ -113,48 +116,92 @@ def _groups(config: Any, params: Any) -> None:
   )
 
 
-def _placement(abstract: state.TrainState, config: Any, spec: spec_lib.ModelSpec, sizes: dict[str, int]) -> None:
+def _placement(abstract: state.TrainState) -> None:
   rows = []
   for path, leaf in trees.paths(abstract.params).items():
-    rows.append([path, f"{leaf.dtype}{list(leaf.shape)}", str(leaf.sharding.spec), console.size(_shard_bytes(leaf))])
+    rows.append([path, f"{leaf.dtype}{list(leaf.shape)}", str(leaf.sharding.spec), console.size(memory.shard_bytes(leaf))])
   console.table("parameters and where they live", ["leaf", "shape", "sharding", "per device"], rows, left=3)
 
-  params = sum(map(_shard_bytes, jax.tree.leaves(abstract.params)))
-  moments = sum(map(_shard_bytes, jax.tree.leaves(abstract.opt_state)))
-  dtype = step.settings_from_config(config).compute_dtype
-  activations = activation_bytes(config, spec, sizes, dtype.itemsize)
+
+def _memory(inputs: loop.Inputs, abstract: state.TrainState, sizes: dict[str, int]) -> None:
+  """The classes of the step as it is compiled for this mesh; by arithmetic where it cannot be."""
+  config = inputs.config
+  if note := step.remat_note(config):
+    console.say(f"remat    {note}")
+  found, compiled_for = _compiled(inputs, sizes)
+  if isinstance(found, str):
+    console.say(f"memory   by arithmetic, {found}")
+    _arithmetic(config, inputs.spec, abstract, sizes)
+    return
+  dtype = step.settings_from_config(config).compute_dtype.name
   console.table(
-    "memory of one device (arithmetic; the compiler's own temporaries come on top)",
+    f"memory of one device when a step needs most, compiled for {compiled_for}",
+    ["what", "size", ""],
+    [
+      ["parameters, float32", console.size(found.parameters), ""],
+      [f"moments, the first in {config.optimizer.mu_dtype}", console.size(found.moments), ""],
+      ["gradients", console.size(found.gradients), ""],
+      ["new parameters and moments beside the old", console.size(found.update), f"{console.size(found.donated)} in their place"],
+      [f"activations of all layers kept for the backward pass, {dtype}", console.size(found.kept), f"remat {config.model.remat}"],
+      ["activations of the layer at work, and the rest", console.size(found.layer), ""],
+      ["loss", console.size(found.loss), f"chunks of {config.model.loss_chunk or config.data.row_len}"],
+      ["batch", console.size(found.batch), ""],
+      ["packing: gaps, or (below 0) memory used twice", console.size(found.packing), ""],
+      ["the step, by the compiler", console.size(found.total), ""],
+      *([["of the host's memory, by offloading", console.size(found.host), ""]] if found.host else []),
+    ],
+    left=1,
+  )
+  base = found.parameters  # in bfloat16 where the base was stored so
+  peak, has = found.total + base, memory.device_bytes()
+  console.say(f"peak     {console.size(peak)} of a device: the step, and up to {console.size(base)} of the base, for drift")
+  if has is not None and peak <= has:
+    console.say(f"         fits: a device has {console.size(has)}")
+  elif has is not None:
+    console.say(f"         does NOT fit: a device has {console.size(has)}. Try {memory.what_to_change(found, config)}")
+
+
+def _compiled(inputs: loop.Inputs, sizes: dict[str, int]) -> tuple[memory.Memory | str, str]:
+  """The classes and the devices that the step was compiled for, or why it was not."""
+  needed, devices = math.prod(sizes.values()), jax.devices()
+  platform = devices[0].platform
+  arguments = dict(source_weights=inputs.loader.loss_weights)
+  try:
+    if needed <= len(devices):
+      with jax.set_mesh(mesh_lib.make_mesh(**sizes, devices=devices[:needed])):
+        found = memory.of_step(inputs.config, inputs.spec, **arguments)
+    elif platform == "cpu":
+      found = memory.of_step_elsewhere(inputs.config, inputs.spec, sizes=sizes, **arguments)
+    else:
+      here = f"{len(devices)} of the {needed} devices of this mesh are here"
+      return f"since {here}; tools/aot_compile.py compiles for devices that are not", ""
+  except subprocess.CalledProcessError as error:
+    return f"since the step did not compile for {needed} CPU devices: {error.stderr.decode().strip().splitlines()[-1]}", ""
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return f"since the compiler finds no room for the step: {str(error).splitlines()[0]}", ""
+  return found, f"{needed} x {devices[0].device_kind}"
+
+
+def _arithmetic(config: Any, spec: spec_lib.ModelSpec, abstract: state.TrainState, sizes: dict[str, int]) -> None:
+  params, moments = (sum(map(memory.shard_bytes, jax.tree.leaves(tree))) for tree in (abstract.params, abstract.opt_state))
+  dtype = step.settings_from_config(config).compute_dtype
+  parts = 0 if config.train.microbatches == 1 else jnp.dtype(config.train.accumulate_dtype).itemsize
+  console.table(
+    "memory of one device (the layer at work, the loss and gaps come on top)",
     ["what", "size"],
     [
       ["parameters, float32", console.size(params)],
-      ["optimizer state", console.size(moments)],
-      ["gradients, float32", console.size(params * (1 if config.train.microbatches == 1 else 2))],
+      [f"moments, the first in {config.optimizer.mu_dtype}", console.size(moments)],
+      ["gradients, float32, and their sum over microbatches", console.size(params + params // 4 * parts)],
       ["base's parameters for drift, at most", console.size(params)],
-      [f"activations kept for the backward pass, {dtype.name}, remat {config.model.remat}", console.size(activations)],
+      [
+        f"activations of all layers kept for the backward pass, {dtype.name}, remat {config.model.remat}",
+        console.size(memory.kept_bytes(config, spec, sizes, dtype.itemsize)),
+      ],
     ],
   )
-
-
-def _shard_bytes(leaf: Any) -> int:
-  return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-
-def activation_bytes(config: Any, spec: spec_lib.ModelSpec, sizes: dict[str, int], itemsize: int) -> int:
-  """Inputs that the layers keep for the backward pass, per microbatch and device.
-
-  full: the layer's input. dots: that and the outputs of its products. none: those, the norms' and the gate's results as well;
-  without a fused kernel also the scores, [rows, heads, row, row].
-  """
-  rows = config.train.batch_rows // config.train.microbatches / (sizes["data"] * sizes["fsdp"])
-  positions = rows * config.data.row_len / sizes["context"]
-  heads = spec.head_dim * (spec.num_heads + 2 * spec.num_kv_heads) / sizes["tensor"]
-  products = heads + 2 * spec.mlp_width / sizes["tensor"] + 2 * spec.width
-  width = {"full": spec.width, "dots": spec.width + products}.get(
-    config.model.remat, 5 * spec.width + 2 * products + 2 * spec.mlp_width / sizes["tensor"]
-  )
-  scores = positions * config.data.row_len * spec.num_heads / sizes["tensor"] if config.model.remat == "none" else 0.0
-  return int(spec.num_layers * (positions * width + scores) * itemsize)
 
 
 def _events(inputs: loop.Inputs, num_steps: int) -> None:

@@ -135,9 +135,10 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
     heldout = {name: loader.heldout_rows(name, max_tokens=config.eval.tokens, rows=my_eval_rows) for name in loader.names}
 
     # ---- 4. compile: at first use, from the cache when this program was compiled before ----
-    settings = step.settings_from_config(config)
+    settings = step.settings_from_config(config, max_documents=max(held.max_documents for held in heldout.values()))
     jit = jax.jit if not config.debug.no_jit else lambda f, **_: f
-    train_step = jit(step.from_config(config, spec, tx, source_weights=loader.loss_weights), donate_argnums=0)
+    update = step.from_config(config, spec, tx, source_weights=loader.loss_weights, max_documents=loader.max_documents)
+    train_step = jit(update, donate_argnums=0)
     eval_step = jit(step.make_eval_step(spec, settings=settings, num_sources=len(loader.names)))
 
     def to_device(batch: Batch, num_rows: int = eval_rows) -> Batch:
@@ -150,6 +151,8 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
     checkpoints = checkpoint.from_config(config, workdir)
     described = begin.describe(optimizer=config.start.optimizer)
     console.header(config, workdir, spec, mesh, described, num_parameters=spec_lib.num_parameters(spec))
+    if note := step.remat_note(config):
+      console.say(f"remat    {note}")
     console.guards(config, loader, decisions, asked)
     console.data_changes(loader, rate=float(rates(begin.step)))
     meta = checkpoints.meta(begin.checkpoint) if begin.kind == "run" else {}

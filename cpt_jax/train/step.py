@@ -35,6 +35,8 @@ class ModelSettings(NamedTuple):
   remat: str
   attention: str
   loss_chunk: int
+  max_documents: int | None = None  # in a row; None = not known
+  scan: bool = True
 
 
 # Each chunk reads and writes the head's float32 gradient once more: 8 bytes for 6 operations times the chunk's positions, so with
@@ -43,28 +45,41 @@ class ModelSettings(NamedTuple):
 _LOSS_CHUNK = {"cpu": 256}
 
 
-def settings_from_config(config: Any) -> ModelSettings:
-  """`auto` computes in bfloat16 where the chip has units for it: GPU and TPU."""
-  dtype = config.model.compute_dtype
+def settings_from_config(config: Any, *, max_documents: int | None = None) -> ModelSettings:
+  """`auto` computes in bfloat16 where the chip has units for it: GPU and TPU. What cannot be offloaded stays on the device."""
+  c, platform = config.model, mesh.platform()
+  dtype = c.compute_dtype
   if dtype == "auto":
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  chunk = config.model.loss_chunk or _LOSS_CHUNK.get(jax.default_backend(), 4096)
-  return ModelSettings(jnp.dtype(dtype), config.model.remat, config.model.attention, chunk)
+    dtype = "float32" if platform == "cpu" else "bfloat16"
+  remat, chunk = transformer.on_platform(c.remat, platform), c.loss_chunk or _LOSS_CHUNK.get(platform, 4096)
+  return ModelSettings(jnp.dtype(dtype), remat, c.attention, chunk, max_documents, c.scan)
+
+
+def remat_note(config: Any) -> str:
+  """A line for people where model.remat is not what is run; empty where it is."""
+  asked, run = config.model.remat, settings_from_config(config).remat
+  return "" if run == asked else f"{asked}: a CPU's memory is the host's, so what would be sent there stays, as with {run}"
 
 
 TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, StepMetrics]]
 
 
 def from_config(
-  config: Any, spec: ModelSpec, optimizer: optax.GradientTransformation, *, source_weights: Sequence[float]
+  config: Any,
+  spec: ModelSpec,
+  optimizer: optax.GradientTransformation,
+  *,
+  source_weights: Sequence[float],
+  max_documents: int | None = None,
 ) -> TrainStep:
-  """The update that a config asks for; `source_weights` as in `make_train_step`."""
+  """The update that a config asks for; `source_weights` as in `make_train_step`, `max_documents` as in `ModelSettings`."""
   return make_train_step(
     spec,
     optimizer,
-    settings=settings_from_config(config),
+    settings=settings_from_config(config, max_documents=max_documents),
     source_weights=source_weights,
     microbatches=config.train.microbatches,
+    accumulate_dtype=config.train.accumulate_dtype,
     z_loss=config.train.z_loss,
     frozen=config.optimizer.frozen,
   )
@@ -81,6 +96,8 @@ def hidden_states(params: Any, batch: Batch, spec: ModelSpec, *, settings: Model
     compute_dtype=settings.compute_dtype,
     remat=settings.remat,
     attention=settings.attention,
+    max_documents=settings.max_documents,
+    scan=settings.scan,
   )
 
 
@@ -93,6 +110,7 @@ def make_train_step(
   microbatches: int,
   z_loss: float,
   frozen: Sequence[str] = (),
+  accumulate_dtype: str = "float32",
 ) -> TrainStep:
   """The update `train_step(state, batch, rate)` as a pure function; the caller jits it and donates the state.
 
@@ -115,7 +133,8 @@ def make_train_step(
     params = trees.map_with_path(lambda path, p: jax.lax.stop_gradient(p) if is_frozen(path) else p, params)
     hidden_BTD = hidden_states(params, batch, spec, settings=settings)
     chunk = settings.loss_chunk
-    return loss.objective(params, spec, hidden_BTD, batch, source_weights=weights_M, z_loss=z_loss, chunk=chunk)
+    with jax.named_scope("loss"):  # train.memory finds it by this name
+      return loss.objective(params, spec, hidden_BTD, batch, source_weights=weights_M, z_loss=z_loss, chunk=chunk)
 
   def is_frozen(path):
     return any(re.fullmatch(pattern, path) for pattern in frozen)
@@ -125,19 +144,21 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch, rate: Any) -> tuple[TrainState, StepMetrics]:
     if batch.weights_BT.size > np.iinfo(np.int32).max:
       raise ValueError(f"train.batch_rows x data.row_len = {batch.weights_BT.shape}: a step counts up to 2^31 - 1 positions")
-    grads, sums = accumulate(gradient, state.params, batch, microbatches=microbatches)
+    grads, sums = accumulate(gradient, state.params, batch, microbatches=microbatches, dtype=accumulate_dtype)
     tokens = jnp.sum(weights_M * sums.tokens_M.astype(jnp.float32))
     # A batch in which nothing has weight would divide by zero; its gradient is zero already.
     scale = 1.0 / jnp.where(tokens > 0, tokens, 1.0)
     grads = jax.tree.map(lambda g: g * scale, grads)
     rate = jnp.asarray(rate, jnp.float32)
-    updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, state.opt_state, state.params, rate=rate)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("update"):
+      updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, state.opt_state, state.params, rate=rate)
+      params = optax.apply_updates(state.params, updates)
     grad_norm = optax.tree.norm(grads)
     # A choice, not a branch: it joins the pass over the parameters that the update makes anyway.
     is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.loss_M).all()
     old, new = (state.params, state.opt_state), (params, opt_state)
-    params, opt_state = jax.tree.map(lambda a, b: jnp.where(is_finite, b, a), old, new)
+    with jax.named_scope("update"):
+      params, opt_state = jax.tree.map(lambda a, b: jnp.where(is_finite, b, a), old, new)
     return TrainState(state.step + 1, params, opt_state), StepMetrics(sums, grad_norm, rate)
 
   return train_step
@@ -157,8 +178,14 @@ def _relative(source_weights: Sequence[float]) -> np.ndarray:
   return (weights_M / largest).astype(np.float32)
 
 
-def accumulate(gradient: Callable, params: Any, batch: Batch, *, microbatches: int) -> tuple[Any, loss.Sums]:
-  """Sums of gradients and losses over `microbatches` parts of the batch, one after the other."""
+def accumulate(
+  gradient: Callable, params: Any, batch: Batch, *, microbatches: int, dtype: str = "float32"
+) -> tuple[Any, loss.Sums]:
+  """Sums of gradients and losses over `microbatches` parts of the batch, one after the other.
+
+  Gradients are float32 and added in float32; their sum waits for the next part in `dtype`. Each rounding to bfloat16 is off by up
+  to 1/256 of the sum, so after A parts a gradient may be off by about sqrt(A)/512 of its size, more where parts cancel.
+  """
   if microbatches == 1:
     return gradient(params, batch)
 
@@ -171,12 +198,13 @@ def accumulate(gradient: Callable, params: Any, batch: Batch, *, microbatches: i
   parts = jax.tree.map(split, batch)
 
   def add_part(total, part):
-    return jax.tree.map(jnp.add, total, gradient(params, part)), None
+    return jax.tree.map(lambda t, g: (t.astype(g.dtype) + g).astype(t.dtype), total, gradient(params, part)), None
 
   shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
-  zeros = (jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[1]))
-  total, _ = jax.lax.scan(add_part, zeros, parts)
-  return total
+  no_sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[1])
+  zeros = (jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params), no_sums)
+  (grads, sums), _ = jax.lax.scan(add_part, zeros, parts)
+  return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), sums
 
 
 def make_eval_step(spec: ModelSpec, *, settings: ModelSettings, num_sources: int) -> Callable[[Any, Batch], loss.Sums]:
