@@ -32,6 +32,7 @@ SECTIONS = {
   "memory": {"models"},
   "startup": {"starts", "is_shipped_base"},
 }
+SECTIONS["step_5m"] = SECTIONS["step"]
 HEADER = {
   "section",
   "quick",
@@ -247,8 +248,9 @@ def test_startup(bench):
 
 
 @pytest.mark.slow
-def test_step_without_peers(bench):
-  record, printed = bench("step", "--nopeers")
+@pytest.mark.parametrize("section", ["step", "step_5m"])
+def test_step_without_peers(bench, section):
+  record, printed = bench(section, "--nopeers")
   assert set(record["secs"]) == {"cpt_jax step", "cpt_jax loop"} and set(record["skipped"]) == {"HF Trainer", "HF model + AdamW"}
   assert record["loss_difference"]["cpt_jax loop"] < 1e-6
   assert len(record["samples"]["cpt_jax step"][0]["wall_secs"]) == record["steps"]["timed"]

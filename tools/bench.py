@@ -67,11 +67,15 @@ class Bench:
   @functools.cached_property
   def base(self) -> pathlib.Path:
     """The shipped base's architecture and tokenizer with random float32 weights, as a Hugging Face directory."""
+    return self.model("base")
+
+  def model(self, name: str, **changes: int) -> pathlib.Path:
+    """As `base`, with these keys of its config.json changed."""
     import jax
 
     from cpt_jax.model import pretrained, spec, transformer
 
-    hf_config = json.loads((_ROOT / "examples/base/config.json").read_text())
+    hf_config = json.loads((_ROOT / "examples/base/config.json").read_text()) | changes
     if self.quick:
       hf_config |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1)
       hf_config |= dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
@@ -79,9 +83,9 @@ class Bench:
     params = transformer.init(shape, jax.random.key(self.seed))
     with contextlib.redirect_stdout(io.StringIO()):
       pretrained.save_params(
-        params, shape, self.directory / "base", source_dir=_ROOT / "examples/base", hf_config=hf_config, dtype="float32"
+        params, shape, self.directory / name, source_dir=_ROOT / "examples/base", hf_config=hf_config, dtype="float32"
       )
-    return self.directory / "base"
+    return self.directory / name
 
   @functools.cached_property
   def texts(self) -> dict[str, pathlib.Path]:
@@ -121,12 +125,22 @@ class Bench:
 
 def measure_step(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
   """Seconds of a training step on equal terms: cpt_jax's bare step and loop, Hugging Face's bare model and Trainer."""
-  rows, row_len = (2, 64) if bench.quick else (16, 256)
+  return _measure_step(bench, bench.base, rows=16)
+
+
+def measure_step_5m(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
+  """The same for a model of 5.0M parameters, wider and with fewer rows, where products weigh more."""
+  heads = dict(num_attention_heads=8, num_key_value_heads=4, head_dim=32)
+  return _measure_step(bench, bench.model("5m", hidden_size=256, intermediate_size=1024, **heads), rows=8)
+
+
+def _measure_step(bench: Bench, base: pathlib.Path, *, rows: int) -> tuple[dict[str, Any], list[list[Any]]]:
+  rows, row_len = (2, 64) if bench.quick else (rows, 256)
   num_checked, num_warm, num_timed, rounds = (10, 2, 3, 1) if bench.quick else (10, 3, 20, 2)
-  _write_tokens(bench, num_steps=max(num_checked, num_warm + num_timed), rows=rows, row_len=row_len)
+  _write_tokens(bench, base, num_steps=max(num_checked, num_warm + num_timed), rows=rows, row_len=row_len)
   missing = [name for name in _PEERS if importlib.util.find_spec(name) is None] if bench.peers else ["--nopeers"]
   sides = list(bench_step.PAIRS)[::-1] + ([] if missing else list(bench_step.PAIRS.values()))
-  run = functools.partial(_run_side, bench)
+  run = functools.partial(_run_side, bench, base)
   checked = {side: run(side, num_steps=num_checked, skip=0)["losses"] for side in sides}
   differences = _loss_differences(checked)
   if differences and max(differences.values()) > 1e-4:
@@ -145,7 +159,7 @@ def measure_step(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
     if not missing
   }
   result = {
-    "shape": {"rows": rows, "row_len": row_len, "architecture": json.loads((bench.base / "config.json").read_text())},
+    "shape": {"rows": rows, "row_len": row_len, "architecture": json.loads((base / "config.json").read_text())},
     "cores": bench.cores,
     "optimizer": bench_step.OPTIMIZER,
     "steps": {"checked": num_checked, "warm_up": num_warm, "timed": num_timed, "rounds": rounds},
@@ -295,12 +309,11 @@ def measure_startup(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
   return {"starts": starts, "is_shipped_base": base == _ROOT / "examples/base"}, table
 
 
+_STEP_TITLE = "float32; ratios are times of cpt_jax over times of its peer, so below 1 is faster"
+_STEP_COLUMNS = ["side", "positions/s", "wall ms", "min", "MAD", "CPU ms", "wall ratio", "CPU ratio", "loss differs by"]
 _MEASURE: dict[str, tuple[Callable[[Bench], tuple[dict[str, Any], list[list[Any]]]], str, list[str]]] = {
-  "step": (
-    measure_step,
-    "training step, float32; ratios are times of cpt_jax over times of its peer, so below 1 is faster",
-    ["side", "positions/s", "wall ms", "min", "MAD", "CPU ms", "wall ratio", "CPU ratio", "loss differs by"],
-  ),
+  "step": (measure_step, f"training step, {_STEP_TITLE}", _STEP_COLUMNS),
+  "step_5m": (measure_step_5m, f"training step of 5.0M parameters, {_STEP_TITLE}", _STEP_COLUMNS),
   "loss": (
     bench_loss.measure_loss,
     "cross-entropy with its gradients, float32; ratios are cpt_jax over optax on whole logits, so below 1 is better; the "
@@ -401,13 +414,13 @@ def main(argv: list[str]) -> int:
   return 0
 
 
-def _run_side(bench: Bench, side: str, *, num_steps: int, skip: int) -> dict[str, Any]:
+def _run_side(bench: Bench, base: pathlib.Path, side: str, *, num_steps: int, skip: int) -> dict[str, Any]:
   cores = ",".join(map(str, bench.cores))
-  command = [sys.executable, bench_step.__file__, side, str(bench.base), str(num_steps), str(skip), cores]
+  command = [sys.executable, bench_step.__file__, side, str(base), str(num_steps), str(skip), cores]
   return json.loads(bench_samples.call(command, env=bench_step.environment(bench.cores)).splitlines()[-1])
 
 
-def _write_tokens(bench: Bench, *, num_steps: int, rows: int, row_len: int) -> None:
+def _write_tokens(bench: Bench, base: pathlib.Path, *, num_steps: int, rows: int, row_len: int) -> None:
   """Real text, as tokens [S, B, T] beside the model; constant tokens would flatter caches and branches."""
   import numpy as np
 
@@ -420,7 +433,7 @@ def _write_tokens(bench: Bench, *, num_steps: int, rows: int, row_len: int) -> N
     if have >= needed:
       break
   assert have >= needed, f"the corpora have {have} tokens, {needed} are needed"
-  np.save(bench.base / "tokens.npy", np.concatenate(parts)[:needed].reshape(num_steps, rows, row_len))
+  np.save(base / "tokens.npy", np.concatenate(parts)[:needed].reshape(num_steps, rows, row_len))
 
 
 def _loss_differences(losses: dict[str, list[float]]) -> dict[str, float]:

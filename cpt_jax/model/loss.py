@@ -60,7 +60,7 @@ def objective(
   hidden_BTD: jax.Array,
   batch: Any,
   *,
-  source_weights: Sequence[float],
+  source_weights: Sequence[float] | np.ndarray,
   z_loss: float,
   chunk: int,
 ) -> tuple[jax.Array, Sums]:
@@ -88,7 +88,7 @@ def objective(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _objective(tied: bool, z_loss: float, chunk: int, hidden_BTD, stored, targets_BT, pull_BT):
+def _objective(tied: bool, z_loss: float, chunk: int, hidden_BTD, stored, targets_BT, pull_BT) -> Any:
   """The sum of `pull_BT * (loss_BT + z_loss * log_partition_BT^2)`, and the two in it; `stored` is the head's parameter."""
   (loss_BT, log_partition_BT), _ = _by_chunk(
     hidden_BTD, stored, targets_BT, pull_BT, tied=tied, z_loss=z_loss, chunk=chunk, wants=(False, False)
@@ -121,7 +121,7 @@ def _weighted(pull_BT, loss_BT, log_partition_BT, z_loss):
   return jnp.sum(pull_BT * (loss_BT + z_loss * jnp.square(log_partition_BT)))
 
 
-def _by_chunk(hidden_BTD, stored, targets_BT, pull_BT, *, tied, z_loss, chunk, wants):
+def _by_chunk(hidden_BTD, stored, targets_BT, pull_BT, *, tied: bool, z_loss: float, chunk: int, wants: tuple[bool, bool]) -> Any:
   """Loss and log-partition of every position, [B, T] each, and the gradients with respect to `hidden_BTD` and `stored`, each
   None unless wanted: three products with the head in all."""
   axes = ("vocab", "embed") if tied else ("embed", "vocab")
@@ -155,8 +155,8 @@ def _by_chunk(hidden_BTD, stored, targets_BT, pull_BT, *, tied, z_loss, chunk, w
   d_head = jnp.zeros(shape, jnp.float32, out_sharding=mesh.out("positions", *of_part)) if wants_head else None
   pieces = tuple(_in_chunks(x, chunk) for x in (hidden_BTD, targets_BT, pull_BT))
   d_head, (terms, d_hidden) = jax.lax.scan(step, d_head, pieces)
-  d_hidden_BTD = _from_chunks(d_hidden, hidden_BTD.shape) if wants_hidden else None
-  d_stored = mesh.constrain(jnp.sum(d_head, axis=0), *axes) if wants_head else None
+  d_hidden_BTD = None if d_hidden is None else _from_chunks(d_hidden, hidden_BTD.shape)
+  d_stored = None if d_head is None else mesh.constrain(jnp.sum(d_head, axis=0), *axes)
   return [_from_chunks(x, targets_BT.shape) for x in terms], (d_hidden_BTD, d_stored)
 
 

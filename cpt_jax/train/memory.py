@@ -142,7 +142,7 @@ def what_to_change(memory: Memory, config: Any) -> str:
     "state": ["more devices along mesh.fsdp", "optimizer.mu_dtype='bfloat16'", "more patterns in optimizer.frozen"],
     "kept": [f"model.remat='{name}'" for name in below[:1]] + smaller,
     "layer": smaller,
-    "loss": [f"model.loss_chunk={config.model.loss_chunk // 2 or 256}", *smaller],
+    "loss": [f"model.loss_chunk={max(1, step.settings_from_config(config).loss_chunk // 2)}", *smaller],
   }[max(sizes, key=lambda name: sizes[name])]
   changes = [change for change in changes if config.optimizer.mu_dtype not in change]
   return f"{changes[0]}, or {' or '.join(changes[1:])}"
