@@ -87,6 +87,16 @@ def test_a_loop_that_depends_on_data_turns_as_causality_lets_it_on_average():
   assert found.runs["inner_body"] == 5 * 3
 
 
+def test_an_instruction_may_take_several_lines():
+  broken = """custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(f)/splash_mha_fwd"}"""
+  text = f"ENTRY %m (q: f32[8]) -> f32[8] {{\n  %q = f32[8]{{0}} parameter(0)\n  %k = f32[8]{{0}} custom-call(%q), {broken}\n"
+  body = programs.Program(text + "  ROOT %r = f32[8]{0} copy(%k)\n}\n").computations["m"]
+  assert list(body) == ["q", "k", "r"]
+  assert body["k"].op_name == "jit(f)/splash_mha_fwd"
+
+
 def test_a_loop_that_was_unrolled_turns_less_often():
   assert programs.Program(LOOPS.replace("constant(1)", "constant(2)")).runs["outer_body"] == 3  # from 2: 2, 4, 6
 

@@ -17,8 +17,8 @@ def get_config():
   c.model.remat = "full"
   c.model.loss_chunk = 1024
   c.data.row_len = 4096
-  c.train.batch_rows = 128
-  c.train.microbatches = 8
+  c.train.batch_rows = 16
+  c.train.microbatches = 1
   c.mesh.data = 1
   c.mesh.fsdp = -1
   return c

@@ -115,13 +115,13 @@ class Program:
 
   def _parse(self, text: str) -> None:
     current: dict[str, Instruction] | None = None
-    for line in text.splitlines():
+    for line in _lines(text):
       if current is None:
         header = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{\s*$", line)
         if header:
           current = self.computations.setdefault(header.group(2), {})
           self.entry = header.group(2) if header.group(1) else self.entry
-      elif line.startswith("}"):
+      elif line.rstrip() == "}":
         current = None
       else:
         instruction = parse_instruction(line)
@@ -249,6 +249,18 @@ class Program:
         return 2 * _in_hbm(operands[1].shapes)
       return _in_hbm(instruction.shapes) + sum(_in_hbm(o.shapes) for o in operands)
     return _fusion_bytes(instruction, operands, fused)
+
+
+def _lines(text: str) -> Iterator[str]:
+  """Lines of a program, those joined that one instruction takes: the attributes of a kernel may hold line breaks."""
+  whole = ""
+  for line in text.splitlines():
+    if re.match(r"\s*(ROOT )?%?[\w.-]+ = |\}\s*$|(ENTRY )?%?[\w.-]+ \(|HloModule|$", line):
+      yield whole
+      whole = line
+    else:
+      whole += line
+  yield whole
 
 
 def parse_instruction(line: str) -> Instruction | None:

@@ -139,12 +139,10 @@ def compile_step(target: Target) -> Compiled | Refused:
       if refused is None:
         raise
       return refused
-  return Compiled(
-    memory.of_compiled(compiled, train_state),
-    compiled.memory_analysis().generated_code_size_in_bytes,
-    compiled.as_text(),
-    time.monotonic() - start_secs,
-  )
+  compile_secs = time.monotonic() - start_secs
+  analysis, text = compiled.memory_analysis(), compiled.as_text()
+  assert analysis is not None and text is not None, "compilers of TPUs and GPUs have both"
+  return Compiled(memory.of_compiled(compiled, train_state), analysis.generated_code_size_in_bytes, text, compile_secs)
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
