@@ -29,6 +29,7 @@ SECTIONS = {
   "seek": {"sides", "skipped"},
   "prepare": {"text_bytes", "store", "workers", "tokenized", "speed_ratio", "large_bytes", "large", "skipped"},
   "memory": {"models"},
+  "endurance": {"steps", "slope_bytes_per_1000_steps", "starts"},
   "startup": {"starts", "is_shipped_base"},
 }
 HEADER = {
@@ -77,6 +78,14 @@ def bench_step(root, monkeypatch):
   import bench_step
 
   return bench_step
+
+
+@pytest.fixture
+def bench_endurance(root, monkeypatch):
+  monkeypatch.syspath_prepend(root / "tools")
+  import bench_endurance
+
+  return bench_endurance
 
 
 @pytest.fixture
@@ -218,6 +227,20 @@ def test_memory(bench):
   record, _ = bench("memory")
   (model,) = record["models"]
   assert model["num_layers"] == 1 and model["params_bytes"] > 100_000_000
+
+
+@pytest.mark.slow
+def test_endurance(bench, bench_endurance):
+  record, _ = bench("endurance")
+  first, second = record["starts"]
+  assert [step for step, _ in first["memory"]] == list(range(1, 41)) and second["memory"][-1][0] == 44
+  assert record["slope_bytes_per_1000_steps"] == 1000 * bench_endurance.slope_per_step(first["memory"][10:])
+  assert not first["late"] and set(second["late"]) <= {"jit(eval_step)", "jit(_norms)", "jit(_rows)"}
+
+
+def test_a_save_does_not_bend_the_slope(bench_endurance):
+  memory = [(step, 10**9 + 300 * step + (5 * 10**7 if step % 97 < 3 else 0)) for step in range(500, 2000, 10)]
+  assert bench_endurance.slope_per_step(memory) == pytest.approx(300, rel=0.05)
 
 
 @pytest.mark.slow
