@@ -230,6 +230,20 @@ def test_memory(bench):
 
 
 @pytest.mark.slow
+def test_memory_of_import_and_export_does_not_grow_with_the_model(root, monkeypatch):
+  monkeypatch.syspath_prepend(root / "tools")
+  import bench_memory
+
+  small, large = bench_memory.import_export_memory((1, 7))
+  assert large["params_bytes"] > 3.5 * small["params_bytes"]
+  for way in ("import", "export"):
+    assert large[way]["excess_bytes"] <= large["allowed_bytes"]
+    # Twice what the largest stacked tensor grows by; 60 MB for the allocator. The model grows by 310 MB.
+    grown = large[way]["excess_bytes"] - small[way]["excess_bytes"]
+    assert grown <= 2 * (large["largest_bytes"] - small["largest_bytes"]) + 60_000_000, way
+
+
+@pytest.mark.slow
 def test_endurance(bench, bench_endurance):
   record, _ = bench("endurance")
   first, second = record["starts"]

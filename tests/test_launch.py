@@ -131,7 +131,7 @@ def test_a_job_that_is_stopped_goes_back_into_the_queue(launch, place):
     ("ssh", ["--hosts=a,b"], "name a config behind --"),
     ("ssh", ["--hosts=a,b", "--", "--config=configs/quikstart.py"], "configs/quikstart.py: no such file. Did you mean"),
     ("ssh", ["--hosts=a,b", "--", "--config=/nowhere/c.py"], "/nowhere/c.py: no such file"),
-    ("tpu_vm", ["--tpu=a", "--", "--config=configs/quickstart.py", "--config.trian.length=3"], "Did you mean train.length"),
+    ("tpu_vm", ["--tpu=a", "--", "--config=configs/quickstart.py", "--config.train.lenght=3"], "Did you mean train.length"),
     ("ssh", ["--", "--config=configs/quickstart.py"], "either --hosts=a,b or --hosts_file=FILE"),
     ("ssh", ["--hosts=a,b,a", "--", "--config=configs/quickstart.py"], "host 'a' is named 2 times"),
     ("ssh", ["--hosts=a,-oProxyCommand=x", "--", "--config=configs/quickstart.py"], "host '-oProxyCommand=x': write a name"),

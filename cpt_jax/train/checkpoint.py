@@ -121,7 +121,7 @@ class Checkpoints:
       self._checkpointer.close()
 
   def _finish(self) -> None:
-    """Waits for the save that is under way, and frees the thread and three files that orbax keeps until it is asked for its end."""
+    """Waits for the save under way and frees the thread and the three files that orbax keeps until somebody asks for its end."""
     saving, self._saving = self._saving, None
     if saving is not None:
       saving.result()
