@@ -234,13 +234,13 @@ def test_memory_of_import_and_export_does_not_grow_with_the_model(root, monkeypa
   monkeypatch.syspath_prepend(root / "tools")
   import bench_memory
 
-  small, large = bench_memory.import_export_memory((1, 7))
-  assert large["params_bytes"] > 3.5 * small["params_bytes"]
+  small, large = bench_memory.import_export_memory((1, 9))
+  assert large["params_bytes"] > 4 * small["params_bytes"]
   for way in ("import", "export"):
     assert large[way]["excess_bytes"] <= large["allowed_bytes"]
-    # Twice what the largest stacked tensor grows by; 60 MB for the allocator. The model grows by 310 MB.
+    # Twice what the largest stacked tensor grows by; 100 MB for the allocator and what is read ahead. The model grows by 370 MB.
     grown = large[way]["excess_bytes"] - small[way]["excess_bytes"]
-    assert grown <= 2 * (large["largest_bytes"] - small["largest_bytes"]) + 60_000_000, way
+    assert grown <= 2 * (large["largest_bytes"] - small["largest_bytes"]) + 100_000_000, way
 
 
 @pytest.mark.slow
@@ -263,9 +263,10 @@ def test_startup(bench):
   assert set(record["starts"]) == {
     "import cpt_jax.main",
     "import cpt_jax.train.loop",
-    "quickstart, first start ever",
-    "quickstart, nothing compiled",
-    "quickstart, compiled before",
+    "quickstart, first start ever, 20,000 tokens evaluated",
+    *(
+      f"quickstart, {kind}, {n} tokens evaluated" for kind in ("nothing compiled", "compiled before") for n in ("20,000", "1,000")
+    ),
   }
   for what, start in record["starts"].items():
     assert len(start["samples"]["wall_secs"]) == 1

@@ -101,9 +101,8 @@ def measure_endurance(bench: Any) -> tuple[dict[str, Any], list[list[Any]]]:
   starts = json.loads(bench_samples.call(command, env=environment).splitlines()[-1])
   steady = [(step, size) for step, size in starts[0]["memory"] if step > num_steps // 4]
   slope_bytes = slope_per_step(steady) * 1000
-  table = []
+  table, begin = [], 0
   for i, start in enumerate(starts):
-    begin = start["memory"][0][0] - 1
     programs = collections.Counter(program for _, program in start["compiled"])
     late = collections.Counter(program for step, program in start["compiled"] if step > begin)
     start["late"] = dict(late)
@@ -111,6 +110,7 @@ def measure_endurance(bench: Any) -> tuple[dict[str, Any], list[list[Any]]]:
     size = statistics.median(size for _, size in start["memory"])
     row = [f"{start['memory'][-1][0] - begin:,}", f"{size / 1e6:,.0f}", "" if i else f"{slope_bytes / 1e6:+.2f}"]
     row += [programs["jit(train_step)"], programs["jit(eval_step)"], sum(programs.values()), sum(late.values())]
+    begin = start["memory"][-1][0]
     table.append([*row, "yes" if expected and (i > 0 or slope_bytes < 1e6) else "NO"])
   return {"steps": num_steps, "slope_bytes_per_1000_steps": slope_bytes, "starts": starts}, table
 
