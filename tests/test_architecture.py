@@ -16,7 +16,7 @@ LAYERS = [
   + ["data.order", "data.pipeline", "data.excerpts", "vocab.verdict", "vocab.bases", "vocab.scores", "vocab.fast", "vocab.sentencepiece"]
   + ["vocab.kinds", "vocab.candidates", "vocab.changes", "vocab.texts", "vocab.grow", "vocab.assess", "vocab.similarity", "vocab.initialise"],
   ["model.spec", "model.rope", "model.layers", "model.attention", "model.transformer", "model.loss", "model.hf_files"]
-  + ["model.pretrained"],
+  + ["model.expansion", "model.pretrained"],
   ["evals.perplexity", "evals.drift"],
   ["train.schedule", "train.optimizer", "train.state", "train.step", "train.guard", "train.checkpoint", "train.start"]
   + ["train.metrics", "train.console", "train.loop", "train.dry_run"],

@@ -154,6 +154,15 @@ class Base(abc.ABC):
         at += size
     return symbols[keep]
 
+  def with_unknown(self, symbols: np.ndarray, surfaces: Mapping[int, str]) -> np.ndarray:
+    """Unknown tokens, which may stand for several characters, as symbols of these; `surfaces` is place -> text."""
+    parts, done = [], 0
+    for place, surface in surfaces.items():
+      characters = [self.extra_symbol(character) for character in surface if not character.isspace() and character != SPACE]
+      parts += [symbols[done:place], np.array(characters or [-1], np.int32)]
+      done = place + 1
+    return np.concatenate([*parts, symbols[done:]])
+
   def starts_by_spelling(self, symbols: np.ndarray) -> np.ndarray:
     """Word starts of models that have no splitting rules: before the mark of a space, and where letters, digits and the rest meet.
 

@@ -65,24 +65,15 @@ class FastBase(Base):
       symbols, is_start = np.where(self.closed_V[ids], np.int32(-1), ids), np.zeros(len(ids), bool)
     else:
       symbols = self.with_characters(ids)
-      if self.tokenizer.unk_id in encoded.ids:
-        symbols = self._with_unknown(ids, symbols, encoded, text)
+      if self.tokenizer.unk_id in encoded.ids and len(symbols) == len(ids):
+        spans = {place: encoded.offsets[place] for place in np.flatnonzero(ids == self.tokenizer.unk_id).tolist()}
+        symbols = self.with_unknown(symbols, {place: text[start:end] for place, (start, end) in spans.items()})
       is_start = self.starts_by_spelling(symbols)
     if self._has_words and len(symbols) == len(ids):
       word = np.array([-1 if number is None else number for number in encoded.word_ids], np.int64)
       is_start[1:] |= word[1:] != word[:-1]
     is_start[:1] = True
     return Words(symbols, is_start, len(ids))
-
-  def _with_unknown(self, ids: np.ndarray, symbols: np.ndarray, encoded: tokenizers.Encoding, text: str) -> np.ndarray:
-    """Unknown tokens of single characters as symbols of these."""
-    if len(symbols) != len(ids):  # byte pieces as well: places no longer agree
-      return symbols
-    for place in np.flatnonzero(ids == self.tokenizer.unk_id).tolist():
-      start, end = encoded.offsets[place]
-      if end - start == 1:
-        symbols[place] = self.extra_symbol(text[start:end])
-    return symbols
 
   def grown(self, pieces: Sequence[Piece]) -> bytes:
     """The file with more pieces (and merges)."""

@@ -51,9 +51,7 @@ class SentencePieceBase(Base):
     symbols, unknown = self.with_characters(ids), self.tokenizer.unk_id
     if unknown in found and len(symbols) == len(ids):
       surfaces = self._model.encode(text, out_type=str)
-      for place in np.flatnonzero(ids == unknown).tolist():
-        if len(surfaces[place]) == 1:
-          symbols[place] = self.extra_symbol(surfaces[place])
+      symbols = self.with_unknown(symbols, {place: surfaces[place] for place in np.flatnonzero(ids == unknown).tolist()})
     return Words(symbols, self.starts_by_spelling(symbols), len(ids))
 
   def grown(self, pieces: Sequence[Piece]) -> bytes:
