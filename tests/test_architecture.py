@@ -11,10 +11,37 @@ import pytest
 LAYERS = [
   ["durations", "config", "journal"],
   ["trees", "hosts", "mesh"],
-  ["data.batch", "data.documents", "data.tokenizer", "data.corpus", "data.chat", "data.store", "data.decontaminate", "data.prepare"]
+  [
+    "data.batch",
+    "data.documents",
+    "data.tokenizer",
+    "data.corpus",
+    "data.chat",
+    "data.store",
+    "data.decontaminate",
+    "data.prepare",
+  ]
   + ["data.cluster", "data.sources", "data.selection", "data.packing", "data.shuffle", "data.quotas", "data.mixture"]
-  + ["data.order", "data.pipeline", "data.excerpts", "vocab.verdict", "vocab.bases", "vocab.scores", "vocab.fast", "vocab.sentencepiece"]
-  + ["vocab.kinds", "vocab.candidates", "vocab.changes", "vocab.texts", "vocab.grow", "vocab.assess", "vocab.similarity", "vocab.initialise"],
+  + [
+    "data.order",
+    "data.pipeline",
+    "data.excerpts",
+    "vocab.verdict",
+    "vocab.bases",
+    "vocab.scores",
+    "vocab.fast",
+    "vocab.sentencepiece",
+  ]
+  + [
+    "vocab.kinds",
+    "vocab.candidates",
+    "vocab.changes",
+    "vocab.texts",
+    "vocab.grow",
+    "vocab.assess",
+    "vocab.similarity",
+    "vocab.initialise",
+  ],
   ["model.spec", "model.rope", "model.layers", "model.attention", "model.transformer", "model.loss", "model.hf_files"]
   + ["model.expansion", "model.pretrained"],
   ["evals.perplexity", "evals.drift"],

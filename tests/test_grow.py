@@ -1,7 +1,8 @@
-"""Growing a vocabulary: old ids and old merges stay, new pieces are reachable, protected text does not change, bytes come back."""
+"""Growing a vocabulary: old ids and merges stay, new pieces are reachable, protected text does not change, bytes come back."""
 
 import gzip
 import io
+import itertools
 import json
 import shutil
 from collections import Counter
@@ -126,19 +127,22 @@ def test_reachable_by_the_textbook_s_bpe(kind, grown):
   for piece in found.pieces:
     parts = list(piece.text)
     while len(parts) > 1:
-      rank, at = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(zip(parts, parts[1:], strict=False)))
+      rank, at = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(itertools.pairwise(parts)))
       if rank == len(ranks):
         break
       parts[at : at + 2] = ["".join(parts[at : at + 2])]
     assert parts == [piece.text]
 
 
-TEXTS = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("\u6625\u82b1\u79cb\u6708\u4f55\u6642\u4e86 the,\n")), max_size=40)
+TEXTS = st.text(
+  st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("\u6625\u82b1\u79cb\u6708\u4f55\u6642\u4e86 the,\n")),
+  max_size=40,
+)
 SPECIAL_TEXTS = st.one_of(TEXTS, st.builds("{}<s>{}<|endoftext|></s>{}".format, TEXTS, TEXTS, TEXTS))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(text=SPECIAL_TEXTS)
 def test_what_the_base_brings_back_comes_back(kind, grown, text):
   found = grown[kind]
@@ -147,7 +151,7 @@ def test_what_the_base_brings_back_comes_back(kind, grown, text):
 
 
 @pytest.mark.parametrize("kind", BPE_KINDS)
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(text=TEXTS)
 def test_bpe_grows_by_joining_the_base_s_own_tokens(kind, grown, text):
   found = grown[kind]
@@ -174,17 +178,17 @@ def test_protected_text_does_not_change(kind, bases, corpora):
   base = bases[kind]
   # Much of the text that pieces come from is protected, so that there is much to give up.
   protected = corpora["english"]
-  train = corpora["poetry_ci"][: len(corpora["poetry_ci"]) // 2] + protected
-  free = grow.grow(base, train, size=60)
-  held = grow.grow(base, train, size=60, protect=lambda: batches(protected))
+  train = corpora["poetry_ci"][: len(corpora["poetry_ci"]) // 2] + 2 * protected
+  free = grow.grow(base, train, size=100)
+  held = grow.grow(base, train, size=100, protect=lambda: batches(protected))
   assert free.changes(batches(protected)).changed_documents > 0
   for text in protected:
     assert held.tokenizer.encode_contents([text]) == base.tokenizer.encode_contents([text])
-  assert held.dropped["protected"] > 0 and len(held.pieces) == 60
+  assert held.dropped["protected"] > 0 and len(held.pieces) == 100
 
 
 def test_protecting_all_leaves_nothing(bases, corpora):
-  with pytest.raises(ConfigError, match="no piece is left of .* less protected text"):
+  with pytest.raises(ConfigError, match=r"no piece is left of .* less protected text"):
     grow.grow(bases["byte-level BPE"], corpora["poetry_ci"], size=20, protect=lambda: batches(corpora["poetry_ci"]))
 
 
@@ -200,7 +204,7 @@ def test_merges_are_the_most_frequent_pairs_in_turn(texts):
   words = [[s.tolist() for s in map(candidates_lib.symbols_of, text.split())] for text in spelt]
   words = [[chr(0x10000 + s) for s in word] for text in words for word in text]
   for left, right in learnt.merges:
-    pairs = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
+    pairs = Counter(pair for word in words for pair in itertools.pairwise(word))
     # The library counts overlapping pairs (aaa) as it likes: the chosen pair is the most frequent up to those.
     overlapping = sum(a == b == c for word in words for a, b, c in zip(word, word[1:], word[2:], strict=False))
     assert pairs[left, right] + overlapping >= max(pairs.values())
@@ -256,14 +260,17 @@ def test_words_are_the_text(kind, bases, corpora):
     assert words.num_tokens == len(ids)
     spelt = [number for s in words.symbols.tolist() for number in (base.old_ids(s) if s >= 0 else (None,))]
     if base.tokenizer.unk_id in ids:  # one for several characters
-      spelt, ids = ([a for a, b in zip(x, [*x[1:], -1], strict=True) if a != b or a != base.tokenizer.unk_id] for x in (spelt, ids))
+      spelt, ids = (
+        [a for a, b in zip(x, [*x[1:], -1], strict=True) if a != b or a != base.tokenizer.unk_id] for x in (spelt, ids)
+      )
     assert len(spelt) == len(ids)
     assert all(a in (b, None) for a, b in zip(spelt, ids, strict=True))
 
 
 def test_bands_by_use_and_by_count(bases, corpora):
   base = bases["byte-level BPE"]
-  counts_V = grow.count_ids(base.tokenizer, batches(corpora["english"]))
+  general = corpora["poetry_ci"][1::8] + corpora["english"]
+  counts_V = grow.count_ids(base.tokenizer, batches(general))
   train = corpora["poetry_ci"][::2] + corpora["english"]
   options = dict(size=30, general_counts_V=counts_V)
   found = {name: grow.grow(base, train, band=band, **options) for name, band in grow.BANDS.items()}
@@ -271,7 +278,7 @@ def test_bands_by_use_and_by_count(bases, corpora):
   assert all(piece.use == max(counts_V[list(piece.old)]) for g in found.values() for piece in g.pieces)
   assert max(uses["low"]) <= found["low"].band.to < min(uses["high"]) and min(uses["high"]) > found["high"].band.above
   # Nothing that is used more than the bound is replaced anywhere: it stands in the text as often as before.
-  new = grow.count_ids(found["low"].tokenizer, batches(corpora["english"]))[: base.vocab_size]
+  new = grow.count_ids(found["low"].tokenizer, batches(general))[: base.vocab_size]
   assert (new[counts_V > found["low"].band.to] == counts_V[counts_V > found["low"].band.to]).all()
   rare = grow.grow(base, train, size=20, band=(0.0, 0.5), band_by="count")
   common = grow.grow(base, train, size=20, band=(0.5, 1.0), band_by="count")

@@ -3,7 +3,7 @@
 Invariant: nothing is trained; every answer shows the rules that it follows from. Called by people:
 python tools/assess_vocab.py --tokenizers base,other_base --domain 'texts/zh/*.txt' --general 'texts/en/*.txt'
 
-The first tokenizer is that of your base; the others are alternatives. Exit codes: 0 done, 65 bad text, 74 disk, 78 wrong settings.
+The first tokenizer is your base's, the others are alternatives. Exit codes: 0 done, 65 bad text, 74 disk, 78 wrong settings.
 """
 
 import dataclasses
@@ -139,7 +139,9 @@ def show(found: list[Assessment], texts: dict[str, corpus.Text]) -> None:
     cells = [f"{amount(f.value, rule.unit)} {'*' if f.met else ' '}" for f in findings]
     rows.append([rule.name, rule.figure, f"{rule.sign} {amount(rule.threshold, rule.unit)}", *cells])
   console.table("rules (* = met)", ["rule", "figure", "threshold", *(each.name for each in found)], rows, left=2)
-  console.say("the vocabulary does not fit where far is met with own saves or bytes, or where unknown is; growing asks for enough text too")
+  console.say(
+    "the vocabulary does not fit where far is met with own saves or bytes, or where unknown is; growing asks for enough text too"
+  )
   noise = ", ".join(f"{each.distance_bits:.3f} less {each.noise_bits:.3f} of noise" for each in found)
   console.say(f"far, in bits: {noise}\n")
   show_precedents(found[0])
@@ -166,7 +168,9 @@ def show_precedents(first: Assessment) -> None:
   rows = []
   for precedent in verdict.PRECEDENTS:
     needed = "?" if precedent.tokens is None else console.count(precedent.tokens)
-    rows.append([precedent.name, precedent.added, precedent.outcome, needed, f"{first.text_tokens / (precedent.tokens or 1):.2g}x"])
+    rows.append(
+      [precedent.name, precedent.added, precedent.outcome, needed, f"{first.text_tokens / (precedent.tokens or 1):.2g}x"]
+    )
   title = f"published runs; there are {console.count(first.text_tokens)} tokens here, {verdict.REPEATS} readings counted"
   console.table(title, ["run", "change", "outcome", "after tokens", "there are"], rows, left=3)
 

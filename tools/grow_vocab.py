@@ -37,7 +37,9 @@ _DOMAIN = flags.DEFINE_multi_string("domain", [], "Text files or globs that piec
 _GENERAL = flags.DEFINE_multi_string("general", [], "Text files or globs of text like the base's own; repeatable.")
 _PROTECT = flags.DEFINE_multi_string("protect", [], "Text whose tokenisation must not change at all; repeatable.")
 _SIZE = flags.DEFINE_integer("size", 8000, "Pieces to add, at most.", lower_bound=1)
-_SAVING = flags.DEFINE_float("saving", 1.0, "Stop once the pieces save this share of the domain's tokens.", lower_bound=0.0, upper_bound=1.0)
+_SAVING = flags.DEFINE_float(
+  "saving", 1.0, "Stop once the pieces save this share of the domain's tokens.", lower_bound=0.0, upper_bound=1.0
+)
 _BAND = flags.DEFINE_string("band", "all", "low, high, all, or quantiles such as 0.2:0.6.")
 _BAND_BY = flags.DEFINE_enum(
   "band_by",
@@ -46,7 +48,9 @@ _BAND_BY = flags.DEFINE_enum(
   "What the band is of: how often the most used old piece that a new one replaces stands in --general, or how often the new piece "
   "itself stands in --domain.",
 )
-_MIN_COUNT = flags.DEFINE_integer("min_count", grow.MIN_COUNT, "Times that a piece must stand in the sample of --domain.", lower_bound=2)
+_MIN_COUNT = flags.DEFINE_integer(
+  "min_count", grow.MIN_COUNT, "Times that a piece must stand in the sample of --domain.", lower_bound=2
+)
 _SAMPLE_MB = flags.DEFINE_float("sample_mb", 50, "10^6 bytes of --domain that pieces are chosen from, at most.", lower_bound=0.2)
 _INPUT = flags.DEFINE_string("input_rows", "mean", f"New embedding rows: {', '.join(initialise.INITIALISERS)}.")
 _OUTPUT_ROWS = flags.DEFINE_string("output_rows", "", "New head rows, of the same choices; by default mean. Not for tied models.")
@@ -98,7 +102,9 @@ def read_flags(problems: Problems) -> Request | None:
     rows[expansion.HEAD] = initialise.find(_OUTPUT_ROWS.value or "mean", flag="--output_rows")
   if model is not None and model.is_tied:
     if _OUTPUT_ROWS.value:
-      problems.add(f"--output_rows={_OUTPUT_ROWS.value}: {_HF.value} ties its head to the embedding; leave it out, --input_rows counts")
+      problems.add(
+        f"--output_rows={_OUTPUT_ROWS.value}: {_HF.value} ties its head to the embedding; leave it out, --input_rows counts"
+      )
     rows[expansion.HEAD] = rows.get(expansion.EMBEDDING, initialise.mean)
   names = {_INPUT.value, _OUTPUT_ROWS.value}
   if "weighted" in names and not _GENERAL.value:
@@ -175,7 +181,9 @@ def show(grown: Grown, sample: texts_lib.Sample, changes: dict[str, Changes]) ->
   """What was added, and what that changes."""
   base = grown.base
   console.say(f"base     {base.path}: {base.kind}, {base.vocab_size:,} ids")
-  console.say(f"chosen   {len(grown.pieces):,} of {grown.num_candidates:,} candidates, ids {base.vocab_size:,} to {grown.vocab_size - 1:,}")
+  console.say(
+    f"chosen   {len(grown.pieces):,} of {grown.num_candidates:,} candidates, ids {base.vocab_size:,} to {grown.vocab_size - 1:,}"
+  )
   for why, number in grown.dropped.items():
     if number:
       console.say(f"dropped  {number:,}: {why}")
@@ -190,7 +198,11 @@ def show(grown: Grown, sample: texts_lib.Sample, changes: dict[str, Changes]) ->
   rows = []
   for name, change in changes.items():
     rows.append([name, f"{change.documents:,}", f"{change.changed_documents:,}", console.count(change.tokens)])
-    rows[-1] += [f"{change.changed_tokens:,}", f"{change.changed_tokens / max(change.tokens, 1):.3%}", console.count(change.tokens_after)]
+    rows[-1] += [
+      f"{change.changed_tokens:,}",
+      f"{change.changed_tokens / max(change.tokens, 1):.3%}",
+      console.count(change.tokens_after),
+    ]
     rows[-1] += [f"{change.saved_frac:.1%}", f"{change.bytes / max(change.tokens_after, 1):.2f}"]
   heads = ["text", "parts", "changed", "tokens", "changed", "share", "tokens after", "saved", "bytes/token"]
   console.table("what growth changes in tokenisation (parts: documents, long ones cut)", heads, rows)
@@ -209,7 +221,10 @@ def write(
   record = grow.record(grown, rows=rows) | {
     "command": sys.argv,
     "changes": {name: change._asdict() for name, change in changes.items()},
-    "rows_by": {"input": _INPUT.value, "output": _INPUT.value if model is not None and model.is_tied else _OUTPUT_ROWS.value or "mean"},
+    "rows_by": {
+      "input": _INPUT.value,
+      "output": _INPUT.value if model is not None and model.is_tied else _OUTPUT_ROWS.value or "mean",
+    },
   }
   source = base.path.parent
   needed = 0 if model is None else expansion.num_bytes(model, rows=rows)
@@ -284,7 +299,9 @@ def grow_vocabulary() -> None:
   show(grown, sample, changes)
   output = write(request, grown, sample, counts_V, changes)
   saved = json.loads((output / grow.RECORD).read_bytes())
-  console.say(f"wrote {output}: {saved['vocab_size']:,} ids in {saved['rows']:,} rows{'' if request.model else ' (tokenizer only)'}")
+  console.say(
+    f"wrote {output}: {saved['vocab_size']:,} ids in {saved['rows']:,} rows{'' if request.model else ' (tokenizer only)'}"
+  )
   console.say(f"next: python tools/prepare_data.py --tokenizer {output} --input TEXT --output STORE, for every source of the run")
 
 

@@ -31,7 +31,7 @@ class Model:
   """A base whose tables can grow."""
 
   directory: pathlib.Path
-  config: dict[str, Any]
+  hf_config: dict[str, Any]
   files: hf_files.TensorFiles
   tables: tuple[str, ...]  # names of the tensors that have a row for each id
 
@@ -43,7 +43,7 @@ class Model:
   @property
   def is_tied(self) -> bool:
     """Is the embedding the head as well."""
-    return bool(self.config.get("tie_word_embeddings", False))
+    return bool(self.hf_config.get("tie_word_embeddings", False))
 
 
 def open_model(directory: str | os.PathLike, *, vocab_size: int) -> Model:
@@ -53,14 +53,14 @@ def open_model(directory: str | os.PathLike, *, vocab_size: int) -> Model:
     ConfigError: no embedding, tables of different sizes, or a tokenizer with ids that the model has no row for.
   """
   path = pathlib.Path(directory)
-  config, files = hf_files.load_json(path / "config.json"), hf_files.TensorFiles(path)
+  hf_config, files = hf_files.load_json(path / "config.json"), hf_files.TensorFiles(path)
   tables = tuple(name for name in (EMBEDDING, HEAD) if name in files.entries)
-  if EMBEDDING not in tables and not (config.get("tie_word_embeddings") and HEAD in tables):
+  if EMBEDDING not in tables and not (hf_config.get("tie_word_embeddings") and HEAD in tables):
     raise ConfigError(f"{path}: no tensor {EMBEDDING}; expected a model of the llama, mistral, qwen2 or qwen3 families")
-  if not config.get("tie_word_embeddings") and HEAD not in tables:
+  if not hf_config.get("tie_word_embeddings") and HEAD not in tables:
     raise ConfigError(f"{path}: no tensor {HEAD}, though config.json does not tie it to the embedding; download the model again")
   sizes = {name: files.entries[name].shape for name in tables}
-  rows = config.get("vocab_size")
+  rows = hf_config.get("vocab_size", 0)
   wrong = [f"{name} {list(shape)}" for name, shape in sizes.items() if len(shape) != 2 or shape[0] != rows]
   if wrong:
     raise ConfigError(f"{path}: config.json has vocab_size={rows}, found {', '.join(wrong)}; download the model again")
@@ -72,7 +72,7 @@ def open_model(directory: str | os.PathLike, *, vocab_size: int) -> Model:
       f"{path}: the tokenizer has ids up to {vocab_size - 1}, the model has {rows} rows: a grown tokenizer with a model that was "
       "not grown; take the directory that tools/grow_vocab.py wrote, with both"
     )
-  return Model(path, config, files, tables)
+  return Model(path, hf_config, files, tables)
 
 
 def make_rows(initialiser: Block, sources: Callable[[np.ndarray], Sources], *, num_padding: int) -> MakeRows:
@@ -116,7 +116,10 @@ def write(
       metadata = metadata | {"total_size": metadata["total_size"] + more}
     content = index | {"metadata": metadata}
     hf_files.write_file(output / hf_files.INDEX, json.dumps(content, indent=2, sort_keys=True).encode())
-  config = {key: value for key, value in model.config.items() if key != "auto_map"} | {"vocab_size": rows, TRUE_SIZE: vocab_size}
+  config = {key: value for key, value in model.hf_config.items() if key != "auto_map"} | {
+    "vocab_size": rows,
+    TRUE_SIZE: vocab_size,
+  }
   hf_files.write_file(output / "config.json", json.dumps(config, indent=2).encode() + b"\n")
 
 

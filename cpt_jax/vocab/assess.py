@@ -1,7 +1,7 @@
 """Tokenizers, text of a domain and general text -> how each vocabulary fits, what more pieces would save, and what to do.
 
-Invariant: tokens are counted over all of the text; what pieces would save is counted by a grown tokenizer on documents that they were
-not chosen from. Called by tools/assess_vocab.py.
+Invariant: tokens are counted over all of the text; what pieces would save is counted by a grown tokenizer on documents that they
+were not chosen from. Called by tools/assess_vocab.py.
 """
 
 import dataclasses
@@ -82,7 +82,10 @@ class Counted:
 
 
 def count(
-  tokenizer_list: Sequence[tokenizers.Tokenizer], batches: Iterator[list[str]], *, on_part: Callable[[str], object] = lambda _: None
+  tokenizer_list: Sequence[tokenizers.Tokenizer],
+  batches: Iterator[list[str]],
+  *,
+  on_part: Callable[[str], object] = lambda _: None,
 ) -> Counted:
   """Counts the ids of all tokenizers in one pass; `on_part` sees every part."""
   counted = Counted([np.zeros((2, tokenizer.vocab_size), np.int64) for tokenizer in tokenizer_list])
@@ -146,9 +149,9 @@ def _embedding_width(directory: pathlib.Path) -> int | None:
   file = directory / "config.json"
   if not file.is_file():
     return None
-  config = json.loads(file.read_bytes())
-  width = config.get("hidden_size")
-  return None if not isinstance(width, int) else width * (1 if config.get("tie_word_embeddings") else 2)
+  hf_config = json.loads(file.read_bytes())
+  width = hf_config.get("hidden_size")
+  return None if not isinstance(width, int) else width * (1 if hf_config.get("tie_word_embeddings") else 2)
 
 
 def assess(
@@ -210,8 +213,12 @@ def _because(answer: str, findings: dict[str, Finding], cannot_grow: str) -> str
   if answer == verdict.KEEP:
     if is_far:
       return "the text is far from general text, but the vocabulary spells it as well as one of its own would"
-    return "the text's tokens are spread much as those of general text: the first condition is not met" if not why else (
-      f"{', '.join(why)} met, but the text's tokens are spread much as those of general text: the first condition is not met"
+    return (
+      "the text's tokens are spread much as those of general text: the first condition is not met"
+      if not why
+      else (
+        f"{', '.join(why)} met, but the text's tokens are spread much as those of general text: the first condition is not met"
+      )
     )
   unfit = f"the vocabulary does not fit ({', '.join(['far'] * is_far + why)})"
   if answer == verdict.EXPAND:

@@ -164,7 +164,7 @@ class Base(abc.ABC):
     return np.concatenate([*parts, symbols[done:]])
 
   def starts_by_spelling(self, symbols: np.ndarray) -> np.ndarray:
-    """Word starts of models that have no splitting rules: before the mark of a space, and where letters, digits and the rest meet.
+    """Word starts of models without splitting rules: before the mark of a space, and where letters, digits and the rest meet.
 
     So SentencePiece's own trainer splits its text; scripts that are mixed within words in Japanese count as one.
     """
@@ -217,7 +217,8 @@ def check_pieces(base: Base, pieces: Sequence[Piece]) -> None:
   for piece in pieces:
     if piece.text in special:
       raise ConfigError(
-        f"{base.path}: the new piece {piece.text!r} is a special token of the base; take it out of the text that pieces are chosen from"
+        f"{base.path}: the new piece {piece.text!r} is a special token of the base; take it out of the text "
+        "that pieces are chosen from"
       )
     if piece.text in known or piece.text in seen:
       raise ConfigError(f"{base.path}: the new piece {piece.text!r} is in the vocabulary already")

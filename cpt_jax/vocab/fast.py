@@ -31,7 +31,9 @@ class FastBase(Base):
     super().__init__(tokenizer)
     self.content: dict[str, Any] = json.loads(tokenizer.path.read_bytes())
     model = self.content["model"]
-    self.model_type = model.get("type") or ("BPE" if "merges" in model else "Unigram" if isinstance(model.get("vocab"), list) else "?")
+    self.model_type = model.get("type") or (
+      "BPE" if "merges" in model else "Unigram" if isinstance(model.get("vocab"), list) else "?"
+    )
     if self.model_type not in ("BPE", "Unigram"):
       why = _CANNOT.get(self.model_type, "only BPE and Unigram models grow")
       raise ConfigError(f"{self.path}: a {self.model_type} model cannot grow: {why}; take a base with a BPE or Unigram tokenizer")
@@ -46,8 +48,8 @@ class FastBase(Base):
     behind = [number for text, number in added.items() if text not in vocab]
     if self.is_unigram and behind:
       raise ConfigError(
-        f"{self.path}: tokens were added behind the {len(vocab)} pieces of a Unigram model (ids {min(behind)} to {max(behind)}), which "
-        "get other ids when pieces follow; grow its SentencePiece .model instead"
+        f"{self.path}: tokens were added behind the {len(vocab)} pieces of a Unigram model (ids {min(behind)} to {max(behind)}), "
+        "which get other ids when pieces follow; grow its SentencePiece .model instead"
       )
     self.is_byte_level = "ByteLevel" in json.dumps([self.content.get("decoder")])
     self.kind = f"{'byte-level ' if self.is_byte_level else ''}{self.model_type}"
@@ -80,7 +82,7 @@ class FastBase(Base):
     check_pieces(self, pieces)
     model = dict(self.content["model"])
     if self.is_unigram:
-      scores = unigram_scores({text: score for text, score in model["vocab"]}, pieces)
+      scores = unigram_scores(dict(model["vocab"]), pieces)
       model["vocab"] = [*model["vocab"], *([piece.text, score] for piece, score in zip(pieces, scores, strict=True))]
     else:
       vocab = dict(model["vocab"])

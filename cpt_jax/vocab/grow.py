@@ -1,6 +1,6 @@
 """A base's tokenizer and text of a domain -> a tokenizer with more pieces, each of them reachable, and what that changes.
 
-Invariant: old ids keep their meaning, new ones follow the last old id; a protected text is tokenised as before, which is checked on
+Invariant: old ids keep their meaning, new ones follow the last old id; protected text is tokenised as before, which is checked on
 all of it after the last piece was chosen. Called by tools/grow_vocab.py.
 """
 
@@ -108,9 +108,9 @@ def grow(
 ) -> Grown:
   """The base with up to `size` pieces that shorten `train` most.
 
-  `band`: quantiles of the candidates by `band_by`. "use": how often the most used of the old pieces that a candidate replaces stands
-  in the text that `general_counts_V` counts; (0, 0.5) takes pieces all of whose old pieces are used rarely there. "count": how often
-  the candidate itself stands in `train`. `saving`: no more pieces once they save this share of `train`'s tokens. `protect` gives
+  `band`: quantiles of the candidates by `band_by`. "use": how often the most used of the old pieces that a candidate replaces
+  stands in the text that `general_counts_V` counts; (0, 0.5) takes pieces all of whose old pieces are used rarely there. "count":
+  how often the candidate itself stands in `train`. `saving`: no more pieces once they save this share of `train`'s tokens. `protect` gives
   texts whose tokenisation must not change.
 
   Raises:
@@ -119,8 +119,8 @@ def grow(
   num_bytes = sum(len(text.encode()) for text in train)
   if num_bytes < MIN_BYTES:
     raise ConfigError(
-      f"the domain text to choose pieces from has {num_bytes:,} bytes, expected at least {MIN_BYTES:,}: too few to estimate how often "
-      "a piece is used; give more text"
+      f"the domain text to choose pieces from has {num_bytes:,} bytes, expected at least {MIN_BYTES:,}: too few to estimate how "
+      "often a piece is used; give more text"
     )
   if band != BANDS["all"] and band_by == "use" and general_counts_V is None:
     raise ConfigError(f"a band of {band[0]:g}:{band[1]:g} asks how often pieces are used in general text; give --general")
@@ -157,24 +157,30 @@ def grow(
 def _pool(
   base: Base, words: list[Words], *, size: int, band: tuple[float, float], band_by: str, counts_V: np.ndarray, min_count: int
 ) -> tuple[Candidates, Band]:
-  """Candidates, and the band's bounds among them; for a band that has an upper bound of uses, words are cut at what is used more."""
+  """Candidates, and the band's bounds among them; where uses have an upper bound, words are cut at what is used more."""
 
   def learn(found: list[Words]) -> Candidates:
     texts = [text for each in found if (text := candidates_lib.spell(each))]
     if not texts:
-      raise ConfigError("the domain text holds nothing that pieces could be made of within the band; give more text or a wider band")
+      raise ConfigError(
+        "the domain text holds nothing that pieces could be made of within the band; give more text or a wider band"
+      )
     num_merges = (_POOL if band_by == "use" else _POOL_BY_COUNT) * size
     learnt = candidates_lib.learn(texts, num_merges=num_merges, min_count=min_count)
     return candidates_lib.candidates(base, learnt, general_counts_V=counts_V)
 
   pool = learn(words)
   if not pool.pieces:
-    raise ConfigError(f"no pair of pieces stands {min_count} times or more in the domain text; give more text or lower --min_count")
+    raise ConfigError(
+      f"no pair of pieces stands {min_count} times or more in the domain text; give more text or lower --min_count"
+    )
   values = sorted(getattr(piece, band_by) for piece in pool.pieces)
   low, high = (int(quantile * len(values)) for quantile in band)
   bounds = Band(band_by, -1 if low == 0 else values[low - 1], values[high - 1])
   if high < len(values) and band_by == "use":
-    is_used_more_S = np.array([max((counts_V[i] for i in base.old_ids(s)), default=0) > bounds.to for s in range(base.num_symbols)] + [False])
+    is_used_more_S = np.array(
+      [max((counts_V[i] for i in base.old_ids(s)), default=0) > bounds.to for s in range(base.num_symbols)] + [False]
+    )
     pool = learn([each._replace(symbols=np.where(is_used_more_S[each.symbols], -1, each.symbols)) for each in words])
   return pool, bounds
 

@@ -3,8 +3,8 @@
 Invariant: old rows are read, never written, and padding rows behind the base's own ids are not looked at; a block is float32 and
 depends on the seed and the rows' numbers alone. Called by model.expansion.
 
-Input and output rows have different parts to play (what a token means, when it is to be said), so they are made apart. Choices and
-their sources: docs/vocabulary.md.
+Input and output rows have different parts to play (what a token means, when it is to be said), so they are made apart. Choices
+and their sources: docs/vocabulary.md.
 """
 
 import dataclasses
@@ -120,7 +120,7 @@ def gaussian(sources: Sources, start: int, stop: int) -> np.ndarray:
 
 
 def similar(sources: Sources, start: int, stop: int) -> np.ndarray:
-  """Old rows weighted by how alike they are used in domain text (as FOCUS, 2305.14481); the mean of its parts where that is unknown."""
+  """Old rows weighted by how alike they are used in domain text (as FOCUS, 2305.14481); the parts' mean where that is unknown."""
   if sources.neighbours is None:
     raise ConfigError("initialiser 'similar' needs domain text to see how pieces are used: give --domain")
   rows = mean(sources, start, stop)
@@ -131,9 +131,7 @@ def similar(sources: Sources, start: int, stop: int) -> np.ndarray:
   return rows
 
 
-INITIALISERS: dict[str, Block] = {
-  f.__name__: f for f in (mean, weighted, first, overlap, gaussian, similar, zero, random)
-}
+INITIALISERS: dict[str, Block] = {f.__name__: f for f in (mean, weighted, first, overlap, gaussian, similar, zero, random)}
 
 
 def find(name: str, *, flag: str) -> Block:
@@ -143,7 +141,9 @@ def find(name: str, *, flag: str) -> Block:
     ConfigError: there is none of that name.
   """
   if name not in INITIALISERS:
-    raise ConfigError(f"{flag}={name!r}: no such initialiser.{did_you_mean(name, list(INITIALISERS))} There are {', '.join(INITIALISERS)}")
+    raise ConfigError(
+      f"{flag}={name!r}: no such initialiser.{did_you_mean(name, list(INITIALISERS))} There are {', '.join(INITIALISERS)}"
+    )
   return INITIALISERS[name]
 
 
@@ -159,7 +159,7 @@ def padding(sources: Sources, *, num_rows: int) -> np.ndarray:
 
 
 def overlapping(texts: Mapping[int, str], pieces: Sequence[Piece]) -> np.ndarray:
-  """The old id that each piece overlaps most: one spelt the same but for case and a leading space, else the longest that it replaces."""
+  """The old id that each piece overlaps most: spelt the same but for case and a leading space, else the longest that it replaces."""
   alike: dict[str, int] = {}
   for number, text in texts.items():
     alike.setdefault(_plain(text), number)

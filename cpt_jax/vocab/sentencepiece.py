@@ -1,10 +1,11 @@
 """A SentencePiece model (BPE or unigram) as a base that can grow.
 
-Invariant: the old file's bytes come first, unchanged; new pieces follow as the format's own repeated field. In BPE their scores lie
-below the base's, so that its merges are done first. Called by vocab.kinds.
+Invariant: the old file's bytes come first, unchanged; new pieces follow as the format's own repeated field. In BPE their scores
+lie below the base's, so that its merges are done first. Called by vocab.kinds.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -15,7 +16,7 @@ from cpt_jax.data.tokenizer import Tokenizer
 from cpt_jax.vocab.bases import SPACE, Base, Piece, Words, check_pieces
 from cpt_jax.vocab.scores import unigram_scores
 
-_Proto = sentencepiece_model_pb2.ModelProto
+_Proto: Any = getattr(sentencepiece_model_pb2, "ModelProto")  # noqa: B009 - made when the module is loaded, so no checker sees it
 _NORMAL, _CONTROL, _BYTE = 1, 3, 6  # SentencePiece.Type
 _KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}
 

@@ -1,15 +1,15 @@
-"""Domain text in new tokens -> how alike old and new tokens are used, as weights of old rows (in the manner of FOCUS, 2305.14481).
+"""Domain text in new tokens -> how alike old and new tokens are used, as weights of old rows (as FOCUS, 2305.14481).
 
 Invariant: weights of a piece are not negative and sum to 1, or there are none; only old tokens carry weight. Called by
 tools/grow_vocab.py; vocab.initialise reads the result.
 
-FOCUS trains fastText on the domain text. Here the auxiliary embedding is the truncated SVD of positive pointwise mutual information
-between neighbouring tokens (Levy and Goldberg, NIPS 2014, show skip-gram to factorise a shifted form of that matrix): no dependency,
-and the same at every run.
+FOCUS trains fastText on the domain text. Here the auxiliary embedding is the truncated SVD of positive pointwise mutual
+information between neighbouring tokens (Levy and Goldberg, NIPS 2014, show skip-gram to factorise a shifted form of that matrix):
+no dependency, no chance in it.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -75,7 +75,7 @@ def embed(texts: Iterable[list[int]], *, vocab_size: int, width: int = WIDTH, wi
   return vectors_VW
 
 
-def _positive_information(pairs: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
+def _positive_information(pairs: Any) -> Any:
   """max(0, log p(a, b) / p(a) p(b)) where a pair was seen."""
   found = pairs.tocoo()
   sums_V = np.asarray(pairs.sum(axis=1)).ravel()

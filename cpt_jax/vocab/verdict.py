@@ -60,7 +60,9 @@ class Precedent(NamedTuple):
 
 # What was read at second hand is said to be so in docs/vocabulary.md.
 PRECEDENTS = (
-  Precedent("Yamaguchi et al. (2406.11477)", 1e7 / 4, "by heuristics", "30 thousand sentences: faster decoding, quality competitive"),
+  Precedent(
+    "Yamaguchi et al. (2406.11477)", 1e7 / 4, "by heuristics", "30 thousand sentences: faster decoding, quality competitive"
+  ),
   Precedent("EEVE (2402.14714)", 2e9, "8,960 Korean pieces", "a third of the tokens; staged training"),
   Precedent("Dagan et al. (2402.01035), early", 5e9, "another code tokenizer", "still behind the old vocabulary"),
   Precedent("Dagan et al. (2402.01035)", 50e9, "another code tokenizer", "level or ahead"),
