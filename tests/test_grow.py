@@ -164,6 +164,18 @@ def test_bpe_grows_by_joining_the_base_s_own_tokens(kind, grown, text):
     assert new.tolist() == old.tolist()
 
 
+@pytest.mark.parametrize("kind", BPE_KINDS[1:])
+def test_old_merges_come_first_in_the_base_s_own_language(kind, bases, corpora):
+  """New pieces above the base's (score 0, as widely copied) would join what the base's own merges keep apart."""
+  found = grow.grow(bases[kind], 2 * corpora["english"], size=60)
+  lengths_W, num_changed = found.lengths_W(), 0
+  for text in corpora["english"]:
+    old, new = (np.array(t.encode_contents([text])[0], np.int64) for t in (found.base.tokenizer, found.tokenizer))
+    assert set(np.cumsum(lengths_W[new]).tolist()) <= set(np.cumsum(lengths_W[old]).tolist())
+    num_changed += len(new) < len(old)
+  assert num_changed
+
+
 @pytest.mark.parametrize("kind", KINDS[:4])  # the last has no bytes: it spells now what was one unknown token
 def test_growth_saves_what_was_counted(kind, grown, corpora):
   found = grown[kind]

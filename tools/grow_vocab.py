@@ -45,8 +45,8 @@ _BAND_BY = flags.DEFINE_enum(
   "band_by",
   "use",
   ["use", "count"],
-  "What the band is of: how often the most used old piece that a new one replaces stands in --general, or how often the new piece "
-  "itself stands in --domain.",
+  "What the band is of: how often the most used old piece that a new one replaces stands in --general, or how often the new "
+  "piece itself stands in --domain.",
 )
 _MIN_COUNT = flags.DEFINE_integer(
   "min_count", grow.MIN_COUNT, "Times that a piece must stand in the sample of --domain.", lower_bound=2

@@ -392,7 +392,7 @@ def _byte_ids(vocab: dict[str, int], *, is_byte_level: bool) -> list[int]:
 
 
 def byte_characters() -> list[str]:
-  """How byte-level vocabularies write each byte (GPT-2): one that prints as Latin-1 is that character, the others count on from 256."""
+  """How byte-level vocabularies write each byte (GPT-2): as Latin-1 where that prints, the others count on from 256."""
   prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
   moved = {byte: 256 + n for n, byte in enumerate(byte for byte in range(256) if byte not in prints)}
   return [chr(moved.get(byte, byte)) for byte in range(256)]

@@ -110,8 +110,8 @@ def grow(
 
   `band`: quantiles of the candidates by `band_by`. "use": how often the most used of the old pieces that a candidate replaces
   stands in the text that `general_counts_V` counts; (0, 0.5) takes pieces all of whose old pieces are used rarely there. "count":
-  how often the candidate itself stands in `train`. `saving`: no more pieces once they save this share of `train`'s tokens. `protect` gives
-  texts whose tokenisation must not change.
+  how often the candidate itself stands in `train`. `saving`: no more pieces once they save this share of `train`'s tokens.
+  `protect` gives texts whose tokenisation must not change.
 
   Raises:
     ConfigError: too little text; a band without general text; no piece is left.
@@ -147,6 +147,7 @@ def grow(
       found["protected"] = _offenders(base, raw, chosen, protect)
     if not any(found.values()):
       break
+    assert not set.union(*found.values()) & banned  # or this would go on for ever
     for why, texts in found.items():
       dropped[why] = dropped.get(why, 0) + len(texts)
       banned |= texts

@@ -159,7 +159,7 @@ def padding(sources: Sources, *, num_rows: int) -> np.ndarray:
 
 
 def overlapping(texts: Mapping[int, str], pieces: Sequence[Piece]) -> np.ndarray:
-  """The old id that each piece overlaps most: spelt the same but for case and a leading space, else the longest that it replaces."""
+  """The old id that each piece overlaps most: spelt alike but for case and a leading space, else the longest that it replaces."""
   alike: dict[str, int] = {}
   for number, text in texts.items():
     alike.setdefault(_plain(text), number)

@@ -1,8 +1,8 @@
 """Scores of pieces that are added to a unigram model, whose tokenisation is the path of the highest sum of scores.
 
 Invariant: a new piece scores a little more than the best path over older pieces that spells it, so it stands in for such paths
-and shifts others as little as a new piece can; no score lies below the base's lowest, from which both libraries derive the cost of an
-unknown character. Called by vocab.fast and vocab.sentencepiece.
+and shifts others as little as a new piece can; no score lies below the base's lowest, from which both libraries derive the cost
+of an unknown character. Called by vocab.fast and vocab.sentencepiece.
 """
 
 from collections.abc import Mapping, Sequence
