@@ -151,7 +151,7 @@ def base(request, tmp_path, tiny_hf_config, fixtures):
   config = tiny_hf_config | {"tie_word_embeddings": request.param == "tied"}
   spec = spec_lib.from_hf(config)
   params = transformer.init(spec, jax.random.key(1))
-  more = dict(max_shard_bytes=60_000, dtype="bfloat16") if "sharded" in request.param else {}
+  more = dict(max_shard_bytes=22_000, dtype="bfloat16") if "sharded" in request.param else {}
   pretrained.save_params(params, spec, tmp_path / "base", source_dir=fixtures / "tokenizer", hf_config=config, **more)
   return tmp_path / "base"
 
@@ -171,6 +171,7 @@ def expand(directory, output, *, name="mean", vocab_size=330, rows=384, **more):
 
 def test_old_rows_and_other_tensors_are_written_as_they_were(base, tmp_path):
   model, wider = expand(base, tmp_path / "out")
+  num_linked = 0
   assert set(wider.entries) == set(model.files.entries)
   for name, entry in model.files.entries.items():
     before, after = model.files.view(name), wider.view(name)
@@ -185,7 +186,9 @@ def test_old_rows_and_other_tensors_are_written_as_they_were(base, tmp_path):
     else:
       assert after.tobytes() == before.tobytes()
     if not set(model.tables) & {n for n, e in model.files.entries.items() if e.file == entry.file}:
-      assert (tmp_path / "out" / entry.file.name).stat().st_ino == entry.file.stat().st_ino  # linked
+      assert (tmp_path / "out" / entry.file.name).stat().st_ino == entry.file.stat().st_ino
+      num_linked += 1
+  assert num_linked or not (base / hf_files.INDEX).exists()
   config = json.loads((tmp_path / "out" / "config.json").read_text())
   assert (config["vocab_size"], config["true_vocab_size"]) == (384, 330)
   index = tmp_path / "out" / hf_files.INDEX
@@ -211,19 +214,19 @@ def test_old_tokens_have_the_logits_they_had(base, tmp_path, random_batch):
 def test_memory_holds_blocks_not_tables(tmp_path):
   rng, width, num_rows = np.random.default_rng(0), 128, 40_000
   entries = {expansion.EMBEDDING: ("BF16", (num_rows, width)), expansion.HEAD: ("BF16", (num_rows, width))}
-  chunks = (rng.normal(size=(num_rows // 4, width)).astype(ml_dtypes.bfloat16) for _ in range(8))
+  chunks = [rng.normal(size=(num_rows // 4, width)).astype(ml_dtypes.bfloat16)] * 8
   (tmp_path / "base").mkdir()
-  hf_files.write_safetensors(tmp_path / "base" / hf_files.SINGLE, entries, chunks)
+  hf_files.write_safetensors(tmp_path / "base" / hf_files.SINGLE, entries, iter(chunks))
   (tmp_path / "base" / "config.json").write_text(json.dumps({"vocab_size": num_rows, "tie_word_embeddings": False}))
   model = expansion.open_model(tmp_path / "base", vocab_size=num_rows)
-  pieces = replaced([[i, i + 1, i + 2] for i in range(8000)])
+  pieces = replaced([[i, i + 1, i + 2] for i in range(4000)])
   new = expansion.make_rows(initialise.mean, lambda old_VD: Sources(old_VD, pieces), num_padding=64)
   (tmp_path / "out").mkdir()
   tracemalloc.start()
-  expansion.write(model, tmp_path / "out", num_old=num_rows, vocab_size=48_000, rows=48_064, new=dict.fromkeys(model.tables, new))
+  expansion.write(model, tmp_path / "out", num_old=num_rows, vocab_size=44_000, rows=44_064, new=dict.fromkeys(model.tables, new))
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
-  assert peak < expansion.num_bytes(model, rows=48_064) / 2  # 24.6 MB in two tables
+  assert peak < expansion.num_bytes(model, rows=44_064) / 2  # 22.6 MB in two tables
 
 
 def test_models_that_do_not_fit(base, tmp_path):
