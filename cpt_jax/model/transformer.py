@@ -227,6 +227,7 @@ def head(params: dict[str, Any], spec: ModelSpec, *, dtype: Any) -> jax.Array:
 
 
 def logits(params: dict[str, Any], spec: ModelSpec, hidden_BTD: jax.Array) -> jax.Array:
-  """Scores of the next token, float32 [B, T, V]; products in the dtype of the hidden states."""
+  """Scores of the next token, float32 [B, T, V], -inf for padding rows; products in the dtype of the hidden states."""
   head_DV = head(params, spec, dtype=hidden_BTD.dtype)
-  return jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+  logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+  return jnp.where(jnp.arange(spec.vocab_size) < spec.num_ids, logits_BTV, -jnp.inf)
