@@ -203,9 +203,9 @@ def _unstacked(stacked: dict[str, jax.Array], num_layers: int) -> list[dict[str,
 
 def _attention(weights, spec: ModelSpec, x_BTD, rotation, attend: Callable[..., jax.Array]) -> jax.Array:
   normed_BTD = layers.rms_norm(x_BTD, mesh.gathered(weights["attn_norm"], "embed"), eps=spec.norm_eps)
-  q_BTNH = layers.project("BTD,DNH->BTNH", normed_BTD, weights["wq"], ("embed", "heads", "head_dim"))
-  k_BTKH = layers.project("BTD,DKH->BTKH", normed_BTD, weights["wk"], ("embed", "kv_heads", "head_dim"))
-  v_BTKH = layers.project("BTD,DKH->BTKH", normed_BTD, weights["wv"], ("embed", "kv_heads", "head_dim"))
+  q_BTNH = layers.project("BTD,DNH->BTNH", ("embed", "heads", "head_dim"), None, normed_BTD, weights["wq"])
+  k_BTKH = layers.project("BTD,DKH->BTKH", ("embed", "kv_heads", "head_dim"), None, normed_BTD, weights["wk"])
+  v_BTKH = layers.project("BTD,DKH->BTKH", ("embed", "kv_heads", "head_dim"), None, normed_BTD, weights["wv"])
   if spec.qkv_bias:
     bq_NH, bk_KH, bv_KH = (weights[name].astype(x_BTD.dtype) for name in ("bq", "bk", "bv"))
     q_BTNH, k_BTKH, v_BTKH = q_BTNH + bq_NH[None, None], k_BTKH + bk_KH[None, None], v_BTKH + bv_KH[None, None]
@@ -215,7 +215,7 @@ def _attention(weights, spec: ModelSpec, x_BTD, rotation, attend: Callable[..., 
     k_BTKH = layers.rms_norm(k_BTKH, weights["k_norm"], eps=spec.norm_eps)
   q_BTNH, k_BTKH = rope.rotate(q_BTNH, *rotation), rope.rotate(k_BTKH, *rotation)
   out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
-  out_BTD = layers.project("BTNH,NHD->BTD", out_BTNH, weights["wo"], ("heads", "head_dim", "embed"), to=("batch", "seq", None))
+  out_BTD = layers.project("BTNH,NHD->BTD", ("heads", "head_dim", "embed"), ("batch", "seq", None), out_BTNH, weights["wo"])
   return checkpoint_name(out_BTD, "out")
 
 
