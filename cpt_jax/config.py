@@ -176,7 +176,7 @@ def default() -> Any:
   c.model.compute_dtype = "auto"  # auto (bfloat16 on GPU and TPU, float32 on CPU), float32, bfloat16
   # What the forward pass keeps of each layer for the backward pass, which computes the rest again; most memory first. With
   # width D, mlp width F, N and K query and key/value heads of H, c bytes of a number of compute_dtype, a position keeps (bytes)
-  #   none            16D + c(2D + (3N+2K)H + 3F) + 4N + 16   all that derivatives read; casts of parameters are made again
+  #   none            c(4D + (3N+2K)H + 3F) + 4N   all that derivatives read, but not inside norms; casts of parameters again
   #   dots            c(2D + (2N+2K)H + 2F) + 4N   products with parameters and what was attended: norms, rotations, gates again
   #   attention_dots  c(2D + (2N+2K)H) + 4N        those of the attention: the mlp's first two products again, too
   #   attended        c(D + NH) + 4N               what was attended: all products but the mlp's last again, but not attention
@@ -184,8 +184,13 @@ def default() -> Any:
   # and dots_offload, attention_dots_offload, attended_offload, full_offload: the same, but it waits in the host's memory, where a
   # GPU or TPU fetches it from; a CPU has no other memory, and runs them (and says so) as the choice without _offload.
   c.model.remat = "none"
-  c.model.attention = "auto"  # auto, plain, blockwise (memory linear in row length)
-  c.model.loss_chunk = 256  # positions whose logits exist at once; 0 = all
+  # auto (the fastest that can run here), plain, blockwise (memory linear in row length; any chip), flash and cudnn (NVIDIA GPUs),
+  # splash (TPU). One that cannot run gives way to the next with a warning that says why.
+  c.model.attention = "auto"
+  # The layers in a loop, which compiles once for any depth; False: each by itself, faster steps on GPUs and a longer start.
+  c.model.scan = True
+  # Positions of each device, whatever rows they are in, whose logits exist at once; 0 = 256 on CPU, 4096 on GPU and TPU.
+  c.model.loss_chunk = 0
 
   c.data = ConfigDict()
   # Tokenizer directory or file; empty = that of start.hf.
@@ -296,7 +301,7 @@ CHOICES = {
   "model.compute_dtype": ("auto", "float32", "bfloat16"),
   "model.remat": ("none", "dots", "attention_dots", "attended", "full")
   + ("dots_offload", "attention_dots_offload", "attended_offload", "full_offload"),
-  "model.attention": ("auto", "plain", "blockwise"),
+  "model.attention": ("auto", "plain", "blockwise", "flash", "cudnn", "splash"),
   "data.packing": ("concat", "best_fit", "pad"),
   "data.split_positions": ("restart", "continue"),
   "data.on_bad": ("skip", "fail"),
@@ -419,8 +424,8 @@ def leaf_keys(config: Any) -> list[str]:
   return keys
 
 
-def resolve(config: Any) -> ConfigDict:
-  """Checks every key that needs no file and no device; returns a locked copy.
+def resolve(config: Any, *, needs_data: bool = True) -> ConfigDict:
+  """Checks every key that needs no file and no device; returns a locked copy. Without `needs_data` there need be no sources.
 
   Raises:
     ConfigError: with a line for each problem.
@@ -431,7 +436,8 @@ def resolve(config: Any) -> ConfigDict:
   _check_keys(config, problems)
   problems.raise_if_any()  # the checks below read keys
   _check_values(config, problems)
-  _check_sources(config, problems)
+  if needs_data or config.data.sources:
+    _check_sources(config, problems)
   _check_predictions(config, problems)
   problems.raise_if_any()
   config.lock()

@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cpt_jax import config as config_lib
+from cpt_jax import environment
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file of configs/, or one of your own; --config.key=value changes a key."
@@ -93,7 +94,5 @@ def _read_flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-  # Compiled programs are kept between runs: the second start of a run takes a fraction of the first.
-  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "cpt_jax" / "jax"))
-  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # there are many small programs at the start
+  environment.prepare(os.environ)  # before the config file, which may import jax
   app.run(main, flags_parser=_read_flags)

@@ -5,12 +5,13 @@ mesh set every function here leaves its argument as it is. Called by model, trai
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cpt_jax.config import ConfigError, Problems
@@ -22,9 +23,11 @@ AXES = ("data", "fsdp", "context", "tensor")
 LOGICAL_RULES: Mapping[str, str | tuple[str, ...] | None] = {
   "batch": ("data", "fsdp"),
   "seq": "context",
+  "positions": ("data", "fsdp", "context"),  # those of a batch in parts, one for each device that holds different ones
   "embed": "fsdp",
   "heads": "tensor",
   "kv_heads": "tensor",
+  "all_heads": ("tensor", "context"),  # inside attention, whose rows are whole
   "mlp": "tensor",
   "vocab": "tensor",
   "layers": None,
@@ -56,14 +59,59 @@ def axis_sizes(*, data: int, fsdp: int, context: int, tensor: int, num_devices: 
 
 
 def make_mesh(*, data: int, fsdp: int, context: int, tensor: int, devices: Any = None) -> Mesh:
-  """A mesh of Explicit axes over `devices` (default: all of them); -1 takes the rest.
+  """A mesh of Explicit axes over `devices` (default: all of them), placed by `arrange`; -1 takes the rest.
 
   Raises:
-    ConfigError: as `axis_sizes`.
+    ConfigError: as `axis_sizes` and `arrange`.
   """
   devices = jax.devices() if devices is None else devices
   sizes = axis_sizes(data=data, fsdp=fsdp, context=context, tensor=tensor, num_devices=len(devices))
-  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+  return Mesh(arrange(devices, sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def arrange(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:
+  """The devices as an array with the dimensions of AXES, so that the axes which talk most have the fastest network.
+
+  Devices of one fast network (a slice of TPUs, a host or NVLink domain of GPUs) stay together: `data` is the way from one to
+  the next. Slices of TPUs share nothing else. The hosts of GPUs may share `fsdp` too, since a model that fills several hosts
+  has no other place, but never `context` and `tensor`, which talk in every layer's middle. Inside a slice the axes lie along
+  the wires of its torus. Without several networks, and on the CPU, the order is that of `devices`.
+
+  Raises:
+    ConfigError: axes that would cross the slow network.
+  """
+  networks = _networks(devices)
+  shape, num_networks = tuple(sizes[axis] for axis in AXES), len(networks)
+  if len({len(each) for each in networks}) > 1:
+    raise ConfigError(
+      f"the {num_networks} slices or hosts have {', '.join(str(len(each)) for each in networks)} devices: use as many of each"
+    )
+  if devices[0].platform == "tpu":
+    if sizes["data"] % num_networks:
+      raise ConfigError(
+        f"mesh.data={sizes['data']}: the devices are {num_networks} slices of {len(networks[0])}, and mesh.data alone crosses"
+        f" from slice to slice; use a multiple of {num_networks}"
+      )
+    inside = (sizes["data"] // num_networks, *shape[1:])
+    # Split: an axis may be part of a physical one, as where 32 x 2 lie on 4 x 4 x 4.
+    return np.concatenate([mesh_utils.create_device_mesh(inside, each, allow_split_physical_axes=True) for each in networks])
+  together = sizes["context"] * sizes["tensor"]
+  if num_networks > 1 and len(networks[0]) % together:
+    raise ConfigError(
+      f"mesh.context={sizes['context']} x mesh.tensor={sizes['tensor']} would cross between hosts: the devices are {num_networks}"
+      f" hosts (or NVLink domains) of {len(networks[0])}, which {together} does not divide; use mesh.fsdp or mesh.data"
+    )
+  return np.array([device for each in networks for device in each]).reshape(shape)
+
+
+def _networks(devices: Sequence[Any]) -> list[list[Any]]:
+  """The devices by the fast network that they are on, those of several in the order of their numbers."""
+  # TPUs have it where there are several slices; GPUs always: machines, or what NVLink joins of several. CPUs have none.
+  index = [getattr(device, "slice_index", 0) or 0 for device in devices]
+  found: dict[int, list[Any]] = {number: [] for number in sorted(set(index))}
+  for number, device in zip(index, devices, strict=True):
+    found[number].append(device)
+  return [sorted(each, key=lambda device: device.id) for each in found.values()] if len(found) > 1 else [list(devices)]
 
 
 def abstract_mesh(*, data: int, fsdp: int, context: int, tensor: int) -> AbstractMesh:
@@ -97,6 +145,19 @@ def current() -> Mesh | AbstractMesh | None:
 def axis_size(name: str) -> int:
   """Devices along a mesh axis of the mesh that is set; 1 without one."""
   return jax.sharding.get_abstract_mesh().shape.get(name, 1)
+
+
+def platform() -> str:
+  """What the mesh that is set is made of, which need not be in this machine: cpu, gpu or tpu."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  found = jax.default_backend() if device is None else device.platform
+  return "gpu" if found in ("cuda", "rocm") else found
+
+
+def num_parts(name: str) -> int:
+  """Into how many parts the mesh that is set divides this dimension; 1 without one."""
+  axes = LOGICAL_RULES[name] or ()
+  return math.prod(axis_size(axis) for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def out(*logical: str | None) -> PartitionSpec | None:

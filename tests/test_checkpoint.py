@@ -1,5 +1,8 @@
 """Checkpoints: whole, strict, and kept by the rules asked for."""
 
+import os
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -64,6 +67,19 @@ def test_bfloat16_moments_come_back_bit_for_bit_and_are_not_taken_for_float32(ti
       checkpoints.restore(0, state.abstract(tiny_spec, make_tx(saved.params)))
     assert "optimizer.mu_dtype" in str(error.value)
   checkpoints.close()
+
+
+def test_a_thousand_saves_hold_no_more_threads_and_files_than_one(tiny_spec, tmp_path):
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=1)
+  held = []
+  with jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])):
+    saved = make_state(tiny_spec)
+    for step in range(6):
+      checkpoints.save(saved, step, meta={}, losses={})
+      checkpoints.wait()
+      held.append((threading.active_count(), len(os.listdir("/proc/self/fd"))))
+  checkpoints.close()
+  assert held[-1] <= held[2], held
 
 
 def test_saving_does_not_see_what_happens_to_the_state_afterwards(tiny_spec, tmp_path):

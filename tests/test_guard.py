@@ -19,6 +19,7 @@ from cpt_jax.config import ConfigError
 from cpt_jax.data import pipeline
 from cpt_jax.data.quotas import Curves
 from cpt_jax.evals.perplexity import SourceLoss
+from cpt_jax.model import loss as loss_lib
 from cpt_jax.train import checkpoint, guard, metrics, optimizer, start, step
 from cpt_jax.train.state import TrainState
 
@@ -73,8 +74,9 @@ def test_without_such_numbers_the_guard_changes_no_bit(tiny_spec, random_batch, 
   weights_M = jnp.ones(2)
 
   def objective(params, batch):
-    sums = step.batch_sums(params, batch, tiny_spec, settings=SETTINGS, num_sources=2)
-    return jnp.sum(weights_M * (sums.loss_M + 0.0 * sums.z_loss_M)), sums
+    hidden_BTD = step.hidden_states(params, batch, tiny_spec, settings=SETTINGS)
+    chunk = SETTINGS.loss_chunk
+    return loss_lib.objective(params, tiny_spec, hidden_BTD, batch, source_weights=weights_M, z_loss=0.0, chunk=chunk)
 
   @jax.jit
   def plain(state, batch, rate):

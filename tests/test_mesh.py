@@ -1,6 +1,8 @@
-"""Placement: sizes, rules, rows to global arrays, and the same loss and gradients on every mesh."""
+"""Placement: sizes, networks, rules, rows to global arrays, and the same loss and gradients on every mesh."""
 
+import dataclasses
 import functools
+import itertools
 import math
 
 import hypothesis
@@ -54,8 +56,7 @@ def loss_and_gradient(params, batch, *, remat, chunk, attention):
       remat=remat,
       attention=attention,
     )
-    sums = loss.sums(params, SPEC, hidden_BTD, batch, num_sources=M, chunk=chunk)
-    return jnp.sum(jnp.arange(M) * (sums.loss_M + 0.1 * sums.z_loss_M)), sums
+    return loss.objective(params, SPEC, hidden_BTD, batch, source_weights=range(M), z_loss=0.1, chunk=chunk)
 
   return jax.grad(objective, has_aux=True)(params)
 
@@ -74,7 +75,8 @@ def one_device():
     (dict(fsdp=8), "plain"),
     (dict(data=2, fsdp=2, tensor=2), "blockwise"),
     (dict(fsdp=2, context=2, tensor=2), "blockwise"),
-    (dict(context=4, tensor=2), "plain"),
+    (dict(context=4, tensor=2), "plain"),  # too many for the heads: keys and values are gathered
+    (dict(data=4, context=2), "auto"),  # each device has heads of its own
   ],
   ids=str,
 )
@@ -159,6 +161,75 @@ def test_minus_one_takes_the_rest(data, fsdp, context, tensor, hidden):
 def test_sizes_that_do_not_fit_are_named(sizes, message):
   with pytest.raises(ConfigError, match=message):
     mesh_lib.axis_sizes(**dict(zip(mesh_lib.AXES, sizes, strict=True)), num_devices=8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fake:
+  """What `arrange` looks at in a device."""
+
+  id: int
+  platform: str = "gpu"
+  device_kind: str = ""
+  slice_index: int | None = None
+  coords: tuple[int, int, int] = (0, 0, 0)
+  core_on_chip: int = 0
+
+
+def hosts_of(num, *, each, platform="gpu"):
+  return [Fake(id=host * each + i, platform=platform, slice_index=host) for host in range(num) for i in range(each)]
+
+
+def slices_of(num, *, torus=(4, 4, 4)):
+  """Slices of v5p."""
+  places = enumerate(itertools.product(range(num), *map(range, torus)))
+  return [Fake(i, "tpu", "TPU v5p", index, coords) for i, (index, *coords) in places]
+
+
+def arranged(devices, data=1, fsdp=1, context=1, tensor=1):
+  found = mesh_lib.arrange(devices, dict(data=data, fsdp=fsdp, context=context, tensor=tensor))
+  assert found.shape == (data, fsdp, context, tensor) and {device.id for device in found.flat} == set(range(len(devices)))
+  return found
+
+
+@hypothesis.given(st.permutations(hosts_of(2, each=4)), st.sampled_from([(2, 4, 1, 1), (4, 1, 1, 2), (2, 1, 4, 1), (8, 1, 1, 1)]))
+def test_replicas_lie_on_hosts_and_the_rest_inside(devices, sizes):
+  found = arranged(devices, *sizes)
+  for replica in found:
+    assert len({device.slice_index for device in replica.flat}) == 1
+  order = [device.id for device in found.flat]
+  assert order == sorted(order), "neighbours of one host are neighbours on the inner axes, whatever the order they came in"
+
+
+def test_a_model_may_fill_several_hosts_of_gpus_but_its_layers_do_not_cross():
+  found = arranged(hosts_of(4, each=8), data=2, fsdp=8, tensor=2)
+  assert [{d.slice_index for d in replica.flat} for replica in found] == [{0, 1}, {2, 3}]
+  for group in found.reshape(-1, 2):  # of tensor
+    assert len({device.slice_index for device in group}) == 1
+  with pytest.raises(ConfigError, match=r"mesh\.context=2 x mesh\.tensor=8 would cross between hosts: .* 4 hosts .* of 8"):
+    arranged(hosts_of(4, each=8), data=2, context=2, tensor=8)
+
+
+@pytest.mark.parametrize("sizes", [(2, 64, 1, 1), (4, 8, 1, 4), (2, 16, 2, 2), (2, 32, 1, 2)])
+def test_slices_are_replicas_and_axes_lie_along_the_torus(sizes):
+  found = arranged(slices_of(2), *sizes)
+  for number, half in enumerate(np.split(found, 2)):
+    assert {device.slice_index for device in half.flat} == {number}
+  for group in found.reshape(-1, sizes[2] * sizes[3]):  # what shares a layer's middle lies in a box that holds no other chip
+    sides = [1 + max(c) - min(c) for c in zip(*(device.coords for device in group), strict=True)]
+    assert math.prod(sides) == len(group)
+
+
+def test_slices_that_replicas_do_not_fill_are_named():
+  with pytest.raises(ConfigError, match=r"mesh\.data=1: the devices are 2 slices of 64, .* use a multiple of 2"):
+    arranged(slices_of(2), fsdp=128)
+  with pytest.raises(ConfigError, match="the 2 slices or hosts have 8, 4 devices"):
+    arranged(hosts_of(2, each=8)[:12], fsdp=12)
+
+
+def test_on_one_network_devices_keep_their_order():
+  for devices in (jax.devices()[::-1], [Fake(id=i, platform="gpu", slice_index=3) for i in (1, 0, 2, 3)]):
+    found = mesh_lib.arrange(devices, dict(data=1, fsdp=len(devices) // 2, context=1, tensor=2))
+    assert list(found.flat) == list(devices)
 
 
 def test_check_names_everything_that_the_mesh_does_not_divide():

@@ -1,5 +1,6 @@
 """The update: accumulation, meshes, padding, the sources' weights and the division that is done once."""
 
+import contextlib
 import dataclasses
 import math
 
@@ -13,6 +14,7 @@ from cpt_jax import mesh as mesh_lib
 from cpt_jax import trees
 from cpt_jax.data.batch import Batch
 from cpt_jax.model import transformer
+from cpt_jax.model.spec import ModelSpec
 from cpt_jax.train import optimizer, schedule, state, step
 
 SETTINGS = step.ModelSettings(jnp.dtype("float32"), "none", "plain", 0)
@@ -21,7 +23,16 @@ RULES = dict(decay_rules=((".*norm", 0.0), (".*", 1.0)), rate_rules=((".*", 1.0)
 
 # A large eps: with a small one Adam turns the rounding of a gradient near zero into a whole step.
 def build(
-  spec, *, microbatches=1, z_loss=0.0, clip_norm=1.0, frozen=(), source_weights=(1.0, 1.0), mu_dtype="float32", sums="float32"
+  spec,
+  *,
+  params=None,
+  microbatches=1,
+  z_loss=0.0,
+  clip_norm=1.0,
+  frozen=(),
+  source_weights=(1.0, 1.0),
+  mu_dtype="float32",
+  sums="float32",
 ):
   rates = schedule.make(
     "rewarm",
@@ -35,7 +46,7 @@ def build(
     anneal_steps=0,
     shape="linear",
   )
-  params = transformer.init(spec, jax.random.key(0))
+  params = transformer.init(spec, jax.random.key(0)) if params is None else params
   rules = {**RULES, "frozen": frozen}
   tx = optimizer.make(params, b1=0.9, b2=0.95, eps=1e-3, mu_dtype=mu_dtype, weight_decay=0.1, clip_norm=clip_norm, **rules)
   update = step.make_train_step(
@@ -104,15 +115,41 @@ def test_accumulation_equals_the_big_batch_even_when_parts_hold_unequal_tokens(t
   assert_close(four, one)
 
 
-@pytest.mark.parametrize("axes", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)])
-def test_every_mesh_trains_as_one_device_does(tiny_spec, random_batch, axes):
-  batches = [random_batch(seed, rows=8) for seed in range(2)]
-  alone, one = train(tiny_spec, batches)
+# Grouped queries, and heads that 8 devices divide.
+MESH_SPEC = ModelSpec(
+  "qwen3", 64, 16, 2, 16, 8, 2, 24, max_positions=64, qk_norm=True, qkv_bias=True, windows=(0, 5), init_std=0.3
+)
+ALONE = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8)]
+MIXED = [(2, 4, 1, 1), (4, 1, 2, 1), (2, 1, 1, 4), (1, 2, 4, 1), (1, 4, 1, 2), (1, 1, 2, 4)]
+MIXED += [(2, 2, 2, 1), (2, 2, 1, 2), (2, 1, 2, 2), (1, 2, 2, 2)]
+
+
+@contextlib.contextmanager
+def compiled_quickly():
+  """A program that runs twice is not worth the compiler's passes."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def two_updates(random_batch):
+  """Parameters and batches, and what two updates of two microbatches each make of them on one device."""
+  batches = [masked(random_batch(seed, rows=16, vocab_size=64), seed) for seed in range(2)]
+  with compiled_quickly():
+    params = transformer.init(MESH_SPEC, jax.random.key(0))
+    return params, batches, train(MESH_SPEC, batches, params=params, microbatches=2, z_loss=1e-2)
+
+
+@pytest.mark.parametrize("axes", [*ALONE, *(pytest.param(axes, marks=pytest.mark.slow) for axes in MIXED)], ids=str)
+def test_every_mesh_trains_as_one_device_does(two_updates, axes):
+  params, batches, expected = two_updates
   mesh = mesh_lib.make_mesh(**dict(zip(mesh_lib.AXES, axes, strict=True)))
-  with jax.set_mesh(mesh):
-    spread, eight = train(tiny_spec, batches, place=lambda b: mesh_lib.to_global(mesh, b))
-  assert_close(spread.params, alone.params, rtol=1e-4, atol=1e-5)
-  assert_close(eight, one, rtol=1e-4, atol=1e-5)
+  with jax.set_mesh(mesh), compiled_quickly():
+    params = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, transformer.abstract_params(MESH_SPEC))
+    found = train(MESH_SPEC, batches, place=lambda b: mesh_lib.to_global(mesh, b), params=params, microbatches=2, z_loss=1e-2)
+  # Parameters, both moments, counts; and of each update the sums per source, the norm and the rate.
+  assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_moments_and_sums_train_as_float32_does_within_half_a_percent(tiny_spec, random_batch):
@@ -183,8 +220,11 @@ def test_equal_weights_are_the_mean_over_all_tokens(tiny_spec, random_batch):
 
   @jax.grad
   def mean(params):
-    sums = step.batch_sums(params, batch, tiny_spec, settings=SETTINGS, num_sources=2)
-    return (sums.loss + 1e-2 * sums.z_loss) / batch.weights_BT.sum()
+    hidden_BTD = step.hidden_states(params, batch, tiny_spec, settings=SETTINGS)
+    logits_BTV = transformer.logits(params, tiny_spec, hidden_BTD)
+    nll_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch.targets_BT)
+    terms_BT = nll_BT + 1e-2 * jnp.square(jax.nn.logsumexp(logits_BTV, axis=-1))
+    return jnp.sum(batch.weights_BT * terms_BT) / batch.weights_BT.sum()
 
   found, _ = gradient(tiny_spec, batch)
   assert_close(found, jax.device_get(jax.jit(mean)(transformer.init(tiny_spec, jax.random.key(0)))), atol=1e-7)

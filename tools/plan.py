@@ -17,6 +17,7 @@ from ml_collections import config_flags
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clone that is not installed
 
 from cpt_jax import config as config_lib
+from cpt_jax import environment
 from cpt_jax.config import ConfigError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config of the planned run; --config.key=value changes a key.")
@@ -207,6 +208,5 @@ def _read_flags(argv: list[str]) -> list[str]:
 
 if __name__ == "__main__":
   # Trials are the same program: compiled once, read from here by all that follow.
-  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "cpt_jax" / "jax"))
-  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+  environment.prepare(os.environ)
   app.run(main, flags_parser=_read_flags)

@@ -88,6 +88,11 @@ class Plan:
     """Share of positions that are not padding."""
     return self.num_tokens / max(self.num_rows * self.row_len, 1)
 
+  @property
+  def max_documents(self) -> int:
+    """The most segments in a row, beside its padding."""
+    return 1 if self.cross_documents else int(np.diff(self.row_ends, prepend=0).max(initial=1))
+
   def pieces(self, row: int) -> list[tuple[int, int, int]]:
     """(document, first pair, pairs) of each piece of a row, in order."""
     first, end = int(self.row_ends[row - 1]) if row else 0, int(self.row_ends[row])

@@ -41,6 +41,7 @@ class HeldOut:
   num_tokens: int  # targets, i.e. the sum of all weights
   num_bytes: int  # UTF-8 bytes of the documents' whole texts
   num_documents: int
+  max_documents: int  # the most of them in a row
 
 
 class SourceSummary(NamedTuple):
@@ -146,6 +147,11 @@ class Loader:
   def is_changed(self) -> bool:
     """Does a new segment begin where this start goes on."""
     return len(self.order.segments) > 1 and self.order.segments[-1].start_step == self.start_step
+
+  @property
+  def max_documents(self) -> int:
+    """The most segments in a row of the run, beside its padding."""
+    return max(plan.max_documents for plan in self.plans)
 
   @property
   def loss_weights(self) -> tuple[float, ...]:
@@ -410,7 +416,8 @@ def evaluation_rows(
     check(batch)
     return batch
 
-  return HeldOut(_Batches(-(-plan.num_rows // batch_rows), make), plan.num_targets, num_bytes, len(documents))
+  batches = _Batches(-(-plan.num_rows // batch_rows), make)
+  return HeldOut(batches, plan.num_targets, num_bytes, len(documents), plan.max_documents)
 
 
 def changed_settings(config, past: dict) -> list[str]:

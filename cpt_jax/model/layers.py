@@ -3,6 +3,8 @@
 Invariant: norms are computed in float32 and return the dtype they were given. Called by model.transformer.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -10,11 +12,18 @@ from jax.ad_checkpoint import checkpoint_name
 from cpt_jax import mesh
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
-  """Root mean square norm over the last dimension (1910.07467); `scale` is float32."""
+# The backward pass computes it again from its input, which is kept anyway: float32 copies of it would be the largest part of what
+# a layer keeps, and as slow to write and read.
+@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
+def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   wide = x.astype(jnp.float32)
   normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
   return (normed * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
+  """Root mean square norm over the last dimension (1910.07467); `scale` is float32."""
+  return _rms_norm(x, scale, eps)
 
 
 def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, dtype: jnp.dtype) -> jax.Array:

@@ -18,11 +18,12 @@ from cpt_jax import mesh
 from cpt_jax.model import attention as attention_lib
 from cpt_jax.model import layers, rope
 from cpt_jax.model.spec import ModelSpec
+from cpt_jax.model.visible import KEPT
 
 # What the backward pass finds kept of each layer, by the names that the layer gives; the rest is computed again from its input.
 _MLP = ("gate", "up")
-_ATTENTION = ("q", "k", "v", attention_lib.KEPT, "out")
-_KEPT = {"dots": _ATTENTION + _MLP, "attention_dots": _ATTENTION, "attended": (attention_lib.KEPT,), "full": ()}
+_ATTENTION = ("q", "k", "v", KEPT, "out")
+_KEPT = {"dots": _ATTENTION + _MLP, "attention_dots": _ATTENTION, "attended": (KEPT,), "full": ()}
 _OFFLOAD = "_offload"
 
 
@@ -49,12 +50,12 @@ def kept_bytes(spec: ModelSpec, remat: str, *, itemsize: int, tensor: int = 1) -
   NH, KH = (heads * spec.head_dim / tensor for heads in (spec.num_heads, spec.num_kv_heads))
   log_sums = 4 * spec.num_heads / tensor
   if remat == "none":
-    return 16 * D + itemsize * (2 * D + 3 * NH + 2 * KH + 3 * F) + log_sums + 16
+    return itemsize * (4 * D + 3 * NH + 2 * KH + 3 * F) + log_sums
   if remat.endswith(_OFFLOAD):
     return 0.0
-  widths = {"q": NH, "k": KH, "v": KH, "out": D, "gate": F, "up": F, attention_lib.KEPT: NH}
+  widths = {"q": NH, "k": KH, "v": KH, "out": D, "gate": F, "up": F, KEPT: NH}
   kept = _KEPT[remat]
-  return itemsize * (D + sum(widths[name] for name in kept)) + (log_sums if attention_lib.KEPT in kept else 0)
+  return itemsize * (D + sum(widths[name] for name in kept)) + (log_sums if KEPT in kept else 0)
 
 
 def on_platform(remat: str, platform: str) -> str:
@@ -159,31 +160,48 @@ def apply(
   compute_dtype: Any,
   remat: str = "none",
   attention: str = "auto",
+  max_documents: int | None = None,
+  scan: bool = True,
 ) -> jax.Array:
   """Hidden states after the final norm, [B, T, D] in `compute_dtype`.
 
-  `remat`: as config.py lists them; `attention`: as `attention.attend`. Norms, softmax and rotations are in float32.
+  `remat`: as config.py lists them; `attention`, `max_documents`: as `attention.attend`. Norms, softmax and rotations: float32.
   """
   tokens_BT, positions_BT, segments_BT = (mesh.constrain(x, "batch", "seq") for x in (tokens_BT, positions_BT, segments_BT))
   rotation = rope.tables(spec, positions_BT)
-  windows = spec.windows_at(tokens_BT.shape[1])
+  # Programs are made for the different windows, and each layer says which is its own.
+  windows = [window or tokens_BT.shape[1] for window in spec.windows_at(tokens_BT.shape[1])]
+  different = tuple(sorted(set(windows)))
+  attend = functools.partial(
+    attention_lib.attend, segments_BT=segments_BT, kind=attention, windows=different, max_documents=max_documents
+  )
 
   def layer(x_BTD, stacked):
-    weights, window = stacked
+    weights, layer_window = stacked
     x_BTD = checkpoint_name(x_BTD, "input")
-    x_BTD = x_BTD + _attention(weights, spec, x_BTD, rotation, segments_BT, kind=attention, window=window)
+    x_BTD = x_BTD + _attention(weights, spec, x_BTD, rotation, functools.partial(attend, layer_window=layer_window))
     normed_BTD = layers.rms_norm(x_BTD, mesh.gathered(weights["mlp_norm"], "embed"), eps=spec.norm_eps)
     return x_BTD + layers.swiglu(normed_BTD, weights["w_gate"], weights["w_up"], weights["w_down"]), None
 
   if remat != "none":
     layer = jax.checkpoint(layer, policy=_policy(remat), prevent_cse=False)
   hidden_BTD = layers.embed(params["embedding"], tokens_BT, dtype=compute_dtype)
-  window_L = jnp.asarray([w or tokens_BT.shape[1] for w in windows], jnp.int32) if windows else None
-  hidden_BTD, _ = jax.lax.scan(layer, hidden_BTD, (params["layers"], window_L))
+  layer_windows = [different.index(w) for w in windows] or [0] * spec.num_layers
+  if scan:
+    hidden_BTD, _ = jax.lax.scan(layer, hidden_BTD, (params["layers"], jnp.asarray(layer_windows, jnp.int32)))
+  else:
+    for stacked in zip(_unstacked(params["layers"], spec.num_layers), layer_windows, strict=True):
+      hidden_BTD, _ = layer(hidden_BTD, stacked)
   return layers.rms_norm(hidden_BTD, mesh.gathered(params["final_norm"], "embed"), eps=spec.norm_eps)
 
 
-def _attention(weights, spec: ModelSpec, x_BTD, rotation, segments_BT, *, kind, window) -> jax.Array:
+def _unstacked(stacked: dict[str, jax.Array], num_layers: int) -> list[dict[str, jax.Array]]:
+  """The parameters of each layer. A split, whose gradient is one concatenation; that of an index is a whole stack of zeros."""
+  parts = {name: jax.lax.split(x, (1,) * num_layers) for name, x in stacked.items()}
+  return [{name: parts[name][index].squeeze(0) for name in stacked} for index in range(num_layers)]
+
+
+def _attention(weights, spec: ModelSpec, x_BTD, rotation, attend: Callable[..., jax.Array]) -> jax.Array:
   normed_BTD = layers.rms_norm(x_BTD, mesh.gathered(weights["attn_norm"], "embed"), eps=spec.norm_eps)
   q_BTNH = layers.project("BTD,DNH->BTNH", normed_BTD, weights["wq"], ("embed", "heads", "head_dim"))
   k_BTKH = layers.project("BTD,DKH->BTKH", normed_BTD, weights["wk"], ("embed", "kv_heads", "head_dim"))
@@ -196,7 +214,7 @@ def _attention(weights, spec: ModelSpec, x_BTD, rotation, segments_BT, *, kind, 
     q_BTNH = layers.rms_norm(q_BTNH, weights["q_norm"], eps=spec.norm_eps)
     k_BTKH = layers.rms_norm(k_BTKH, weights["k_norm"], eps=spec.norm_eps)
   q_BTNH, k_BTKH = rope.rotate(q_BTNH, *rotation), rope.rotate(k_BTKH, *rotation)
-  out_BTNH = attention_lib.attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, kind=kind, window=window)
+  out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
   out_BTD = layers.project("BTNH,NHD->BTD", out_BTNH, weights["wo"], ("heads", "head_dim", "embed"), to=("batch", "seq", None))
   return checkpoint_name(out_BTD, "out")
 
@@ -209,6 +227,7 @@ def head(params: dict[str, Any], spec: ModelSpec, *, dtype: Any) -> jax.Array:
 
 
 def logits(params: dict[str, Any], spec: ModelSpec, hidden_BTD: jax.Array) -> jax.Array:
-  """Scores of the next token, float32 [B, T, V]; products in the dtype of the hidden states."""
+  """Scores of the next token, float32 [B, T, V], -inf for padding rows; products in the dtype of the hidden states."""
   head_DV = head(params, spec, dtype=hidden_BTD.dtype)
-  return jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+  logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+  return jnp.where(jnp.arange(spec.vocab_size) < spec.num_ids, logits_BTV, -jnp.inf)

@@ -57,8 +57,7 @@ def open_inputs(config: Any, workdir: pathlib.Path | None = None) -> Inputs:
     config.data.tokenizer = start.tokenizer_path(config)
   spec, hf_config = start.load_spec(base)
   problems = Problems()
-  if config.data.row_len > spec.max_positions:
-    problems.add(f"data.row_len={config.data.row_len}: the model was made for {spec.max_positions} positions; use at most that")
+  start.check_row_len(config, spec, problems)
   with problems.collect():
     rates = schedule.from_config(config)
     tx = optimizer.from_config(config, transformer.abstract_params(spec))
@@ -69,7 +68,7 @@ def open_inputs(config: Any, workdir: pathlib.Path | None = None) -> Inputs:
   with hosts.main_first("data"):  # the others find its stores and packing plans, or make their own on their own disks
     _prepare_missing_stores(config)
     opened = sources.from_config(config, problems)
-    sources.check_vocabulary(opened, spec.vocab_size, problems)
+    sources.check_vocabulary(opened, spec.num_ids, problems)
     problems.raise_if_any()
     begin = start.choose_start(config, workdir, base)
     past = start.data_past(begin)
@@ -82,7 +81,7 @@ def open_inputs(config: Any, workdir: pathlib.Path | None = None) -> Inputs:
     loader = pipeline.from_config(
       config,
       guard.in_force(opened, decisions),
-      vocab_size=spec.vocab_size,
+      vocab_size=spec.num_ids,
       past=past,
       start_step=begin.step,
       skip=guard.rows_to_skip(decisions, step=begin.step),
@@ -135,9 +134,10 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
     heldout = {name: loader.heldout_rows(name, max_tokens=config.eval.tokens, rows=my_eval_rows) for name in loader.names}
 
     # ---- 4. compile: at first use, from the cache when this program was compiled before ----
-    settings = step.settings_from_config(config)
+    settings = step.settings_from_config(config, max_documents=max(held.max_documents for held in heldout.values()))
     jit = jax.jit if not config.debug.no_jit else lambda f, **_: f
-    train_step = jit(step.from_config(config, spec, tx, source_weights=loader.loss_weights), donate_argnums=0)
+    update = step.from_config(config, spec, tx, source_weights=loader.loss_weights, max_documents=loader.max_documents)
+    train_step = jit(update, donate_argnums=0)
     eval_step = jit(step.make_eval_step(spec, settings=settings, num_sources=len(loader.names)))
 
     def to_device(batch: Batch, num_rows: int = eval_rows) -> Batch:

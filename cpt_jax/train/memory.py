@@ -87,17 +87,21 @@ def of_step(config: Any, spec: ModelSpec, *, source_weights: Sequence[float]) ->
   mesh = mesh_lib.current()
   assert mesh is not None, "set a mesh first"
   tx = optimizer.from_config(config, transformer.abstract_params(spec))
-  train_state, shardings = state.abstract(spec, tx), mesh_lib.batch_shardings(mesh)
-  rows, row_len = config.train.batch_rows, config.data.row_len
+  train_state = state.abstract(spec, tx)
+  train_step = jax.jit(step.from_config(config, spec, tx, source_weights=source_weights), donate_argnums=0)
+  rate = jax.ShapeDtypeStruct((), jnp.float32)
+  return of_compiled(train_step.lower(train_state, abstract_batch(config, mesh), rate).compile(), train_state)
+
+
+def abstract_batch(config: Any, mesh: Any) -> Batch:
+  """Shapes, dtypes and places of a step's batch."""
+  shardings, rows, row_len = mesh_lib.batch_shardings(mesh), config.train.batch_rows, config.data.row_len
 
   def array(dtype, *shape):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[len(shape)])
 
   ids_BT, weights_BT = array(jnp.int32, rows, row_len), array(jnp.float32, rows, row_len)
-  batch = Batch(ids_BT, ids_BT, weights_BT, ids_BT, ids_BT, array(jnp.int32, rows))
-  train_step = jax.jit(step.from_config(config, spec, tx, source_weights=source_weights), donate_argnums=0)
-  rate = jax.ShapeDtypeStruct((), jnp.float32)
-  return of_compiled(train_step.lower(train_state, batch, rate).compile(), train_state)
+  return Batch(ids_BT, ids_BT, weights_BT, ids_BT, ids_BT, array(jnp.int32, rows))
 
 
 def of_step_elsewhere(config: Any, spec: ModelSpec, *, source_weights: Sequence[float], sizes: Mapping[str, int]) -> Memory:
@@ -138,7 +142,7 @@ def what_to_change(memory: Memory, config: Any) -> str:
     "state": ["more devices along mesh.fsdp", "optimizer.mu_dtype='bfloat16'", "more patterns in optimizer.frozen"],
     "kept": [f"model.remat='{name}'" for name in below[:1]] + smaller,
     "layer": smaller,
-    "loss": [f"model.loss_chunk={config.model.loss_chunk // 2 or 256}", *smaller],
+    "loss": [f"model.loss_chunk={max(1, step.settings_from_config(config).loss_chunk // 2)}", *smaller],
   }[max(sizes, key=lambda name: sizes[name])]
   changes = [change for change in changes if config.optimizer.mu_dtype not in change]
   return f"{changes[0]}, or {' or '.join(changes[1:])}"

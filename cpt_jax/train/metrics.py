@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cpt_jax import journal
+from cpt_jax import chips, journal
 from cpt_jax.config import ConfigError
 from cpt_jax.data.store import write_atomically
 from cpt_jax.evals.perplexity import SourceLoss
@@ -22,25 +22,11 @@ from cpt_jax.model.loss import Sums
 from cpt_jax.model.spec import ModelSpec, flops_per_token
 from cpt_jax.train.step import StepMetrics
 
-# Dense bfloat16 peak of a chip in FLOP/s, from the vendors' data sheets; by the names that jax gives to devices.
-_PEAK_FLOPS = {
-  "NVIDIA H200": 989e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA A100": 312e12,
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5p": 459e12,
-  "TPU v5": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-}
-
 
 def peak_flops(device_kind: str) -> float | None:
   """Peak of one chip in FLOP/s, or None where it is not known (a CPU)."""
-  matches = [name for name in _PEAK_FLOPS if device_kind.startswith(name)]
-  return _PEAK_FLOPS[max(matches, key=len)] if matches else None
+  chip = chips.of_device(device_kind)
+  return None if chip is None else chip.peak_flops
 
 
 class Writer:

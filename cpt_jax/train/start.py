@@ -13,7 +13,7 @@ import jax
 import optax
 
 from cpt_jax import config as config_lib
-from cpt_jax.config import ConfigError
+from cpt_jax.config import ConfigError, Problems
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model.spec import ModelSpec, from_hf, load_hf_config
 from cpt_jax.train import guard
@@ -124,6 +124,12 @@ def load_spec(base: Start) -> tuple[ModelSpec, dict]:
   else:
     hf_config = load_hf_config(base.path)
   return from_hf(hf_config), hf_config
+
+
+def check_row_len(config: Any, spec: ModelSpec, problems: Problems) -> None:
+  """Adds a line where rows are longer than the model's positions."""
+  if config.data.row_len > spec.max_positions:
+    problems.add(f"data.row_len={config.data.row_len}: the model was made for {spec.max_positions} positions; use at most that")
 
 
 def tokenizer_path(config: Any) -> str:

@@ -35,15 +35,24 @@ class ModelSettings(NamedTuple):
   remat: str
   attention: str
   loss_chunk: int
+  max_documents: int | None = None  # in a row; None = not known
+  scan: bool = True
 
 
-def settings_from_config(config: Any) -> ModelSettings:
+# Each chunk reads and writes the head's float32 gradient once more: 8 bytes for 6 operations times the chunk's positions, so with
+# 4096 of them it is 7% of the products' time on an H100 and less on TPUs. A CPU computes slower than it reads, and holds the
+# logits of few positions in its cache; 256 by measurement (docs/performance.md).
+_LOSS_CHUNK = {"cpu": 256}
+
+
+def settings_from_config(config: Any, *, max_documents: int | None = None) -> ModelSettings:
   """`auto` computes in bfloat16 where the chip has units for it: GPU and TPU. What cannot be offloaded stays on the device."""
-  dtype, platform = config.model.compute_dtype, jax.default_backend()
+  c, platform = config.model, mesh.platform()
+  dtype = c.compute_dtype
   if dtype == "auto":
     dtype = "float32" if platform == "cpu" else "bfloat16"
-  remat = transformer.on_platform(config.model.remat, platform)
-  return ModelSettings(jnp.dtype(dtype), remat, config.model.attention, config.model.loss_chunk)
+  remat, chunk = transformer.on_platform(c.remat, platform), c.loss_chunk or _LOSS_CHUNK.get(platform, 4096)
+  return ModelSettings(jnp.dtype(dtype), remat, c.attention, chunk, max_documents, c.scan)
 
 
 def remat_note(config: Any) -> str:
@@ -56,13 +65,18 @@ TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, StepMetrics]]
 
 
 def from_config(
-  config: Any, spec: ModelSpec, optimizer: optax.GradientTransformation, *, source_weights: Sequence[float]
+  config: Any,
+  spec: ModelSpec,
+  optimizer: optax.GradientTransformation,
+  *,
+  source_weights: Sequence[float],
+  max_documents: int | None = None,
 ) -> TrainStep:
-  """The update that a config asks for; `source_weights` as in `make_train_step`."""
+  """The update that a config asks for; `source_weights` as in `make_train_step`, `max_documents` as in `ModelSettings`."""
   return make_train_step(
     spec,
     optimizer,
-    settings=settings_from_config(config),
+    settings=settings_from_config(config, max_documents=max_documents),
     source_weights=source_weights,
     microbatches=config.train.microbatches,
     accumulate_dtype=config.train.accumulate_dtype,
@@ -71,9 +85,9 @@ def from_config(
   )
 
 
-def batch_sums(params: Any, batch: Batch, spec: ModelSpec, *, settings: ModelSettings, num_sources: int) -> loss.Sums:
-  """Loss sums of a batch, per source."""
-  hidden_BTD = transformer.apply(
+def hidden_states(params: Any, batch: Batch, spec: ModelSpec, *, settings: ModelSettings) -> jax.Array:
+  """Hidden states of a batch, [B, T, D]."""
+  return transformer.apply(
     params,
     spec,
     batch.tokens_BT,
@@ -82,9 +96,9 @@ def batch_sums(params: Any, batch: Batch, spec: ModelSpec, *, settings: ModelSet
     compute_dtype=settings.compute_dtype,
     remat=settings.remat,
     attention=settings.attention,
+    max_documents=settings.max_documents,
+    scan=settings.scan,
   )
-  with jax.named_scope("loss"):  # train.memory finds it by this name
-    return loss.sums(params, spec, hidden_BTD, batch, num_sources=num_sources, chunk=settings.loss_chunk)
 
 
 def make_train_step(
@@ -117,8 +131,10 @@ def make_train_step(
 
   def objective(params, batch):
     params = trees.map_with_path(lambda path, p: jax.lax.stop_gradient(p) if is_frozen(path) else p, params)
-    sums = batch_sums(params, batch, spec, settings=settings, num_sources=len(weights_M))
-    return jnp.sum(weights_M * (sums.loss_M + z_loss * sums.z_loss_M)), sums
+    hidden_BTD = hidden_states(params, batch, spec, settings=settings)
+    chunk = settings.loss_chunk
+    with jax.named_scope("loss"):  # train.memory finds it by this name
+      return loss.objective(params, spec, hidden_BTD, batch, source_weights=weights_M, z_loss=z_loss, chunk=chunk)
 
   def is_frozen(path):
     return any(re.fullmatch(pattern, path) for pattern in frozen)
@@ -195,6 +211,7 @@ def make_eval_step(spec: ModelSpec, *, settings: ModelSettings, num_sources: int
   """Loss sums without an update."""
 
   def eval_step(params: Any, batch: Batch) -> loss.Sums:
-    return batch_sums(params, batch, spec, settings=settings, num_sources=num_sources)
+    hidden_BTD = hidden_states(params, batch, spec, settings=settings)
+    return loss.sums(params, spec, hidden_BTD, batch, num_sources=num_sources, chunk=settings.loss_chunk)
 
   return eval_step

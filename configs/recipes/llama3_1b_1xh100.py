@@ -1,0 +1,23 @@
+"""Llama-3.2-1B's shape on one H100 or H200.
+
+Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_1b_1xh100.py --topology=h100:1x1
+It ends with:             verdict       fits: TODO
+
+WHY
+
+A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
+"""
+
+from cpt_jax import config
+
+
+def get_config():
+  c = config.default()
+  c.model.scratch = "configs/architectures/llama3_1b.json"
+  c.model.remat = "dots"
+  c.data.row_len = 4096
+  c.train.batch_rows = 64
+  c.train.microbatches = 8
+  c.mesh.data = 1
+  c.mesh.fsdp = -1
+  return c

@@ -1,0 +1,23 @@
+"""Llama-3.1-70B's shape on 32 hosts of eight H100.
+
+Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_70b_256xh100.py --topology=h100:32x8
+It ends with:             verdict       fits: TODO
+
+WHY
+
+A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
+"""
+
+from cpt_jax import config
+
+
+def get_config():
+  c = config.default()
+  c.model.scratch = "configs/architectures/llama3_70b.json"
+  c.model.remat = "full"
+  c.data.row_len = 4096
+  c.train.batch_rows = 256
+  c.train.microbatches = 1
+  c.mesh.data = 1
+  c.mesh.fsdp = -1
+  return c

@@ -1,0 +1,23 @@
+"""Llama-3.1-70B's shape on 512 chips of TPU v5p, 8 x 8 x 8 ("v5p-1024" to Google's cloud, which counts cores).
+
+Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_70b_v5p_512.py --topology=v5p:8x8x8
+It ends with:             verdict       fits: TODO
+
+WHY
+
+A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
+"""
+
+from cpt_jax import config
+
+
+def get_config():
+  c = config.default()
+  c.model.scratch = "configs/architectures/llama3_70b.json"
+  c.model.remat = "full"
+  c.data.row_len = 4096
+  c.train.batch_rows = 512
+  c.train.microbatches = 1
+  c.mesh.data = 1
+  c.mesh.fsdp = -1
+  return c

@@ -1,0 +1,24 @@
+"""Llama-3.1-8B's shape on 16 chips of TPU v5e, a slice of 4 x 4.
+
+Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_8b_v5e_16.py --topology=v5e:4x4
+It ends with:             verdict       fits: TODO
+
+WHY
+
+A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
+"""
+
+from cpt_jax import config
+
+
+def get_config():
+  c = config.default()
+  c.model.scratch = "configs/architectures/llama3_8b.json"
+  c.model.remat = "full"
+  c.model.loss_chunk = 1024
+  c.data.row_len = 4096
+  c.train.batch_rows = 16
+  c.train.microbatches = 1
+  c.mesh.data = 1
+  c.mesh.fsdp = -1
+  return c

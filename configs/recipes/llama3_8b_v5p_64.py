@@ -1,0 +1,23 @@
+"""Llama-3.1-8B's shape on 64 chips of TPU v5p, a cube of 4 x 4 x 4 ("v5p-128" to Google's cloud, which counts cores).
+
+Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_8b_v5p_64.py --topology=v5p:4x4x4
+It ends with:             verdict       fits: TODO
+
+WHY
+
+A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
+"""
+
+from cpt_jax import config
+
+
+def get_config():
+  c = config.default()
+  c.model.scratch = "configs/architectures/llama3_8b.json"
+  c.model.remat = "dots"
+  c.data.row_len = 4096
+  c.train.batch_rows = 128
+  c.train.microbatches = 1
+  c.mesh.data = 1
+  c.mesh.fsdp = -1
+  return c
