@@ -136,6 +136,7 @@ def test_what_to_change_names_the_largest_class_and_keys_that_can_change():
   nothing = memory.Memory(*[1] * len(memory.Memory._fields))
   c = settings(model__remat="dots", train__microbatches=2)
   assert memory.what_to_change(nothing._replace(kept=9), c).startswith("model.remat='attention_dots', or train.microbatches=4")
+  c.model.loss_chunk = 512
   assert "model.loss_chunk=256" in memory.what_to_change(nothing._replace(loss=9), c)
   assert memory.what_to_change(nothing._replace(moments=9), c).startswith("more devices along mesh.fsdp, or optimizer.mu_dtype")
   c.optimizer.mu_dtype, c.model.remat, c.train.microbatches = "bfloat16", "full", ROWS

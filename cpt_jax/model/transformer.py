@@ -50,7 +50,7 @@ def kept_bytes(spec: ModelSpec, remat: str, *, itemsize: int, tensor: int = 1) -
   NH, KH = (heads * spec.head_dim / tensor for heads in (spec.num_heads, spec.num_kv_heads))
   log_sums = 4 * spec.num_heads / tensor
   if remat == "none":
-    return 16 * D + itemsize * (2 * D + 3 * NH + 2 * KH + 3 * F) + log_sums + 16
+    return itemsize * (4 * D + 3 * NH + 2 * KH + 3 * F) + log_sums
   if remat.endswith(_OFFLOAD):
     return 0.0
   widths = {"q": NH, "k": KH, "v": KH, "out": D, "gate": F, "up": F, KEPT: NH}
