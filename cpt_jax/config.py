@@ -174,9 +174,9 @@ def default() -> Any:
   # Start from scratch: a Hugging Face config.json (path of the file) that says the architecture.
   c.model.scratch = ""
   c.model.compute_dtype = "auto"  # auto (bfloat16 on GPU and TPU, float32 on CPU), float32, bfloat16
-  # What the forward pass keeps of each layer for the backward pass, which computes the rest again, from most memory to least. With
+  # What the forward pass keeps of each layer for the backward pass, which computes the rest again; most memory first. With
   # width D, mlp width F, N and K query and key/value heads of H, c bytes of a number of compute_dtype, a position keeps (bytes)
-  #   none            16D + c(2D + (3N+2K)H + 3F) + 4N + 16   all that derivatives read; casts of parameters are made again
+  #   none            c(4D + (3N+2K)H + 3F) + 4N   all that derivatives read, but not inside norms; casts of parameters again
   #   dots            c(2D + (2N+2K)H + 2F) + 4N   products with parameters and what was attended: norms, rotations, gates again
   #   attention_dots  c(2D + (2N+2K)H) + 4N        those of the attention: the mlp's first two products again, too
   #   attended        c(D + NH) + 4N               what was attended: all products but the mlp's last again, but not attention

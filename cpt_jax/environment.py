@@ -61,7 +61,7 @@ def settings(kind: str, *, gpu_model: str = "") -> list[Setting]:
       found.append(Setting("CUDA_DEVICE_MAX_CONNECTIONS", "1", "kernels start in the order in which XLA has scheduled them"))
   if kind == "tpu":
     # AI-Hypercomputer/maxtext benchmarks/xla_flags_library.py, DATA_PARALLEL_OVERLAP. What else is listed there is libtpu's
-    # default by now, or the tuning of one chip and model. To LIBTPU_INIT_ARGS alone: in XLA_FLAGS jax's own XLA would refuse them.
+    # default by now, or the tuning of one chip and model. Only for LIBTPU_INIT_ARGS: in XLA_FLAGS they end the process.
     found.append(
       Setting(
         "LIBTPU_INIT_ARGS",

@@ -11,18 +11,19 @@ import pytest
 LAYERS = [
   ["durations", "config", "journal", "environment", "chips"],
   ["trees", "hosts", "mesh"],
-  ["data.batch", "data.documents", "data.tokenizer", "data.chat", "data.store", "data.decontaminate", "data.prepare"]
-  + ["data.cluster", "data.sources", "data.selection", "data.packing", "data.shuffle", "data.quotas", "data.mixture"]
-  + ["data.order", "data.pipeline", "data.excerpts"],
+  ["data.batch", "data.documents", "data.tokenizer", "data.corpus", "data.chat", "data.store", "data.decontaminate"]
+  + ["data.prepare", "data.cluster", "data.sources", "data.selection", "data.packing", "data.shuffle", "data.quotas"]
+  + ["data.mixture", "data.order", "data.pipeline", "data.excerpts"]
+  + ["vocab.verdict", "vocab.bases", "vocab.scores", "vocab.fast", "vocab.sentencepiece", "vocab.kinds", "vocab.candidates"]
+  + ["vocab.changes", "vocab.texts", "vocab.grow", "vocab.assess", "vocab.similarity", "vocab.initialise"],
   ["model.spec", "model.rope", "model.layers", "model.visible", "model.blockwise", "model.flash", "model.cudnn"]
-  + ["model.splash", "model.attention", "model.transformer", "model.loss", "model.hf_files"]
+  + ["model.splash", "model.attention", "model.transformer", "model.loss", "model.hf_files", "model.expansion"]
   + ["model.pretrained"],
   ["evals.perplexity", "evals.drift"],
   ["train.schedule", "train.optimizer", "train.state", "train.step", "train.hlo", "train.memory", "train.guard"]
-  + ["train.checkpoint", "train.start", "train.metrics", "train.console", "train.loop", "train.ahead"]
-  + ["train.dry_run"],
-  ["analysis.program", "analysis.roofline", "analysis.step_report"]
-  + ["analysis.runs", "analysis.corpus", "analysis.diagnosis", "analysis.report", "laws.fit", "laws.curves", "laws.annealing"]
+  + ["train.checkpoint", "train.start", "train.metrics", "train.console", "train.loop", "train.ahead", "train.dry_run"],
+  ["analysis.program", "analysis.roofline", "analysis.step_report", "analysis.runs", "analysis.diagnosis", "analysis.report"]
+  + ["laws.fit", "laws.curves", "laws.annealing"]
   + ["laws.cpt_law", "laws.separable", "laws.change", "laws.cells", "laws.replay", "laws.domain", "laws.dcpt", "laws.cmr"]
   + ["laws.mixing", "laws.transfer", "laws.choose", "laws.recommend", "laws.plots"],
   ["probe.trials", "probe.design", "probe.config_files", "probe.outcome", "probe.stacked", "probe.runs", "probe.tables"]

@@ -30,8 +30,10 @@ SECTIONS = {
   "seek": {"sides", "skipped"},
   "prepare": {"text_bytes", "store", "workers", "tokenized", "speed_ratio", "large_bytes", "large", "skipped"},
   "memory": {"models"},
+  "endurance": {"steps", "slope_bytes_per_1000_steps", "starts"},
   "startup": {"starts", "is_shipped_base"},
 }
+SECTIONS["step_5m"] = SECTIONS["step"]
 HEADER = {
   "section",
   "quick",
@@ -78,6 +80,14 @@ def bench_step(root, monkeypatch):
   import bench_step
 
   return bench_step
+
+
+@pytest.fixture
+def bench_endurance(root, monkeypatch):
+  monkeypatch.syspath_prepend(root / "tools")
+  import bench_endurance
+
+  return bench_endurance
 
 
 @pytest.fixture
@@ -232,14 +242,43 @@ def test_memory(bench):
 
 
 @pytest.mark.slow
+def test_memory_of_import_and_export_does_not_grow_with_the_model(root, monkeypatch):
+  monkeypatch.syspath_prepend(root / "tools")
+  import bench_memory
+
+  small, large = bench_memory.import_export_memory((1, 9))
+  assert large["params_bytes"] > 4 * small["params_bytes"]
+  for way in ("import", "export"):
+    assert large[way]["excess_bytes"] <= large["allowed_bytes"]
+    # Twice what the largest stacked tensor grows by; 100 MB for the allocator and what is read ahead. The model grows by 370 MB.
+    grown = large[way]["excess_bytes"] - small[way]["excess_bytes"]
+    assert grown <= 2 * (large["largest_bytes"] - small["largest_bytes"]) + 100_000_000, way
+
+
+@pytest.mark.slow
+def test_endurance(bench, bench_endurance):
+  record, _ = bench("endurance")
+  first, second = record["starts"]
+  assert [step for step, _ in first["memory"]] == list(range(1, 41)) and second["memory"][-1][0] == 44
+  assert record["slope_bytes_per_1000_steps"] == 1000 * bench_endurance.slope_per_step(first["memory"][10:])
+  assert not first["late"] and set(second["late"]) <= {"jit(eval_step)", "jit(_norms)", "jit(_rows)"}
+
+
+def test_a_save_does_not_bend_the_slope(bench_endurance):
+  memory = [(step, 10**9 + 300 * step + (5 * 10**7 if step % 97 < 3 else 0)) for step in range(500, 2000, 10)]
+  assert bench_endurance.slope_per_step(memory) == pytest.approx(300, rel=0.05)
+
+
+@pytest.mark.slow
 def test_startup(bench):
   record, _ = bench("startup")
   assert set(record["starts"]) == {
     "import cpt_jax.main",
     "import cpt_jax.train.loop",
-    "quickstart, first start ever",
-    "quickstart, nothing compiled",
-    "quickstart, compiled before",
+    "quickstart, first start ever, 20,000 tokens evaluated",
+    *(
+      f"quickstart, {kind}, {n} tokens evaluated" for kind in ("nothing compiled", "compiled before") for n in ("20,000", "1,000")
+    ),
   }
   for what, start in record["starts"].items():
     assert len(start["samples"]["wall_secs"]) == 1
@@ -247,8 +286,9 @@ def test_startup(bench):
 
 
 @pytest.mark.slow
-def test_step_without_peers(bench):
-  record, printed = bench("step", "--nopeers")
+@pytest.mark.parametrize("section", ["step", "step_5m"])
+def test_step_without_peers(bench, section):
+  record, printed = bench(section, "--nopeers")
   assert set(record["secs"]) == {"cpt_jax step", "cpt_jax loop"} and set(record["skipped"]) == {"HF Trainer", "HF model + AdamW"}
   assert record["loss_difference"]["cpt_jax loop"] < 1e-6
   assert len(record["samples"]["cpt_jax step"][0]["wall_secs"]) == record["steps"]["timed"]

@@ -1,5 +1,8 @@
 """Checkpoints: whole, strict, and kept by the rules asked for."""
 
+import os
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -16,13 +19,13 @@ from cpt_jax.train import checkpoint, optimizer, state
 RULES = dict(decay_rules=((".*", 1.0),), rate_rules=((".*", 1.0),), layer_rates=(), frozen=())
 
 
-def make_tx(params):
-  return optimizer.make(params, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0, **RULES)
+def make_tx(params, mu_dtype="float32"):
+  return optimizer.make(params, b1=0.9, b2=0.95, eps=1e-8, mu_dtype=mu_dtype, weight_decay=0.1, clip_norm=1.0, **RULES)
 
 
-def make_state(spec, *, step=0):
+def make_state(spec, *, step=0, mu_dtype="float32"):
   params = transformer.init(spec, jax.random.key(step))
-  return state.create(params, make_tx(params))._replace(step=jax.numpy.int32(step))
+  return state.create(params, make_tx(params, mu_dtype))._replace(step=jax.numpy.int32(step))
 
 
 def loss(value):
@@ -48,6 +51,35 @@ def test_what_is_restored_is_what_was_saved_on_any_mesh(tiny_spec, tmp_path):
   assert_equal(jax.device_get(restored), jax.device_get(saved))
   assert checkpoints.meta(3)["loader"] == {"next_row": 12}
   checkpoints.close()
+
+
+def test_bfloat16_moments_come_back_bit_for_bit_and_are_not_taken_for_float32(tiny_spec, tmp_path):
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=9)
+  with jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])):
+    saved = make_state(tiny_spec, mu_dtype="bfloat16")
+    tx = make_tx(saved.params, "bfloat16")
+    _, opt_state = tx.update(jax.tree.map(lambda p: p + 0.1, saved.params), saved.opt_state, saved.params, rate=0.1)
+    saved = saved._replace(opt_state=opt_state)
+    checkpoints.save(saved, 0, meta={}, losses={})
+    checkpoints.wait()
+    assert_equal(jax.device_get(checkpoints.restore(0, state.abstract(tiny_spec, tx))), jax.device_get(saved))
+    with pytest.raises(ConfigError, match=r"mu\.embedding: found bfloat16.*, expected float32") as error:
+      checkpoints.restore(0, state.abstract(tiny_spec, make_tx(saved.params)))
+    assert "optimizer.mu_dtype" in str(error.value)
+  checkpoints.close()
+
+
+def test_a_thousand_saves_hold_no_more_threads_and_files_than_one(tiny_spec, tmp_path):
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=1)
+  held = []
+  with jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])):
+    saved = make_state(tiny_spec)
+    for step in range(6):
+      checkpoints.save(saved, step, meta={}, losses={})
+      checkpoints.wait()
+      held.append((threading.active_count(), len(os.listdir("/proc/self/fd"))))
+  checkpoints.close()
+  assert held[-1] <= held[2], held
 
 
 def test_saving_does_not_see_what_happens_to_the_state_afterwards(tiny_spec, tmp_path):
@@ -119,6 +151,9 @@ def test_keys_that_change_no_number_may_change_between_starts():
   checkpoint.check_same_run(config, free)
   with pytest.raises(ConfigError, match=r"eval\.tokens"):  # the base was measured on other documents
     checkpoint.check_same_run(config, {**config, "eval": {**config["eval"], "tokens": 7}})
+  for group, name in (("optimizer", "mu_dtype"), ("train", "accumulate_dtype")):
+    with pytest.raises(ConfigError, match=rf'{group}\.{name}: "float32" -> "bfloat16"'):
+      checkpoint.check_same_run(config, {**config, group: {**config[group], name: "bfloat16"}})
   with pytest.raises(ConfigError, match="seed: 0 -> 1"):
     checkpoint.check_same_run(config, {**config, "seed": 1})
   older = {**config, "eval": {key: value for key, value in config["eval"].items() if key != "tokens"}}

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cpt_jax import config as config_lib
-from cpt_jax.analysis import corpus, diagnosis
+from cpt_jax.analysis import diagnosis
 from cpt_jax.config import Problems
-from cpt_jax.data import excerpts, prepare
+from cpt_jax.data import corpus, excerpts, prepare
 from cpt_jax.data import tokenizer as tokenizers
 from cpt_jax.data.sources import mix64
 from cpt_jax.data.store import StoreWriter, open_store
@@ -223,14 +223,15 @@ def test_every_kind(case, kinds, practice):
   [
     (dict(), None, "do not expand"),
     (dict(own=None, tokens=10**12), None, "do not expand"),
-    (dict(own=0.1, tokens=10**12), None, "do not expand"),  # text alone is no reason
-    (dict(own=0.5), None, "choose another base"),
-    (dict(byte=0.2), None, "choose another base"),
+    (dict(bits=0.6, own=0.1, tokens=10**12), None, "do not expand"),  # text and distance alone are no reason
+    (dict(own=0.5, tokens=10**12), None, "do not expand"),  # nor are savings on a text like the base's own
+    (dict(bits=0.6, own=0.5), None, "choose another base"),
+    (dict(bits=0.6, byte=0.2), None, "choose another base"),
     (dict(unknown=0.05), None, "choose another base"),
-    (dict(own=0.5, tokens=13 * 10**9), None, "consider expanding"),  # four times read
-    (dict(own=0.5, tokens=12 * 10**9), None, "choose another base"),
-    (dict(own=0.5, tokens=10**12), 10e9, "choose another base"),  # the run reads no more
-    (dict(own=0.5, tokens=10**12), 60e9, "consider expanding"),
+    (dict(bits=0.6, own=0.5, tokens=13 * 10**9), None, "expand"),  # four times read
+    (dict(bits=0.6, own=0.5, tokens=12 * 10**9), None, "choose another base"),
+    (dict(bits=0.6, own=0.5, tokens=10**12), 10e9, "choose another base"),  # the run reads no more
+    (dict(bits=0.6, own=0.5, tokens=10**12), 60e9, "expand"),
   ],
 )
 def test_every_answer_about_the_vocabulary(case, budget, expected):

@@ -1,5 +1,6 @@
 """Chunked cross-entropy sums and the gradient of the objective against float64 numpy; what is computed and what is kept."""
 
+import dataclasses
 import functools
 
 import jax
@@ -242,3 +243,24 @@ def test_logits_of_the_whole_batch_never_exist():
   found = jax.make_jaxpr(jax.grad(objective, argnums=(0, 1)))(embedding_VD, hidden_BTD)
   sizes = [variable.aval.size for equation in equations(found.jaxpr) for variable in equation.outvars if V in variable.aval.shape]
   assert max(sizes) == 6 * V == V * D
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_fill_the_vocabulary_up_are_in_no_softmax(tied):
+  batch, hidden_BTD, embedding_VD = case()
+  filled = np.concatenate([embedding_VD, np.full((5, D), 9.0, np.float32)])
+  found = {}
+  for name, table_VD, true_size in (("grown", filled, V), ("plain", embedding_VD, 0)):
+    shape = dataclasses.replace(spec(tied=tied), vocab_size=len(table_VD), true_vocab_size=true_size)
+
+    def value(hidden_BTD, stored, shape=shape):
+      params = {"embedding": stored} if tied else {"head": stored}
+      return loss.objective(params, shape, hidden_BTD, batch, source_weights=WEIGHTS_M, z_loss=0.1, chunk=4)
+
+    stored = jnp.asarray(table_VD if tied else table_VD.T)
+    (total, sums), (d_hidden, d_stored) = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))(hidden_BTD, stored)
+    found[name] = (total, sums, d_hidden, d_stored if tied else d_stored.T)
+  grown, plain = found["grown"], found["plain"]
+  assert not np.asarray(grown[3][V:]).any()
+  grown = (*grown[:3], grown[3][:V])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grown, plain)

@@ -168,6 +168,8 @@ def test_a_dry_run_says_what_would_happen_and_trains_nothing(main, write_config,
     "per device",
     "Hugging Face",
     "optimizer state fresh",
+    "the step, by the compiler",
+    "peak ",
   ):
     assert part in done.stdout, part
   assert not (tmp_path / "run").exists()

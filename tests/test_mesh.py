@@ -187,7 +187,7 @@ def slices_of(num, *, torus=(4, 4, 4)):
 
 def arranged(devices, data=1, fsdp=1, context=1, tensor=1):
   found = mesh_lib.arrange(devices, dict(data=data, fsdp=fsdp, context=context, tensor=tensor))
-  assert {device.id for device in found.flat} == set(range(len(devices)))
+  assert found.shape == (data, fsdp, context, tensor) and {device.id for device in found.flat} == set(range(len(devices)))
   return found
 
 

@@ -22,7 +22,18 @@ RULES = dict(decay_rules=((".*norm", 0.0), (".*", 1.0)), rate_rules=((".*", 1.0)
 
 
 # A large eps: with a small one Adam turns the rounding of a gradient near zero into a whole step.
-def build(spec, *, params=None, microbatches=1, z_loss=0.0, clip_norm=1.0, frozen=(), source_weights=(1.0, 1.0)):
+def build(
+  spec,
+  *,
+  params=None,
+  microbatches=1,
+  z_loss=0.0,
+  clip_norm=1.0,
+  frozen=(),
+  source_weights=(1.0, 1.0),
+  mu_dtype="float32",
+  sums="float32",
+):
   rates = schedule.make(
     "rewarm",
     num_steps=10,
@@ -36,7 +47,8 @@ def build(spec, *, params=None, microbatches=1, z_loss=0.0, clip_norm=1.0, froze
     shape="linear",
   )
   params = transformer.init(spec, jax.random.key(0)) if params is None else params
-  tx = optimizer.make(params, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=clip_norm, **{**RULES, "frozen": frozen})
+  rules = {**RULES, "frozen": frozen}
+  tx = optimizer.make(params, b1=0.9, b2=0.95, eps=1e-3, mu_dtype=mu_dtype, weight_decay=0.1, clip_norm=clip_norm, **rules)
   update = step.make_train_step(
     spec,
     tx,
@@ -45,6 +57,7 @@ def build(spec, *, params=None, microbatches=1, z_loss=0.0, clip_norm=1.0, froze
     microbatches=microbatches,
     z_loss=z_loss,
     frozen=frozen,
+    accumulate_dtype=sums,
   )
   return state.create(params, tx), jax.jit(update), rates
 
@@ -137,6 +150,16 @@ def test_every_mesh_trains_as_one_device_does(two_updates, axes):
     found = train(MESH_SPEC, batches, place=lambda b: mesh_lib.to_global(mesh, b), params=params, microbatches=2, z_loss=1e-2)
   # Parameters, both moments, counts; and of each update the sums per source, the norm and the rate.
   assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_moments_and_sums_train_as_float32_does_within_half_a_percent(tiny_spec, random_batch):
+  batches = [random_batch(seed % 3) for seed in range(30)]  # three batches, learnt by heart
+  _, full = train(tiny_spec, batches, microbatches=4)
+  now, half = train(tiny_spec, batches, microbatches=4, mu_dtype="bfloat16", sums="bfloat16")
+  full, half = (np.array([m.sums.loss_M.sum() / m.sums.tokens_M.sum() for m in each]) for each in (full, half))
+  assert full[-1] < 0.97 * full[0]
+  np.testing.assert_allclose(half, full, rtol=5e-3)
+  assert (half != full).any() and {str(x.dtype) for x in jax.tree.leaves(now.params)} == {"float32"}
 
 
 def test_rows_of_padding_change_nothing(tiny_spec, random_batch):

@@ -72,6 +72,35 @@ class Training:
     return mesh_lib.to_global(self.mesh, batch)
 
 
+class Hooks:
+  """What train.loop asks at every step before it fetches rows: signals, guards, and whether anything is due."""
+
+  def __init__(self, inputs: Any, workdir: pathlib.Path):
+    from cpt_jax import config as config_lib
+    from cpt_jax.train import checkpoint, guard
+    from cpt_jax.train import loop as loop_lib
+
+    self._stop, self._loader = loop_lib.StopRequest(), inputs.loader
+    self._checkpoints = checkpoint.from_config(inputs.config, workdir)
+    self._watch = guard.from_config(inputs.config, inputs.loader, [], inputs.asked, state=None, first_step=0)
+    self._every = [config_lib.steps_of(inputs.config, key) for key in ("eval.every", "checkpoint.every")]
+
+  def ask(self, now: int) -> None:
+    """At a border between steps at which nothing is due."""
+    due = [now % every == 0 for every in self._every]
+    due += [self._stop.reached(now), self._watch.reads_at(now), self._watch.decide(now, self._loader) is not None]
+    due += [self._watch.saves(now), now in self._checkpoints.steps()]
+    assert not any(due) or now == 0, "nothing is due between two evaluations"
+
+  def saw(self, reading: Any) -> None:
+    """A step has been read."""
+    self._watch.saw(reading, self._loader)
+
+  def close(self) -> None:
+    """Ends the checkpoints' threads."""
+    self._checkpoints.close()
+
+
 class Loop:
   """The loop of train.loop between two evaluations: rows, device, step, meter, metrics.jsonl and lines of progress.
 
@@ -80,12 +109,19 @@ class Loop:
   """
 
   def __init__(
-    self, training: Training, batches: Iterator[Any], directory: pathlib.Path, *, names: tuple[str, ...], num_steps: int
+    self,
+    training: Training,
+    batches: Iterator[Any],
+    directory: pathlib.Path,
+    *,
+    names: tuple[str, ...],
+    num_steps: int,
+    hooks: Hooks | None = None,
   ):
     from cpt_jax.train import console, metrics
 
     directory.mkdir(parents=True, exist_ok=True)
-    self._training, self._batches = training, batches
+    self._training, self._batches, self._hooks = training, batches, hooks
     self._writer = metrics.Writer(directory, start_step=0, evaluates_first=True, tensorboard=False)
     self._meter = metrics.from_config(training.config, names, training.spec, training.mesh)
     self._lines = io.StringIO()
@@ -99,6 +135,8 @@ class Loop:
     """So many steps, and the wait for the last one."""
     with contextlib.redirect_stdout(self._lines):
       for _ in range(num_steps):
+        if self._hooks is not None:
+          self._hooks.ask(self._step)
         begin = time.perf_counter()
         batch = next(self._batches)
         fetched = time.perf_counter()
@@ -117,6 +155,8 @@ class Loop:
 
   def close(self) -> None:
     """Ends the files."""
+    if self._hooks is not None:
+      self._hooks.close()
     self._bar.close()
     self._writer.close()
 
@@ -125,6 +165,8 @@ class Loop:
     if reading is None:
       return False
     self._bar.advance(reading.step)
+    if self._hooks is not None:
+      self._hooks.saw(reading)
     if reading.values is not None:
       self._writer.train(reading)
       self._bar.show(reading)

@@ -15,7 +15,6 @@ import shlex
 import sys
 from typing import Any
 
-import rich.progress
 import rich.table
 import rich.text
 from absl import app, flags, logging
@@ -119,7 +118,7 @@ def run(request: Request, base: Any, opened: dict[str, stores.TokenStore]) -> di
   row_len = measure.row_len(base, _ROW_LEN.value)
   config = config_lib.default()
   samples, held = {}, {}
-  with progress(console.console) as bar:
+  with console.progress() as bar:
     task = bar.add_task("read the texts", total=len(opened))
     for number, (name, store) in enumerate(opened.items()):
       samples[name] = measure.describe(store, base)
@@ -174,21 +173,6 @@ def plain(value: Any) -> Any:
   if isinstance(value, float) and not math.isfinite(value):
     return None  # an error that cannot be told
   return [plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
-
-
-def progress(console: Any) -> rich.progress.Progress:
-  """A bar on a terminal, nothing elsewhere."""
-  return rich.progress.Progress(
-    rich.progress.TextColumn("[bold]{task.description}"),
-    rich.progress.BarColumn(bar_width=24),
-    rich.progress.MofNCompleteColumn(),
-    rich.progress.TimeElapsedColumn(),
-    rich.progress.TextColumn("left"),
-    rich.progress.TimeRemainingColumn(),
-    console=console,
-    transient=True,
-    disable=not console.is_terminal,
-  )
 
 
 def show_base(base: Any, request: Request) -> None:

@@ -7,11 +7,11 @@ Called by probe.diagnosis.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from cpt_jax.analysis.corpus import Lengths, Text, new_scripts_frac
+from cpt_jax.data.corpus import Lengths, Text, new_scripts_frac
+from cpt_jax.vocab import verdict as vocab_verdict
+from cpt_jax.vocab.verdict import EXPAND, KEEP, REPEATS, Finding, Rule
 
 NONE, DOMAIN, LANGUAGE, LONG = "none needed", "domain knowledge", "language", "long context"
-KEEP, EXPAND, OTHER_BASE = "do not expand", "consider expanding", "choose another base"
-REPEATS = 4  # of text are worth almost as much as new text (Muennighoff et al. 2305.16264)
 
 
 class Store(NamedTuple):
@@ -75,40 +75,17 @@ class Figures(NamedTuple):
   text: Text
 
 
-class Rule(NamedTuple):
-  """A figure against a threshold."""
-
-  name: str
-  figure: str  # what is measured, for people
-  sign: str  # ">=" or "<="
-  threshold: float
-  unit: str  # "bits", "x" (a ratio), "%" (of a share 0..1) or "tokens"
-  basis: str  # where the threshold comes from
-
-
-class Finding(NamedTuple):
-  """A rule on a source."""
-
-  rule: Rule
-  value: float | None  # None: not measurable, and not met
-  met: bool
-  note: str = ""
-
-
 # "hand": chosen by hand from the measurements in docs/diagnose.md, in the middle of a gap between cases whose answer is known.
 RULES = {
   rule.name: rule
   for rule in (
     Rule("near", "JS distance over the noise floor", "<=", 0.05, "bits", "hand: halves of one corpus 0.01, other topics 0.27"),
-    Rule("far", "JS distance over the noise floor", ">=", 0.45, "bits", "hand: domains to 0.35, Python 0.47, languages 0.51 up"),
+    vocab_verdict.RULES["far"],
     Rule("other script", "letters in scripts new to it", ">=", 0.5, "%", "hand: more of the text than not"),
     Rule("as good", "base/xz over general's", "<=", 1.05, "x", "hand: within 5%, or within two standard errors of none"),
     Rule("high loss", "base/xz over general's", ">=", 1.25, "x", "hand: domains and Python to 1.1, Chinese and French 1.5 up"),
     Rule("long", "tokens past the base's context", ">=", 0.5, "%", "hand: more of the text than not"),
-    Rule("own saves", "tokens its own vocabulary saves", ">=", 0.2, "%", "ChipNeMo 3%: no gain. hand: domains to 9%, French 29%"),
-    Rule("bytes", "byte tokens", ">=", 0.1, "%", "hand: domains to 0.2%, Chinese and Japanese 32% up"),
-    Rule("unknown", "unknown tokens", ">=", 0.01, "%", "hand: text that is lost to the model"),
-    Rule("enough text", "text, repeats counted", ">=", 50e9, "tokens", "Dagan et al. 2402.01035: pays from about 50B"),
+    *(vocab_verdict.RULES[name] for name in ("own saves", "bytes", "unknown", "enough text")),
   )
 }
 
@@ -195,12 +172,12 @@ def find(figures: Figures, general: Figures, *, budget_tokens: float | None = No
   }
   found = {}
   for name, rule in RULES.items():
-    value = values[name]
-    met = value is not None and (value >= rule.threshold if rule.sign == ">=" else value <= rule.threshold)
-    note = f"+-{2 * error:.2f}" if name in ("as good", "high loss") else ""
+    finding = rule.find(values[name])
+    if name in ("as good", "high loss"):
+      finding = finding._replace(note=f"+-{2 * error:.2f}")
     if name == "as good":
-      met = met or ratio - 2 * error <= 1.0
-    found[name] = Finding(rule, value, met, note)
+      finding = finding._replace(met=finding.met or ratio - 2 * error <= 1.0)
+    found[name] = finding
   return found
 
 
@@ -240,13 +217,6 @@ def kinds(met: Mapping[str, bool]) -> tuple[tuple[str, ...], str]:
   return ((main, LONG) if is_long else (main,)), practice
 
 
-def vocabulary(met: Mapping[str, bool]) -> str:
-  """Both of the two conditions to expand: the vocabulary does not fit, and there is enough text to make up for it."""
-  if not (met["own saves"] or met["bytes"] or met["unknown"]):
-    return KEEP
-  return EXPAND if met["enough text"] else OTHER_BASE
-
-
 def judge(figures: Figures, general: Figures, *, budget_tokens: float | None = None) -> Verdict:
   """Rules, kind and vocabulary of a source beside the general one."""
   findings = find(figures, general, budget_tokens=budget_tokens)
@@ -257,8 +227,8 @@ def judge(figures: Figures, general: Figures, *, budget_tokens: float | None = N
     which,
     practice,
     _because(figures, general, which, practice),
-    vocabulary(met),
-    _vocabulary_because(figures, general, vocabulary(met), findings),
+    vocab_verdict.answer(met),
+    _vocabulary_because(figures, general, vocab_verdict.answer(met), findings),
     tuple(findings.values()),
   )
 

@@ -140,7 +140,8 @@ def check_vocabulary(sources: Sequence[Source], vocab_size: int, problems: Probl
     if largest >= vocab_size:
       problems.add(
         f"data.sources.{source.name}.store={str(source.store.path)!r}: holds token id {largest}, the model's vocabulary has "
-        f"{vocab_size} rows (ids 0..{vocab_size - 1}); prepare the text with the tokenizer of the model that the run starts from"
+        f"{vocab_size} rows (ids 0..{vocab_size - 1}); prepare the text with the tokenizer of the model that the run starts "
+        "from, or start from the model that tools/grow_vocab.py wrote with a grown tokenizer"
       )
 
 

@@ -56,6 +56,7 @@ class Tokenizer:
     suffix: Sequence[int],
     special_tokens: Sequence[str],
     added_tokens: Sequence[str],
+    added_ids: dict[str, int],
     named_tokens: dict[str, str],
     chat_template: str,
     special_ids: Sequence[int],
@@ -72,6 +73,7 @@ class Tokenizer:
     self.eos_id = eos_id  # None where neither the files nor the caller name one
     self.special_tokens = list(special_tokens)
     self.added_tokens = list(added_tokens)  # besides the special ones: always found in a text as they are
+    self.added_ids = added_ids  # id of each special or added token that stands beside the model's own pieces
     self.named_tokens = named_tokens  # "bos_token" -> "<s>", ...: those that the files name
     self.chat_template = chat_template  # jinja source; "" where there is none
     self.special_ids = frozenset(special_ids)
@@ -360,6 +362,7 @@ def _load_fast(file: Path, raw: bytes, side: dict[str, dict], eos_token: str) ->
     suffix=suffix,
     special_tokens=special,
     added_tokens=[t["content"] for t in content.get("added_tokens") or [] if not t.get("special")],
+    added_ids={t["content"]: t["id"] for t in content.get("added_tokens") or []},
     named_tokens=named,
     chat_template=_chat_template(directory, side),
     special_ids=[t["id"] for t in content.get("added_tokens") or [] if t.get("special")],
@@ -381,15 +384,18 @@ def _unk_id(model: dict[str, Any], loaded: tokenizers.Tokenizer) -> int | None:
 
 
 def _byte_ids(vocab: dict[str, int], *, is_byte_level: bool) -> list[int]:
-  """Byte pieces `<0xE4>` of SentencePiece from 0x80 on, or the characters by which byte-level vocabularies write such bytes.
-
-  The latter as GPT-2 laid them out: a byte that prints as Latin-1 is that character, the others count on from 256.
-  """
+  """Byte pieces `<0xE4>` of SentencePiece from 0x80 on, or the characters by which byte-level vocabularies write such bytes."""
   if not is_byte_level:
     return [vocab[piece] for byte in range(0x80, 0x100) if (piece := f"<0x{byte:02X}>") in vocab]
+  spelt = byte_characters()
+  return [vocab[piece] for byte in range(0x80, 0x100) if (piece := spelt[byte]) in vocab]
+
+
+def byte_characters() -> list[str]:
+  """How byte-level vocabularies write each byte (GPT-2): as Latin-1 where that prints, the others count on from 256."""
   prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
   moved = {byte: 256 + n for n, byte in enumerate(byte for byte in range(256) if byte not in prints)}
-  return [vocab[piece] for byte in range(0x80, 0x100) if (piece := chr(moved.get(byte, byte))) in vocab]
+  return [chr(moved.get(byte, byte)) for byte in range(256)]
 
 
 def _begin(encoding: tokenizers.Encoding, number: int) -> int:
@@ -477,6 +483,7 @@ def _load_sentencepiece(file: Path, raw: bytes, side: dict[str, dict], eos_token
     suffix=[],
     special_tokens=special,
     added_tokens=[],
+    added_ids=added,
     named_tokens=_named_tokens(side),
     chat_template=_chat_template(file.parent, side),
     special_ids=[],

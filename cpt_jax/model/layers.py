@@ -32,28 +32,46 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, dtype: jnp.dtype) -> jax
   return whole_VD.at[tokens_BT].get(out_sharding=mesh.out("batch", "seq", None)).astype(dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def project(
-  equation: str, x: jax.Array, parameter: jax.Array, axes: tuple[str, ...], *, to: tuple[str | None, ...] | None = None
+  equation: str, axes: tuple[str, ...], to: tuple[str | None, ...] | None, x: jax.Array, parameter: jax.Array
 ) -> jax.Array:
-  """`einsum` of `x` and a parameter of these logical axes, which is cast to the dtype of `x` and gathered; `to` as in mesh.einsum.
+  """`einsum` of `x` and a parameter of these logical axes, which is cast like `x` and gathered; the result lies where `to` says.
 
-  The backward pass casts and gathers once more: what all layers had kept until then would be a second, whole model.
+  The backward pass casts and gathers once more: what all layers had kept until then would be a second, whole model. The
+  parameter's gradient is told where it will lie: found out, it is added up whole on every device of data x fsdp, and then cut.
   """
   out = None if to is None else mesh.out(*to)
+  return jnp.einsum(equation, x, mesh.gathered(parameter.astype(x.dtype), *axes), out_sharding=out)
 
-  def product(x, parameter):
-    return jnp.einsum(equation, x, mesh.gathered(parameter.astype(x.dtype), *axes), out_sharding=out)
 
-  return jax.checkpoint(product, prevent_cse=False)(x, parameter)
+def _project_forward(equation, axes, to, x, parameter):
+  return project(equation, axes, to, x, parameter), (x, parameter)
+
+
+def _project_backward(equation, axes, to, saved, d_out):
+  x, parameter = saved
+  inputs, out_dims = equation.split("->")
+  x_dims, parameter_dims = inputs.split(",")
+  weight = mesh.gathered(parameter.astype(x.dtype), *axes)
+  (d_x,) = jax.linear_transpose(lambda x: jnp.einsum(equation, x, weight, out_sharding=None if to is None else mesh.out(*to)), x)(
+    d_out
+  )
+  d_parameter = jnp.einsum(f"{x_dims},{out_dims}->{parameter_dims}", x, d_out, out_sharding=mesh.out(*axes))
+  return d_x, d_parameter.astype(parameter.dtype)
+
+
+project.defvjp(_project_forward, _project_backward)
 
 
 def swiglu(x_BTD: jax.Array, w_gate_DF: jax.Array, w_up_DF: jax.Array, w_down_FD: jax.Array) -> jax.Array:
   """Gated feed-forward with SiLU (2002.05202)."""
   x = mesh.merge_positions(x_BTD)
-  gate = checkpoint_name(project("...D,DF->...F", x, w_gate_DF, ("embed", "mlp")), "gate")
-  up = checkpoint_name(project("...D,DF->...F", x, w_up_DF, ("embed", "mlp")), "up")
-  where = ("batch", "seq")[: x.ndim - 1]
-  out = project("...F,FD->...D", _gate(gate, up), w_down_FD, ("mlp", "embed"), to=(*where, None))
+  # P: positions of all rows, where no devices share a row.
+  where, dims = (("batch",), "P") if x.ndim == 2 else (("batch", "seq"), "BT")
+  gate = checkpoint_name(project(f"{dims}D,DF->{dims}F", ("embed", "mlp"), None, x, w_gate_DF), "gate")
+  up = checkpoint_name(project(f"{dims}D,DF->{dims}F", ("embed", "mlp"), None, x, w_up_DF), "up")
+  out = project(f"{dims}F,FD->{dims}D", ("mlp", "embed"), (*where, None), _gate(gate, up), w_down_FD)
   return mesh.reshape(out, x_BTD.shape, to=("batch", "seq", None))
 
 

@@ -1,6 +1,7 @@
 """Hidden states and targets -> sums of cross-entropy over positions, by source, and the gradient of what training minimises.
 
-Invariant: sums only, never a division; float32, but counts are whole numbers; logits exist for one chunk of positions at a time.
+Invariant: sums only, never a division; float32, but counts are whole numbers; logits exist for one chunk of positions at a time,
+and those of padding rows (spec.num_ids) are in no softmax.
 Called by train.step and evals.
 
 Two more dimensions here: J parts of the batch, as many as the devices that hold different positions, and P positions of a chunk.
@@ -60,7 +61,7 @@ def objective(
   hidden_BTD: jax.Array,
   batch: Any,
   *,
-  source_weights: Sequence[float],
+  source_weights: Sequence[float] | np.ndarray,
   z_loss: float,
   chunk: int,
 ) -> tuple[jax.Array, Sums]:
@@ -78,7 +79,8 @@ def objective(
   is_of_source_BM = mesh.constrain(batch.source_B, "batch")[:, None] == jnp.arange(len(weights_M))[None]
   pull_BT = weights_BT * jnp.sum(jnp.where(is_of_source_BM, weights_M[None], 0.0), axis=1)[:, None]
   stored = params["embedding"] if spec.tied else params["head"]
-  value, loss_BT, log_partition_BT = _objective(spec.tied, z_loss, chunk, hidden_BTD, stored, targets_BT, pull_BT)
+  static = _Static(spec.tied, spec.num_ids, z_loss, chunk)
+  value, loss_BT, log_partition_BT = _objective(static, hidden_BTD, stored, targets_BT, pull_BT)
   of_rows = (
     jnp.sum(weights_BT * loss_BT, axis=1),
     jnp.sum(weights_BT * jnp.square(log_partition_BT), axis=1),
@@ -87,27 +89,32 @@ def objective(
   return value, Sums(*(jnp.sum(jnp.where(is_of_source_BM, x_B[:, None], 0), axis=0) for x_B in of_rows))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _objective(tied: bool, z_loss: float, chunk: int, hidden_BTD, stored, targets_BT, pull_BT):
+class _Static(NamedTuple):
+  """What a program is made for."""
+
+  tied: bool
+  num_ids: int
+  z_loss: float
+  chunk: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _objective(static: _Static, hidden_BTD, stored, targets_BT, pull_BT) -> Any:
   """The sum of `pull_BT * (loss_BT + z_loss * log_partition_BT^2)`, and the two in it; `stored` is the head's parameter."""
-  (loss_BT, log_partition_BT), _ = _by_chunk(
-    hidden_BTD, stored, targets_BT, pull_BT, tied=tied, z_loss=z_loss, chunk=chunk, wants=(False, False)
-  )
-  return _weighted(pull_BT, loss_BT, log_partition_BT, z_loss), loss_BT, log_partition_BT
+  (loss_BT, log_partition_BT), _ = _by_chunk(static, hidden_BTD, stored, targets_BT, pull_BT, wants=(False, False))
+  return _weighted(pull_BT, loss_BT, log_partition_BT, static.z_loss), loss_BT, log_partition_BT
 
 
-def _forward(tied, z_loss, chunk, hidden_BTD, stored, targets_BT, pull_BT):
+def _forward(static: _Static, hidden_BTD, stored, targets_BT, pull_BT):
   # A gradient that nobody asks for (of a frozen head, of hidden states below which all is frozen) is not computed.
   wants = hidden_BTD.perturbed, stored.perturbed
   hidden_BTD, stored, targets_BT, pull_BT = (x.value for x in (hidden_BTD, stored, targets_BT, pull_BT))
-  (loss_BT, log_partition_BT), gradients = _by_chunk(
-    hidden_BTD, stored, targets_BT, pull_BT, tied=tied, z_loss=z_loss, chunk=chunk, wants=wants
-  )
-  return (_weighted(pull_BT, loss_BT, log_partition_BT, z_loss), loss_BT, log_partition_BT), gradients
+  (loss_BT, log_partition_BT), gradients = _by_chunk(static, hidden_BTD, stored, targets_BT, pull_BT, wants=wants)
+  return (_weighted(pull_BT, loss_BT, log_partition_BT, static.z_loss), loss_BT, log_partition_BT), gradients
 
 
-def _backward(tied, z_loss, chunk, gradients, cotangents):
-  del tied, z_loss, chunk
+def _backward(static: _Static, gradients, cotangents):
+  del static
   scale, *of_measured = cotangents
   if not all(isinstance(x, SymbolicZero) for x in of_measured):
     raise TypeError("a gradient through loss.Sums, which are measured only; differentiate the value of loss.objective")
@@ -121,9 +128,10 @@ def _weighted(pull_BT, loss_BT, log_partition_BT, z_loss):
   return jnp.sum(pull_BT * (loss_BT + z_loss * jnp.square(log_partition_BT)))
 
 
-def _by_chunk(hidden_BTD, stored, targets_BT, pull_BT, *, tied, z_loss, chunk, wants):
+def _by_chunk(static: _Static, hidden_BTD, stored, targets_BT, pull_BT, *, wants: tuple[bool, bool]) -> Any:
   """Loss and log-partition of every position, [B, T] each, and the gradients with respect to `hidden_BTD` and `stored`, each
   None unless wanted: three products with the head in all."""
+  tied, num_ids, z_loss, chunk = static
   axes = ("vocab", "embed") if tied else ("embed", "vocab")
   dims = "VD" if tied else "DV"
   head = mesh.gathered(stored.astype(hidden_BTD.dtype), *axes)
@@ -133,7 +141,10 @@ def _by_chunk(hidden_BTD, stored, targets_BT, pull_BT, *, tied, z_loss, chunk, w
     hidden_JPD, targets_JP, pull_JP = piece
     where = ("positions", None)
     logits_JPV = mesh.einsum(f"JPD,{dims}->JPV", hidden_JPD, head, to=(*where, "vocab"), preferred_element_type=jnp.float32)
-    is_target_JPV = jnp.arange(head.shape[axes.index("vocab")])[None, None] == targets_JP[..., None]
+    ids_V = jnp.arange(head.shape[axes.index("vocab")])[None, None]
+    if num_ids < head.shape[axes.index("vocab")]:  # rows that fill the vocabulary up stand for nothing
+      logits_JPV = jnp.where(ids_V < num_ids, logits_JPV, -jnp.inf)
+    is_target_JPV = ids_V == targets_JP[..., None]
     target_logits_JP = _picked(logits_JPV, targets_JP, is_target_JPV)
     largest_JP = jnp.max(logits_JPV, axis=-1)
     powers_JPV = jnp.exp(logits_JPV - largest_JP[..., None])
@@ -155,8 +166,8 @@ def _by_chunk(hidden_BTD, stored, targets_BT, pull_BT, *, tied, z_loss, chunk, w
   d_head = jnp.zeros(shape, jnp.float32, out_sharding=mesh.out("positions", *of_part)) if wants_head else None
   pieces = tuple(_in_chunks(x, chunk) for x in (hidden_BTD, targets_BT, pull_BT))
   d_head, (terms, d_hidden) = jax.lax.scan(step, d_head, pieces)
-  d_hidden_BTD = _from_chunks(d_hidden, hidden_BTD.shape) if wants_hidden else None
-  d_stored = mesh.constrain(jnp.sum(d_head, axis=0), *axes) if wants_head else None
+  d_hidden_BTD = None if d_hidden is None else _from_chunks(d_hidden, hidden_BTD.shape)
+  d_stored = None if d_head is None else mesh.constrain(jnp.sum(d_head, axis=0), *axes)
   return [_from_chunks(x, targets_BT.shape) for x in terms], (d_hidden_BTD, d_stored)
 
 

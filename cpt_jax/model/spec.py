@@ -73,6 +73,13 @@ class ModelSpec:
   # Sliding window of each layer: a position sees itself and the window - 1 before it; 0 = all. () = all layers see all.
   windows: tuple[int, ...] = ()
   init_std: float = 0.02
+  # Ids from here on are padding rows, which no softmax may count; 0 = none. Written by tools/grow_vocab.py.
+  true_vocab_size: int = 0
+
+  @property
+  def num_ids(self) -> int:
+    """Ids in use: the rows of the embedding without padding."""
+    return self.true_vocab_size or self.vocab_size
 
   def windows_at(self, row_len: int) -> tuple[int, ...]:
     """The windows that hide something in a row of `row_len`: () if none does."""
@@ -93,6 +100,7 @@ _COMMON_DEFAULTS = {
   "hidden_act": "silu",
   "use_sliding_window": False,
   "max_window_layers": 28,
+  "true_vocab_size": 0,  # unknown to transformers, which takes all rows for ids
 }
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _PARSED = {
@@ -116,6 +124,7 @@ _PARSED = {
   "max_window_layers",
   "layer_types",
   "attention_bias",
+  "true_vocab_size",
 }
 # Keys that would change the mathematics: accepted only with the values that leave it as it is.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -211,7 +220,10 @@ def from_hf(hf_config: Mapping[str, Any], *, where: str = "config.json") -> Mode
     qk_norm=family == "qwen3",
     windows=windows,
     init_std=read.number("initializer_range"),
+    true_vocab_size=read.count("true_vocab_size") if read.value("true_vocab_size") else 0,
   )
+  if spec.num_ids > spec.vocab_size:
+    read.problem("true_vocab_size", f"must not be above vocab_size={spec.vocab_size}, the rows that there are")
   problems.raise_if_any()
   return spec
 

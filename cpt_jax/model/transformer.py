@@ -42,7 +42,7 @@ def _policy(remat: str) -> Callable[..., Any]:
 
 
 def kept_bytes(spec: ModelSpec, remat: str, *, itemsize: int, tensor: int = 1) -> float:
-  """Bytes that a position keeps of each layer on each of `tensor` devices, as config.py has them; `itemsize` of the compute dtype.
+  """Bytes that a position keeps of each layer on each of `tensor` devices, by config.py; `itemsize` of the compute dtype.
 
   "none" keeps a little more where queries and keys have norms or biases.
   """
@@ -50,7 +50,7 @@ def kept_bytes(spec: ModelSpec, remat: str, *, itemsize: int, tensor: int = 1) -
   NH, KH = (heads * spec.head_dim / tensor for heads in (spec.num_heads, spec.num_kv_heads))
   log_sums = 4 * spec.num_heads / tensor
   if remat == "none":
-    return 16 * D + itemsize * (2 * D + 3 * NH + 2 * KH + 3 * F) + log_sums + 16
+    return itemsize * (4 * D + 3 * NH + 2 * KH + 3 * F) + log_sums
   if remat.endswith(_OFFLOAD):
     return 0.0
   widths = {"q": NH, "k": KH, "v": KH, "out": D, "gate": F, "up": F, KEPT: NH}
@@ -203,9 +203,9 @@ def _unstacked(stacked: dict[str, jax.Array], num_layers: int) -> list[dict[str,
 
 def _attention(weights, spec: ModelSpec, x_BTD, rotation, attend: Callable[..., jax.Array]) -> jax.Array:
   normed_BTD = layers.rms_norm(x_BTD, mesh.gathered(weights["attn_norm"], "embed"), eps=spec.norm_eps)
-  q_BTNH = layers.project("BTD,DNH->BTNH", normed_BTD, weights["wq"], ("embed", "heads", "head_dim"))
-  k_BTKH = layers.project("BTD,DKH->BTKH", normed_BTD, weights["wk"], ("embed", "kv_heads", "head_dim"))
-  v_BTKH = layers.project("BTD,DKH->BTKH", normed_BTD, weights["wv"], ("embed", "kv_heads", "head_dim"))
+  q_BTNH = layers.project("BTD,DNH->BTNH", ("embed", "heads", "head_dim"), None, normed_BTD, weights["wq"])
+  k_BTKH = layers.project("BTD,DKH->BTKH", ("embed", "kv_heads", "head_dim"), None, normed_BTD, weights["wk"])
+  v_BTKH = layers.project("BTD,DKH->BTKH", ("embed", "kv_heads", "head_dim"), None, normed_BTD, weights["wv"])
   if spec.qkv_bias:
     bq_NH, bk_KH, bv_KH = (weights[name].astype(x_BTD.dtype) for name in ("bq", "bk", "bv"))
     q_BTNH, k_BTKH, v_BTKH = q_BTNH + bq_NH[None, None], k_BTKH + bk_KH[None, None], v_BTKH + bv_KH[None, None]
@@ -215,7 +215,7 @@ def _attention(weights, spec: ModelSpec, x_BTD, rotation, attend: Callable[..., 
     k_BTKH = layers.rms_norm(k_BTKH, weights["k_norm"], eps=spec.norm_eps)
   q_BTNH, k_BTKH = rope.rotate(q_BTNH, *rotation), rope.rotate(k_BTKH, *rotation)
   out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
-  out_BTD = layers.project("BTNH,NHD->BTD", out_BTNH, weights["wo"], ("heads", "head_dim", "embed"), to=("batch", "seq", None))
+  out_BTD = layers.project("BTNH,NHD->BTD", ("heads", "head_dim", "embed"), ("batch", "seq", None), out_BTNH, weights["wo"])
   return checkpoint_name(out_BTD, "out")
 
 
@@ -227,6 +227,7 @@ def head(params: dict[str, Any], spec: ModelSpec, *, dtype: Any) -> jax.Array:
 
 
 def logits(params: dict[str, Any], spec: ModelSpec, hidden_BTD: jax.Array) -> jax.Array:
-  """Scores of the next token, float32 [B, T, V]; products in the dtype of the hidden states."""
+  """Scores of the next token, float32 [B, T, V], -inf for padding rows; products in the dtype of the hidden states."""
   head_DV = head(params, spec, dtype=hidden_BTD.dtype)
-  return jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+  logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+  return jnp.where(jnp.arange(spec.vocab_size) < spec.num_ids, logits_BTV, -jnp.inf)

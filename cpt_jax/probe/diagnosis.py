@@ -14,10 +14,10 @@ import numpy as np
 
 from cpt_jax import config as config_lib
 from cpt_jax import mesh as mesh_lib
-from cpt_jax.analysis import corpus, diagnosis
+from cpt_jax.analysis import diagnosis
 from cpt_jax.analysis.diagnosis import Figures
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.data import excerpts, pipeline
+from cpt_jax.data import corpus, excerpts, pipeline
 from cpt_jax.data import store as stores
 from cpt_jax.data import tokenizer as tokenizers
 from cpt_jax.data.excerpts import Excerpts

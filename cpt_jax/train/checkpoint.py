@@ -48,6 +48,7 @@ class Checkpoints:
     kept: Any = policies.AnyPreservationPolicy(keep) if keep_last else policies.PreserveAll()
     self.directory = pathlib.Path(run_dir).absolute() / "ckpt"
     self._best_metric = best_metric
+    self._saving: Any = None  # the answer to the newest save, until it was waited for
     self._checkpointer = ocp.training.Checkpointer(
       str(self.directory),
       preservation_policy=kept,
@@ -69,7 +70,8 @@ class Checkpoints:
     metrics: Any = None
     if self._best_metric and losses:
       metrics = {f"eval/{name}/loss": loss.loss for name, loss in losses.items()}
-    self._checkpointer.save_checkpointables_async(
+    self._finish()
+    self._saving = self._checkpointer.save_checkpointables_async(
       step,
       # One text: orbax takes a dictionary for a tree of arrays and stumbles over truth values; it wants one number in it.
       {_STATE: trees.paths(state), _META: {"format": FORMAT, "json": json.dumps(meta)}},
@@ -108,11 +110,21 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Until everything is on disk."""
+    self._finish()
     self._checkpointer.wait()
 
   def close(self) -> None:
     """Waits and frees the background threads."""
-    self._checkpointer.close()
+    try:
+      self._finish()
+    finally:
+      self._checkpointer.close()
+
+  def _finish(self) -> None:
+    """Waits for the save under way and frees the thread and the three files that orbax keeps until somebody asks for its end."""
+    saving, self._saving = self._saving, None
+    if saving is not None:
+      saving.result()
 
   def _check(self, step: int, wanted: dict[str, Any], *, only: str = "") -> None:
     saved = self._checkpointer.checkpointables_metadata(step).metadata[_STATE]
@@ -138,6 +150,8 @@ class _Needed(ocp.training.preservation_policies.PreservationPolicy):
 
 def _difference_lines(difference: trees.Diff) -> list[str]:
   lines = [f"  missing: {path}" for path in difference.missing] + [f"  extra: {path}" for path in difference.extra]
+  if any(".mu." in line for line in difference.reshaped):
+    lines.append("  (moments of another dtype: give optimizer.mu_dtype as it was then, or start.optimizer=reset)")
   return lines + [f"  reshaped: {line}" for line in difference.reshaped]
 
 

@@ -133,7 +133,8 @@ def _memory(inputs: loop.Inputs, abstract: state.TrainState, sizes: dict[str, in
     console.say(f"memory   by arithmetic, {found}")
     _arithmetic(config, inputs.spec, abstract, sizes)
     return
-  dtype = step.settings_from_config(config).compute_dtype.name
+  settings = step.settings_from_config(config)
+  dtype = settings.compute_dtype.name
   console.table(
     f"memory of one device when a step needs most, compiled for {compiled_for}",
     ["what", "size", ""],
@@ -144,7 +145,7 @@ def _memory(inputs: loop.Inputs, abstract: state.TrainState, sizes: dict[str, in
       ["new parameters and moments beside the old", console.size(found.update), f"{console.size(found.donated)} in their place"],
       [f"activations of all layers kept for the backward pass, {dtype}", console.size(found.kept), f"remat {config.model.remat}"],
       ["activations of the layer at work, and the rest", console.size(found.layer), ""],
-      ["loss", console.size(found.loss), f"chunks of {config.model.loss_chunk or config.data.row_len}"],
+      ["loss", console.size(found.loss), f"chunks of {settings.loss_chunk} positions"],
       ["batch", console.size(found.batch), ""],
       ["packing: gaps, or (below 0) memory used twice", console.size(found.packing), ""],
       ["the step, by the compiler", console.size(found.total), ""],

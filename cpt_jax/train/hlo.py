@@ -97,7 +97,7 @@ def _instruction(line: str, name: re.Match) -> _Instruction:
   return _Instruction(
     *(name[2], opcode[1], shape, arguments, operands, called),
     index=int(index[1]) if index else 0,
-    op_name=op_name[1] if op_name else "",
+    op_name=op_name[1] if op_name and "/" in op_name[1] else "",  # without one it is XLA's own name
     is_root=bool(name[1]),
   )
 

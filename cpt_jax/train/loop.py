@@ -68,7 +68,7 @@ def open_inputs(config: Any, workdir: pathlib.Path | None = None) -> Inputs:
   with hosts.main_first("data"):  # the others find its stores and packing plans, or make their own on their own disks
     _prepare_missing_stores(config)
     opened = sources.from_config(config, problems)
-    sources.check_vocabulary(opened, spec.vocab_size, problems)
+    sources.check_vocabulary(opened, spec.num_ids, problems)
     problems.raise_if_any()
     begin = start.choose_start(config, workdir, base)
     past = start.data_past(begin)
@@ -81,7 +81,7 @@ def open_inputs(config: Any, workdir: pathlib.Path | None = None) -> Inputs:
     loader = pipeline.from_config(
       config,
       guard.in_force(opened, decisions),
-      vocab_size=spec.vocab_size,
+      vocab_size=spec.num_ids,
       past=past,
       start_step=begin.step,
       skip=guard.rows_to_skip(decisions, step=begin.step),

@@ -55,8 +55,10 @@ class Memory(NamedTuple):
 def of_compiled(compiled: Any, train_state: state.TrainState) -> Memory:
   """The classes of a compiled `train_step(state, batch, rate)`, whose state was like `train_state` (shapes and shardings)."""
   shapes = {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(train_state.params)}
+  # Gradients outside of the loop over layers are whole before they are scattered.
+  shapes |= {leaf.shape for name, leaf in train_state.params.items() if name != "layers"}
   num_layers = jax.tree.leaves(train_state.params["layers"])[0].shape[0]
-  classes = dict.fromkeys(("gradients", "update", "kept", "layer", "loss"), 0)
+  classes: dict[str, int] = dict.fromkeys(["gradients", "update", "kept", "layer", "loss"], 0)
   for buffer in hlo.at_peak(compiled.as_text()):
     classes[_class(buffer, shapes, num_layers)] += buffer.num_bytes
   stats = compiled.memory_analysis()
@@ -71,10 +73,13 @@ def of_compiled(compiled: Any, train_state: state.TrainState) -> Memory:
 
 def _class(buffer: hlo.Buffer, shapes: set[tuple[int, ...]], num_layers: int) -> str:
   if buffer.dims in shapes:
-    return "update" if "/update/" in buffer.op_name else "gradients"
+    is_cast = "jvp(" in buffer.op_name and "transpose(" not in buffer.op_name  # of a parameter, for the forward pass
+    return "layer" if is_cast else "update" if "/update/" in buffer.op_name else "gradients"
   if re.search(r"[(/]loss[)/]", buffer.op_name):
     return "loss"
-  return "kept" if len(buffer.dims) > 1 and buffer.dims[0] == num_layers else "layer"
+  # The loop over layers stacks what it keeps; other arrays may be as long as there are layers by chance.
+  is_stacked = re.search(r"(^|/while|/dynamic_update_slice|/broadcast_in_dim)$", buffer.op_name) is not None
+  return "kept" if is_stacked and len(buffer.dims) > 1 and buffer.dims[0] == num_layers else "layer"
 
 
 def of_step(config: Any, spec: ModelSpec, *, source_weights: Sequence[float]) -> Memory:
@@ -137,7 +142,7 @@ def what_to_change(memory: Memory, config: Any) -> str:
     "state": ["more devices along mesh.fsdp", "optimizer.mu_dtype='bfloat16'", "more patterns in optimizer.frozen"],
     "kept": [f"model.remat='{name}'" for name in below[:1]] + smaller,
     "layer": smaller,
-    "loss": [f"model.loss_chunk={config.model.loss_chunk // 2 or 256}", *smaller],
+    "loss": [f"model.loss_chunk={max(1, step.settings_from_config(config).loss_chunk // 2)}", *smaller],
   }[max(sizes, key=lambda name: sizes[name])]
   changes = [change for change in changes if config.optimizer.mu_dtype not in change]
   return f"{changes[0]}, or {' or '.join(changes[1:])}"

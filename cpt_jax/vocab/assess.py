@@ -1,0 +1,236 @@
+"""Tokenizers, text of a domain and general text -> how each vocabulary fits, what more pieces would save, and what to do.
+
+Invariant: tokens are counted over all of the text; what pieces would save is counted by a grown tokenizer on documents that they
+were not chosen from. Called by tools/assess_vocab.py.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cpt_jax.config import ConfigError
+from cpt_jax.data import corpus
+from cpt_jax.data import tokenizer as tokenizers
+from cpt_jax.vocab import candidates as candidates_lib
+from cpt_jax.vocab import grow, kinds, verdict
+from cpt_jax.vocab import texts as texts_lib
+from cpt_jax.vocab.bases import Base
+from cpt_jax.vocab.verdict import RULES, Finding
+
+SIZES = (500, 1000, 2000, 4000, 8000, 16_000)  # pieces of the curve; published growths: 9 to 20 thousand
+SAMPLE_BYTES = 5_000_000  # of domain text that pieces are chosen from and tried on
+HELDOUT_FRAC = 0.2
+
+
+class Fit(NamedTuple):
+  """A vocabulary on a text, all of it."""
+
+  tokens: int
+  bytes_per_token: float
+  fertility: float  # tokens per word, or per character (corpus.Text.unit)
+  byte_frac: float  # tokens that are one byte of a character of several
+  unknown_frac: float
+  used_frac: float  # of the vocabulary
+
+
+class Point(NamedTuple):
+  """What growing by `num_pieces` gives on held-out documents."""
+
+  num_pieces: int
+  saved_frac: float  # of the tokens
+  context_gain: float  # text in a context of so many tokens, times as much as before
+  new_parameters: int | None  # None: the base's config.json is not there
+
+
+@dataclasses.dataclass(frozen=True)
+class Assessment:
+  """One tokenizer on the texts."""
+
+  name: str
+  path: str
+  vocab_size: int
+  kind: str  # "" for one that cannot grow
+  cannot_grow: str  # why
+  domain: Fit
+  general: Fit
+  distance_bits: float  # Jensen-Shannon, between domain and general text
+  noise_bits: float  # between halves of either text, the larger: what chance and the halves' topics make
+  own_saving_frac: float | None  # None: too little text for a vocabulary of its own
+  text_tokens: float  # what a run would read of the domain
+  curve: list[Point]
+  findings: dict[str, Finding]
+  answer: str
+  because: str
+
+  @property
+  def fits(self) -> bool:
+    """Does the vocabulary suit the text as it is."""
+    return verdict.fits({name: finding.met for name, finding in self.findings.items()})
+
+
+@dataclasses.dataclass
+class Counted:
+  """A text while it is read: ids of every tokenizer by halves."""
+
+  halves_2V: list[np.ndarray]  # of each tokenizer
+  text: corpus.Text | None = None
+  num_parts: int = 0
+
+
+def count(
+  tokenizer_list: Sequence[tokenizers.Tokenizer],
+  batches: Iterator[list[str]],
+  *,
+  on_part: Callable[[str], object] = lambda _: None,
+) -> Counted:
+  """Counts the ids of all tokenizers in one pass; `on_part` sees every part."""
+  counted = Counted([np.zeros((2, tokenizer.vocab_size), np.int64) for tokenizer in tokenizer_list])
+
+  def passing() -> Iterator[str]:
+    for batch in batches:
+      for halves_2V, tokenizer in zip(counted.halves_2V, tokenizer_list, strict=True):
+        for at, ids in enumerate(tokenizer.encode_contents(batch), counted.num_parts):
+          halves_2V[at % 2] += np.bincount(np.array(ids, np.int64), minlength=halves_2V.shape[1])
+      counted.num_parts += len(batch)
+      for text in batch:
+        on_part(text)
+        yield text
+
+  counted.text = corpus.describe_text(passing(), num_tokens=0)
+  return counted
+
+
+def fit(tokenizer: tokenizers.Tokenizer, counts_V: np.ndarray, text: corpus.Text) -> Fit:
+  """Figures of a vocabulary from its counts on a text."""
+  tokens = int(counts_V.sum())
+  if not tokens:
+    raise ConfigError(f"{tokenizer.path}: makes no token of the text; give text with words in it")
+  units = text.words if text.unit == "word" else text.characters
+  return Fit(
+    tokens=tokens,
+    bytes_per_token=text.bytes / tokens,
+    fertility=tokens / max(units, 1),
+    byte_frac=float(counts_V[sorted(tokenizer.byte_ids)].sum() / tokens),
+    unknown_frac=0.0 if tokenizer.unk_id is None else float(counts_V[tokenizer.unk_id] / tokens),
+    used_frac=float((counts_V > 0).mean()),
+  )
+
+
+def distance(domain_2V: np.ndarray, general_2V: np.ndarray) -> tuple[float, float]:
+  """Jensen-Shannon bits between the texts, and the larger one between the halves of either."""
+  noises = [corpus.jensen_shannon_bits(*side_2V) for side_2V in (domain_2V, general_2V) if side_2V.sum(axis=1).all()]
+  return corpus.jensen_shannon_bits(domain_2V.sum(axis=0), general_2V.sum(axis=0)), max(noises, default=0.0)
+
+
+def curve(base: Base, sample: texts_lib.Sample, *, sizes: Sequence[int] = SIZES, min_count: int = grow.MIN_COUNT) -> list[Point]:
+  """Tokens that the first `size` candidates of the training side save on the held-out side, as far as there are candidates."""
+  spelt = [text for words in grow.words_of(base, sample.train) if (text := candidates_lib.spell(words))]
+  if not spelt or not sample.heldout:
+    return []
+  learnt = candidates_lib.learn(spelt, num_merges=max(sizes), min_count=min_count)
+  general_counts_V = np.zeros(base.vocab_size, np.int64)
+  pool = candidates_lib.candidates(base, learnt, general_counts_V=general_counts_V).pieces
+  before = sum(map(len, base.tokenizer.encode_contents(sample.heldout)))
+  found, width = [], _embedding_width(base.path.parent)
+  for size in sorted({min(size, len(pool)) for size in sizes} - {0}):
+    chosen = grow.select(base, pool, size=size, banned=set(), most_saved=before * len(pool))
+    grown = grow.load_grown(base, base.grown(chosen))
+    after = sum(map(len, grown.encode_contents(sample.heldout)))
+    found.append(Point(len(chosen), 1 - after / before, before / after, None if width is None else width * len(chosen)))
+  return found
+
+
+def _embedding_width(directory: pathlib.Path) -> int | None:
+  """Parameters of one more token: its rows in the embedding and, where it is not tied, in the head."""
+  file = directory / "config.json"
+  if not file.is_file():
+    return None
+  hf_config = json.loads(file.read_bytes())
+  width = hf_config.get("hidden_size")
+  return None if not isinstance(width, int) else width * (1 if hf_config.get("tie_word_embeddings") else 2)
+
+
+def assess(
+  path: str,
+  tokenizer: tokenizers.Tokenizer,
+  domain_2V: np.ndarray,
+  general_2V: np.ndarray,
+  *,
+  domain_text: corpus.Text,
+  general_text: corpus.Text,
+  sample: texts_lib.Sample,
+  own_tokens: int | None,
+  domain_bytes: float | None = None,
+  budget_tokens: float | None = None,
+) -> Assessment:
+  """One tokenizer: figures, rules and answer. `domain_bytes`: of text that exists, where what was read is a part of it."""
+  domain, general = (
+    fit(tokenizer, side_2V.sum(axis=0), text) for side_2V, text in ((domain_2V, domain_text), (general_2V, general_text))
+  )
+  bits, noise = distance(domain_2V, general_2V)
+  heldout = sum(map(len, tokenizer.encode_contents(sample.heldout)))
+  own = None if own_tokens is None or not heldout else 1 - own_tokens / heldout
+  there = (domain_text.bytes if domain_bytes is None else domain_bytes) / domain.bytes_per_token * verdict.REPEATS
+  text_tokens = there if budget_tokens is None else min(there, budget_tokens)
+  values = {"far": bits - noise, "own saves": own, "bytes": domain.byte_frac, "unknown": domain.unknown_frac}
+  findings = {name: rule.find((values | {"enough text": text_tokens})[name]) for name, rule in RULES.items()}
+  kind, cannot_grow, points = "", "", []
+  try:
+    base = kinds.load(path)
+    kind, points = base.kind, curve(base, sample)
+  except ConfigError as error:
+    cannot_grow = str(error)
+  answer = verdict.answer({name: finding.met for name, finding in findings.items()})
+  if answer == verdict.EXPAND and cannot_grow:
+    answer = verdict.OTHER_BASE
+  return Assessment(
+    tokenizer.name,
+    path,
+    tokenizer.vocab_size,
+    kind,
+    cannot_grow,
+    domain,
+    general,
+    bits,
+    noise,
+    own,
+    text_tokens,
+    points,
+    findings,
+    answer,
+    _because(answer, findings, cannot_grow),
+  )
+
+
+def _because(answer: str, findings: dict[str, Finding], cannot_grow: str) -> str:
+  met = {name for name, finding in findings.items() if finding.met}
+  is_far = "far" in met
+  why = [name for name in ("own saves", "bytes", "unknown") if name in met]
+  if answer == verdict.KEEP:
+    if is_far:
+      return "the text is far from general text, but the vocabulary spells it as well as one of its own would"
+    return (
+      "the text's tokens are spread much as those of general text: the first condition is not met"
+      if not why
+      else (
+        f"{', '.join(why)} met, but the text's tokens are spread much as those of general text: the first condition is not met"
+      )
+    )
+  unfit = f"the vocabulary does not fit ({', '.join(['far'] * is_far + why)})"
+  if answer == verdict.EXPAND:
+    return f"{unfit} and there is enough text to make up for new rows: both conditions are met"
+  if "enough text" in met:
+    return f"{unfit} and there is enough text, but this tokenizer cannot grow: {cannot_grow}"
+  return f"{unfit}, but there is too little text to make up for new rows: the second condition is not met"
+
+
+def better(assessments: Sequence[Assessment]) -> Assessment | None:
+  """Of the tokenizers behind the first the one to take instead: it fits, and spells the domain in the fewest tokens."""
+  if assessments[0].fits:
+    return None
+  others = [other for other in assessments[1:] if other.fits]
+  return max(others, key=lambda other: other.domain.bytes_per_token, default=None)
