@@ -3,8 +3,8 @@
 Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_1b_1xh100.py --topology=h100:1x1
 It ends with:             verdict       fits: TODO
 
-Nothing is computed again and the layers stand one by one (model.scan=False): the fastest of docs/gpu.md, where an H200 made 64,627
-tokens/s with 8 rows. 8 parts of 8 rows make 262,144 tokens a step. An H200 (h200:1x1) has room for parts of 16.
+Nothing is computed again and the layers stand one by one (model.scan=False): the fastest of docs/gpu.md, where an H200 made
+64,627 tokens/s with 8 rows. 8 parts of 8 rows make 262,144 tokens a step. An H200 (h200:1x1) has room for parts of 16.
 
 A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
 """

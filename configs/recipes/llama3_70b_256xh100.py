@@ -3,7 +3,7 @@
 Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_70b_256xh100.py --topology=h100:32x8
 It ends with:             verdict       fits: TODO
 
-One row a GPU, each layer again: 1,048,576 tokens a step in one part. Parameters are divided over all hosts, since no host's eight
+One row a GPU, of the mlp alone the products are computed again: 1,048,576 tokens a step in one part. Parameters are divided over all hosts, since no host's eight
 GPUs hold them; every layer's gather crosses the network, all ports at once.
 
 A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
@@ -15,7 +15,7 @@ from cpt_jax import config
 def get_config():
   c = config.default()
   c.model.scratch = "configs/architectures/llama3_70b.json"
-  c.model.remat = "full"
+  c.model.remat = "attention_dots"
   c.data.row_len = 4096
   c.train.batch_rows = 256
   c.train.microbatches = 1

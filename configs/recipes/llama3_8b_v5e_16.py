@@ -3,8 +3,8 @@
 Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_8b_v5e_16.py --topology=v5e:4x4
 It ends with:             verdict       fits: TODO
 
-A chip of 16 GB holds its part of the state and of the base's copy and little else: one row a chip, each layer again, small chunks of
-the loss and no accumulation, so 65,536 tokens a step. The compiler adds gradients up on all chips (all-reduce) and waits for it.
+A chip of 16 GB holds its part of the state and of the base's copy and little else: one row a chip, each layer again, small chunks
+of the loss and no accumulation, so 65,536 tokens a step. The compiler adds gradients up on all chips (all-reduce) and waits for it.
 
 A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
 """
