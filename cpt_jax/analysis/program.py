@@ -256,7 +256,7 @@ class Program:
     return read + sum(part for shape, part in zip(instruction.shapes, written, strict=True) if shape.space == 0)
 
   def _read_of(self, computation: str, number: int) -> float:
-    """Bytes that a fused computation reads of its parameter: slices alone where it takes no more, none of what it updates in place."""
+    """Bytes that a fused computation reads of its parameter: slices alone where it takes no more, none of what it updates."""
     body = self.computations[computation]
     parameter = next((i for i in body.values() if i.op == "parameter" and i.literal == str(number)), None)
     if parameter is None:
