@@ -171,8 +171,8 @@ def read_refusal(message: str) -> Refused | None:
 
 # What the CUDA C++ programming guide (table of technical specifications by compute capability) says of every such chip.
 _CAPABILITIES = {
-  "a100": {"major": 8, "minor": 0, "cores": 108, "fpus": 64, "optin": 166_912, "shared": 167_936, "l2_mib": 40, "ghz": 1.41},
-  "h100": {"major": 9, "minor": 0, "cores": 132, "fpus": 128, "optin": 232_448, "shared": 233_472, "l2_mib": 50, "ghz": 1.98},
+  "a100": {"major": 8, "minor": 0, "cores": 108, "fpus": 64, "opt_in": 166_912, "shared": 167_936, "l2_mib": 40, "ghz": 1.41},
+  "h100": {"major": 9, "minor": 0, "cores": 132, "fpus": 128, "opt_in": 232_448, "shared": 233_472, "l2_mib": 50, "ghz": 1.98},
 }
 _CAPABILITIES["h200"] = _CAPABILITIES["h100"]
 
@@ -184,7 +184,7 @@ def gpu_target(chip: Chip) -> str:
     "threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048",
     "block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535",
     "registers_per_core_limit: 65536 registers_per_block_limit: 65536 shared_memory_per_block: 49152",
-    f"shared_memory_per_core: {c['shared']} shared_memory_per_block_optin: {c['optin']}",
+    f"shared_memory_per_core: {c['shared']} shared_memory_per_block_optin: {c['opt_in']}",
     f"core_count: {c['cores']} fpus_per_core: {c['fpus']} clock_rate_ghz: {c['ghz']} l2_cache_size: {c['l2_mib'] << 20}",
     f"memory_bandwidth: {int(chip.hbm_bytes_per_sec)} device_memory_size: {chip.hbm_bytes}",
     f"cuda_compute_capability {{ major: {c['major']} minor: {c['minor']} }}",
