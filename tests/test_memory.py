@@ -115,7 +115,7 @@ def test_each_class_falls_by_what_makes_it_smaller(step_memory):
 def test_a_microbatch_keeps_what_a_batch_of_its_size_keeps(step_memory):
   parts = of_step(model__remat="dots", train__batch_rows=2 * ROWS, train__microbatches=2)
   assert parts.kept == pytest.approx(step_memory.kept, rel=0.03)
-  assert parts.gradients >= 1.9 * parts.parameters  # of the part, and their sum
+  assert parts.gradients > 1.8 * parts.parameters  # of the part, and their sum; the embedding's comes last
 
 
 def test_the_logits_are_the_loss_where_they_are_the_most():

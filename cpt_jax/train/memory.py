@@ -5,8 +5,8 @@ train.dry_run, probe.stacked, tools; as a program by `of_step_elsewhere`.
 
 What a class holds is counted at the moment when the step needs most: arguments by their shapes, the rest as train.hlo finds it in
 the compiled program. Outside of the layers a buffer of a parameter's shape is a gradient (or its sum over microbatches) or, in
-the update, a new parameter or moment that waits for its place; else one that was made for the loss is the loss's; else a stack over
-the layers was kept for the backward pass. What is left serves the layer at work and the rest; so does what is kept with
+the update, a new parameter or moment that waits for its place; else one that was made for the loss is the loss's; else a stack
+over the layers was kept for the backward pass. What is left serves the layer at work and the rest; so does what is kept with
 model.scan=False, which stacks nothing. `packing` is the difference to the compiler's own total: gaps between buffers, above 0,
 or memory used twice in ways that train.hlo does not see, below.
 """
