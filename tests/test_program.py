@@ -147,6 +147,38 @@ def test_of_a_stack_of_layers_a_fusion_reads_and_writes_one_slice():
   assert programs.Program(SLICES).hbm_bytes_of("main.1", "fusion.3") == slice_bytes + index_bytes + 2 * kept_bytes
 
 
+NESTED = """
+%inner (param_0.4: f32[32,128,64], param_1.4: s32[]) -> f32[128,64] {
+  %param_0.4 = f32[32,128,64]{2,1,0} parameter(0)
+  %param_1.4 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,128,64]{2,1,0} dynamic-slice(%param_0.4, %param_1.4, %zero, %zero), dynamic_slice_sizes={1,128,64}
+  ROOT %flat = f32[128,64]{1,0} bitcast(%slice)
+}
+
+%outer (param_0.5: f32[32,128,64], param_1.5: s32[], param_2.5: f32[8,128]) -> f32[8,64] {
+  %param_0.5 = f32[32,128,64]{2,1,0} parameter(0)
+  %param_1.5 = s32[] parameter(1)
+  %param_2.5 = f32[8,128]{1,0} parameter(2)
+  %one = f32[128,64]{1,0} fusion(%param_0.5, %param_1.5), kind=kLoop, calls=%inner
+  ROOT %dot.2 = f32[8,64]{1,0} dot(%param_2.5, %one), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main.4 (w: f32[32,128,64], i: s32[], x: f32[8,128]) -> f32[8,64] {
+  %w = f32[32,128,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = f32[8,128]{1,0} parameter(2)
+  ROOT %fusion.4 = f32[8,64]{1,0} fusion(%w, %i, %x), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_a_fusion_within_a_fusion_reads_its_slice_too():
+  found = programs.Program(NESTED)
+  assert found.hbm_bytes_of("main.4", "fusion.4") == 4 * (128 * 64 + 8 * 128 + 8 * 64) + 4
+  assert found.flops_of("main.4", "fusion.4") == 2 * 8 * 64 * 128
+
+
 TRANSFERS = """
 %started (param_0.2: bf16[1,256,512]) -> bf16[1,2048,512] {
   %param_0.2 = bf16[1,256,512]{2,1,0:T(8,128)(2,1)} parameter(0)

@@ -30,7 +30,7 @@ _HLO = flags.DEFINE_string("hlo", "", "Where to write the optimized program's te
 
 EXIT_TOO_LARGE = 1
 _MEMORY_WORDS = {
-  "update": "new parameters and moments that have no old one's place (below 0: places to spare)",
+  "update": "new parameters and moments",
   "kept": "activations of all layers, kept for the backward pass",
   "layer": "the layer at work, gathered parameters, the rest",
   "packing": "gaps, or (below 0) memory used twice",
@@ -95,8 +95,8 @@ def compile_record(config: Any, topology: chips.Topology, *, name: str) -> dict[
   if _HLO.value:
     pathlib.Path(_HLO.value).write_text(compiled.text, encoding="utf-8")
   needed = compiled.memory._asdict()
-  donated, host = needed.pop("donated"), needed.pop("host")
-  needed["update"] -= donated
+  host = needed.pop("host")
+  needed.pop("donated")  # in the others already
   needed |= {"program": compiled.program_bytes, "base for drift": held["base for drift"]}
   record["memory"] = step_report.memory(needed, job) | {"host_bytes": host, "state_bytes": state_bytes}
   places = [Place(domain, coords) for domain, coords in zip(target.domains, target.coords, strict=True)]

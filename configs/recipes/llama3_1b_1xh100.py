@@ -1,9 +1,11 @@
 """Llama-3.2-1B's shape on one H100 or H200.
 
 Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_1b_1xh100.py --topology=h100:1x1
-It ends with:             verdict       fits: TODO
+It ends with:             verdict       fits: 62.91 of 71.20 GiB a chip (12% free); bound by
+                          compute; at most 73.4% MFU causal (80.6% palm), 88,292 tokens/s a chip
 
-WHY
+Nothing is computed again and the layers stand one by one (model.scan=False): the fastest of docs/gpu.md, where an H200 made
+64,627 tokens/s with 8 rows. 8 parts of 8 rows make 262,144 tokens a step. An H200 (h200:1x1) has room for parts of 16.
 
 A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
 """
@@ -14,7 +16,8 @@ from cpt_jax import config
 def get_config():
   c = config.default()
   c.model.scratch = "configs/architectures/llama3_1b.json"
-  c.model.remat = "dots"
+  c.model.remat = "none"
+  c.model.scan = False
   c.data.row_len = 4096
   c.train.batch_rows = 64
   c.train.microbatches = 8

@@ -42,6 +42,7 @@ _FREE = frozenset(
 _ARITHMETIC = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul}
 _COMPARISONS = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "EQ": operator.eq, "NE": operator.ne}
 _MOST_TURNS = 1_000_000  # a loop of more is taken for one that depends on data
+_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone")
 _SHAPE = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _NAME = re.compile(r"%([\w.-]+)")
 _CALLED = re.compile(r"(calls|body|condition|to_apply|branch_computations|called_computations)=(?:%([\w.-]+)|\{([^}]*)\})")
@@ -240,15 +241,54 @@ class Program:
     instruction = body[name]
     if instruction.op in _FREE or instruction.op.endswith("-done") or _collective_op(instruction):
       return 0.0
+    if instruction.kernel in _FREE_CALLS:
+      return 0.0
     operands = [body[o] for o in instruction.operands if o in body]
-    fused = next((self.computations[c] for c in instruction.called("calls")), None) if instruction.op == "fusion" else None
-    if fused is None:
-      if instruction.op == "dynamic-slice":
-        return 2 * _in_hbm(instruction.shapes)
-      if instruction.op == "dynamic-update-slice":
-        return 2 * _in_hbm(operands[1].shapes)
+    if instruction.op == "dynamic-slice":
+      return 2 * _in_hbm(instruction.shapes)
+    if instruction.op == "dynamic-update-slice":
+      return 2 * _in_hbm(operands[1].shapes)
+    if instruction.op != "fusion":
       return _in_hbm(instruction.shapes) + sum(_in_hbm(o.shapes) for o in operands)
-    return _fusion_bytes(instruction, operands, fused)
+    (fused,) = instruction.called("calls")
+    read = sum(min(self._read_of(fused, n), o.shapes[0].num_bytes) for n, o in enumerate(operands) if o.shapes[0].space == 0)
+    written = self._written_by(fused)
+    return read + sum(part for shape, part in zip(instruction.shapes, written, strict=True) if shape.space == 0)
+
+  def _read_of(self, computation: str, number: int) -> float:
+    """Bytes that a fused computation reads of its parameter: slices alone where it takes no more, none of what it updates."""
+    body = self.computations[computation]
+    parameter = next((i for i in body.values() if i.op == "parameter" and i.literal == str(number)), None)
+    if parameter is None:
+      return 0.0
+    total, aliases = 0.0, {parameter.name}
+    for i in body.values():  # in the order of the text: a bitcast stands before its users
+      for place in (n for n, operand in enumerate(i.operands) if operand in aliases):
+        if i.op == "bitcast":
+          aliases.add(i.name)
+        elif i.op in ("dynamic-slice", "slice"):
+          total += i.shapes[0].num_bytes
+        elif i.op == "fusion":
+          total += self._read_of(next(i.called("calls")), place)
+        elif i.op != "dynamic-update-slice" or place != 0:
+          total += parameter.shapes[0].num_bytes
+    return total
+
+  def _written_by(self, computation: str) -> list[float]:
+    """Bytes of each result of a fused computation: of one that is updated in place the slice that is new."""
+    body = self.computations[computation]
+    root = _root(body)
+    found = []
+    for i in [body[name] for name in root.operands] if root.op == "tuple" else [root]:
+      while i.op in ("bitcast", "convert", "copy"):
+        i = body[i.operands[0]]
+      if i.op == "dynamic-update-slice":
+        found.append(body[i.operands[1]].shapes[0].num_bytes)
+      elif i.op == "fusion":
+        found += self._written_by(next(i.called("calls")))
+      else:
+        found += [shape.num_bytes for shape in i.shapes]
+    return found
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -314,37 +354,6 @@ def _whole(literal: str) -> int | None:
 
 def _in_hbm(shapes: tuple[Shape, ...]) -> float:
   return sum(shape.num_bytes for shape in shapes if shape.space == 0)
-
-
-def _fusion_bytes(fusion: Instruction, operands: list[Instruction], fused: Mapping[str, Instruction]) -> float:
-  total = 0.0
-  parameters = {int(i.literal): i for i in fused.values() if i.op == "parameter"}
-  updates = [i for i in fused.values() if i.op == "dynamic-update-slice"]
-  in_place = set()
-  for number, operand in enumerate(operands):
-    parameter = parameters.get(number)
-    if parameter is None:
-      continue
-    aliases, users = {parameter.name}, []
-    for i in fused.values():  # in the order of the text: a bitcast stands before its users
-      if aliases & set(i.operands):
-        if i.op == "bitcast":
-          aliases.add(i.name)
-        else:
-          users.append(i)
-    if users and all(i.op in ("dynamic-slice", "slice") for i in users):
-      total += sum(_in_hbm((Shape(i.shapes[0].dtype, i.shapes[0].dims, operand.shapes[0].space),)) for i in users)
-    elif users and all(i.op == "dynamic-update-slice" and i.operands[0] in aliases for i in users):
-      in_place.add(operand.shapes[0].dims)  # what is around the slice stays where it is
-    else:
-      total += _in_hbm(operand.shapes)
-  for shape in fusion.shapes:
-    update = next((i for i in updates if math.prod(i.shapes[0].dims) == math.prod(shape.dims)), None)
-    if update is not None and in_place:
-      total += fused[update.operands[1]].shapes[0].num_bytes if shape.space == 0 else 0.0
-    else:
-      total += _in_hbm((shape,))
-  return total
 
 
 def _dot_flops(dot: Instruction, body: Mapping[str, Instruction]) -> float:
