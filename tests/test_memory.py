@@ -112,6 +112,12 @@ def test_each_class_falls_by_what_makes_it_smaller(step_memory):
   assert less.total < step_memory.total
 
 
+def test_a_microbatch_keeps_what_a_batch_of_its_size_keeps(step_memory):
+  parts = of_step(model__remat="dots", train__batch_rows=2 * ROWS, train__microbatches=2)
+  assert parts.kept == pytest.approx(step_memory.kept, rel=0.03)
+  assert parts.gradients > 1.8 * parts.parameters  # of the part, and their sum; the embedding's comes last
+
+
 def test_the_logits_are_the_loss_where_they_are_the_most():
   wide = dataclasses.replace(SPEC, vocab_size=8000, num_layers=2)
   logits = ROWS * ROW_LEN * wide.vocab_size * 4

@@ -4,10 +4,11 @@ Invariant: the classes add up to what the compiler says that the step needs; not
 train.dry_run, probe.stacked, tools; as a program by `of_step_elsewhere`.
 
 What a class holds is counted at the moment when the step needs most: arguments by their shapes, the rest as train.hlo finds it in
-the compiled program. A buffer of a parameter's shape is a gradient (or its sum over microbatches) or, in the update, a new
-parameter or moment that waits for its place; else one that was made for the loss is the loss's; else one of all layers was kept
-for the backward pass; what is left serves the layer that is at work. `packing` is the difference to the compiler's own total:
-gaps between buffers, above 0, or memory used twice in ways that train.hlo does not see, below.
+the compiled program. Outside of the layers a buffer of a parameter's shape is a gradient (or its sum over microbatches) or, in
+the update, a new parameter or moment that waits for its place; else one that was made for the loss is the loss's; else a stack
+over the layers was kept for the backward pass. What is left serves the layer at work and the rest; so does what is kept with
+model.scan=False, which stacks nothing. `packing` is the difference to the compiler's own total: gaps between buffers, above 0,
+or memory used twice in ways that train.hlo does not see, below.
 """
 
 import json
@@ -72,13 +73,16 @@ def of_compiled(compiled: Any, train_state: state.TrainState) -> Memory:
 
 
 def _class(buffer: hlo.Buffer, shapes: set[tuple[int, ...]], num_layers: int) -> str:
+  is_loss = re.search(r"[(/]loss[)/]", buffer.op_name)
+  # Inside a layer arrays may have the shape of a parameter, or be as long as there are layers, by chance.
+  if not is_loss and re.search(r"jvp\(.*/body/(closed_call|eval_jaxpr)/", buffer.op_name):
+    return "layer"
   if buffer.dims in shapes:
     is_cast = "jvp(" in buffer.op_name and "transpose(" not in buffer.op_name  # of a parameter, for the forward pass
     return "layer" if is_cast else "update" if "/update/" in buffer.op_name else "gradients"
-  if re.search(r"[(/]loss[)/]", buffer.op_name):
+  if is_loss:
     return "loss"
-  # The loop over layers stacks what it keeps; other arrays may be as long as there are layers by chance.
-  is_stacked = re.search(r"(^|/while|/dynamic_update_slice|/broadcast_in_dim)$", buffer.op_name) is not None
+  is_stacked = re.search(r"(^|/while|/dynamic_update_slice|/broadcast_in_dim|/closed_call)$", buffer.op_name)
   return "kept" if is_stacked and len(buffer.dims) > 1 and buffer.dims[0] == num_layers else "layer"
 
 
