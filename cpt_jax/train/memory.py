@@ -3,12 +3,12 @@
 Invariant: the classes add up to what the compiler says that the step needs; nothing is put on a device. Called by
 train.dry_run, probe.stacked, tools; as a program by `of_step_elsewhere`.
 
-What a class holds is counted at the moment when the step needs most: arguments by their shapes, the rest as train.hlo finds it in
-the compiled program. Outside of the layers a buffer of a parameter's shape is a gradient (or its sum over microbatches) or, in
-the update, a new parameter or moment that waits for its place; else one that was made for the loss is the loss's; else a stack
+What a class holds is counted at the moment when the step needs most: arguments by their shapes, the rest as train.buffers finds
+it in the compiled program. Outside of the layers a buffer of a parameter's shape is a gradient (or its sum over microbatches) or,
+in the update, a new parameter or moment that waits for its place; else one that was made for the loss is the loss's; else a stack
 over the layers was kept for the backward pass. What is left serves the layer at work and the rest; so does what is kept with
-model.scan=False, which stacks nothing. `packing` is the difference to the compiler's own total: gaps between buffers, above 0,
-or memory used twice in ways that train.hlo does not see, below.
+model.scan=False, which stacks nothing. `packing` is the difference to the compiler's own total: gaps between buffers, above 0, or
+memory used twice in ways that train.buffers does not see, below.
 """
 
 import json
@@ -29,7 +29,7 @@ from cpt_jax import mesh as mesh_lib
 from cpt_jax.data.batch import Batch
 from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec
-from cpt_jax.train import hlo, optimizer, state, step
+from cpt_jax.train import buffers, optimizer, state, step
 
 
 class Memory(NamedTuple):
@@ -60,7 +60,7 @@ def of_compiled(compiled: Any, train_state: state.TrainState) -> Memory:
   shapes |= {leaf.shape for name, leaf in train_state.params.items() if name != "layers"}
   num_layers = jax.tree.leaves(train_state.params["layers"])[0].shape[0]
   classes: dict[str, int] = dict.fromkeys(["gradients", "update", "kept", "layer", "loss"], 0)
-  for buffer in hlo.at_peak(compiled.as_text()):
+  for buffer in buffers.at_peak(compiled.as_text()):
     classes[_class(buffer, shapes, num_layers)] += buffer.num_bytes
   stats = compiled.memory_analysis()
   arguments, aliased = stats.argument_size_in_bytes, stats.alias_size_in_bytes
@@ -72,7 +72,7 @@ def of_compiled(compiled: Any, train_state: state.TrainState) -> Memory:
   return known._replace(packing=total - known.total)
 
 
-def _class(buffer: hlo.Buffer, shapes: set[tuple[int, ...]], num_layers: int) -> str:
+def _class(buffer: buffers.Buffer, shapes: set[tuple[int, ...]], num_layers: int) -> str:
   is_loss = re.search(r"[(/]loss[)/]", buffer.op_name)
   # Inside a layer arrays may have the shape of a parameter, or be as long as there are layers, by chance.
   if not is_loss and re.search(r"jvp\(.*/body/(closed_call|eval_jaxpr)/", buffer.op_name):
