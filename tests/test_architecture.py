@@ -9,7 +9,7 @@ import pytest
 
 # A module imports from its own layer or a lower one; inside a layer only what comes before it.
 LAYERS = [
-  ["durations", "config", "journal", "environment", "chips"],
+  ["durations", "config", "journal", "environment", "chips", "hlo"],
   ["trees", "hosts", "mesh"],
   ["data.batch", "data.documents", "data.tokenizer", "data.corpus", "data.chat", "data.store", "data.decontaminate"]
   + ["data.prepare", "data.cluster", "data.sources", "data.selection", "data.packing", "data.shuffle", "data.quotas"]
@@ -20,7 +20,7 @@ LAYERS = [
   + ["model.splash", "model.attention", "model.transformer", "model.loss", "model.hf_files", "model.expansion"]
   + ["model.pretrained"],
   ["evals.perplexity", "evals.drift"],
-  ["train.schedule", "train.optimizer", "train.state", "train.step", "train.hlo", "train.memory", "train.guard"]
+  ["train.schedule", "train.optimizer", "train.state", "train.step", "train.buffers", "train.memory", "train.guard"]
   + ["train.checkpoint", "train.start", "train.metrics", "train.console", "train.loop", "train.ahead", "train.dry_run"],
   ["analysis.program", "analysis.roofline", "analysis.step_report", "analysis.runs", "analysis.diagnosis", "analysis.report"]
   + ["laws.fit", "laws.curves", "laws.annealing"]

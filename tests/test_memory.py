@@ -6,11 +6,11 @@ import subprocess
 import jax
 import pytest
 
-from cpt_jax import config
+from cpt_jax import config, hlo
 from cpt_jax import mesh as mesh_lib
 from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec
-from cpt_jax.train import dry_run, hlo, loop, memory, optimizer, state
+from cpt_jax.train import buffers, dry_run, loop, memory, optimizer, state
 
 SPEC = ModelSpec("llama", 384, 64, 5, 4, 2, 16, 192, max_positions=512)
 ROWS, ROW_LEN = 4, 64
@@ -55,8 +55,8 @@ ENTRY %main (a: f32[100]) -> (f32[100], /*index=1*/f32[50]) {
 
 def test_the_peak_of_a_program_that_can_be_read_by_hand():
   # In the loop: its state of 100 numbers (c wrote over b), and 300 more. Not: the argument, the host's copy, the loop's result.
-  buffers = hlo.at_peak(PROGRAM)
-  assert sorted((b.dims, b.num_bytes, b.op_name) for b in buffers if b.num_bytes) == [
+  found = buffers.at_peak(PROGRAM)
+  assert sorted((b.dims, b.num_bytes, b.op_name) for b in found if b.num_bytes) == [
     ((100,), 400, "jit(f)/c"),
     ((300,), 1200, "jit(f)/while/body/wide"),
   ]
@@ -64,7 +64,7 @@ def test_the_peak_of_a_program_that_can_be_read_by_hand():
 
 def test_a_tpu_pads_its_tiles_and_its_vector_memory_is_another():
   line = "  %x = (bf16[3,5,130]{1,2,0:T(8,128)(2,1)}, f32[8,8]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%y)"
-  result, other, _ = hlo._instruction(line, hlo._NAME.match(line)).shape
+  result, other, _ = (buffers.Buffer(shape, "", 0) for shape in hlo.parse_instruction(line).shapes)
   assert result.num_bytes == 3 * 128 * 136 * 2 and other.num_bytes == 0
 
 
@@ -110,6 +110,15 @@ def test_each_class_falls_by_what_makes_it_smaller(step_memory):
   assert less.kept == pytest.approx(SPEC.num_layers * ROWS * ROW_LEN * SPEC.width * 4, rel=0.02)
   assert less.moments == pytest.approx(0.75 * step_memory.moments, rel=0.001)
   assert less.total < step_memory.total
+
+
+def test_without_a_loop_over_the_layers_as_much_is_kept():
+  spec = dataclasses.replace(SPEC, num_layers=3)
+  stacked, single = (of_step(spec, model__remat="none", model__scan=scan) for scan in (True, False))
+  # Side by side a CPU finds two of the gated product's arrays, which a loop makes again, to be the forward pass's: it keeps them.
+  again = 2 * spec.num_layers * ROWS * ROW_LEN * spec.mlp_width * 4
+  assert single.kept == pytest.approx(stacked.kept + again, rel=0.02)
+  assert single.layer < stacked.layer
 
 
 def test_a_microbatch_keeps_what_a_batch_of_its_size_keeps(step_memory):

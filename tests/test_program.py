@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpt_jax import hlo
 from cpt_jax import mesh as mesh_lib
 from cpt_jax.analysis import program as programs
 from cpt_jax.model import spec as spec_lib
@@ -85,16 +86,6 @@ def test_a_loop_that_depends_on_data_turns_as_causality_lets_it_on_average():
   found = programs.Program(LOOPS)
   assert found.data_dependent == {"while.in": (5 + 1) / 2}
   assert found.runs["inner_body"] == 5 * 3
-
-
-def test_an_instruction_may_take_several_lines():
-  broken = """custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
-"xprof_metadata":"{}"
-}}, metadata={op_name="jit(f)/splash_mha_fwd"}"""
-  text = f"ENTRY %m (q: f32[8]) -> f32[8] {{\n  %q = f32[8]{{0}} parameter(0)\n  %k = f32[8]{{0}} custom-call(%q), {broken}\n"
-  body = programs.Program(text + "  ROOT %r = f32[8]{0} copy(%k)\n}\n").computations["m"]
-  assert list(body) == ["q", "k", "r"]
-  assert body["k"].op_name == "jit(f)/splash_mha_fwd"
 
 
 def test_a_loop_that_was_unrolled_turns_less_often():
@@ -266,7 +257,7 @@ def test_every_way_to_write_a_group_gives_the_devices_that_numpy_gives(dims, dat
   ]
   for way in ways:
     line = f"%x = f32[8]{{0}} all-reduce(%y), channel_id=1, replica_groups={way}, to_apply=%add"
-    assert programs._first_group(programs.parse_instruction(line), devices.size) == tuple(groups[0]), way
+    assert programs._first_group(hlo.parse_instruction(line), devices.size) == tuple(groups[0]), way
 
 
 def test_a_factor_of_an_axis_is_a_group_of_its_own():
@@ -320,7 +311,7 @@ ENTRY %main.3 (x: bf16[2048,2048,1], w: bf16[2048,32,64]) -> bf16[2048,32,64] {
   ],
 )
 def test_a_kernel_is_known_by_its_name_or_said_to_be_unknown(line, products):
-  assert programs.kernel_products(programs.parse_instruction(line)) == products
+  assert programs.kernel_products(hlo.parse_instruction(line)) == products
 
 
 def test_the_real_step_on_cpu_has_the_flops_of_the_formula_and_moves_its_parameters(tiny_spec, random_batch):

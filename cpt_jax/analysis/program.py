@@ -13,10 +13,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-_BYTES = {
-  "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
-  "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
-}  # fmt: skip
+from cpt_jax import hlo
+from cpt_jax.hlo import Instruction, Shape
+
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # What moves no bytes of the chip's main memory by itself.
 _FREE = frozenset(
@@ -43,91 +42,17 @@ _ARITHMETIC = {"add": operator.add, "subtract": operator.sub, "multiply": operat
 _COMPARISONS = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "EQ": operator.eq, "NE": operator.ne}
 _MOST_TURNS = 1_000_000  # a loop of more is taken for one that depends on data
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone")
-_SHAPE = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
-_NAME = re.compile(r"%([\w.-]+)")
-_CALLED = re.compile(r"(calls|body|condition|to_apply|branch_computations|called_computations)=(?:%([\w.-]+)|\{([^}]*)\})")
-
-
-class Shape(NamedTuple):
-  """One array of a program."""
-
-  dtype: str
-  dims: tuple[int, ...]
-  space: int  # 0 = the chip's main memory; others are nearer to its units
-
-  @property
-  def num_bytes(self) -> float:
-    """Without padding."""
-    return math.prod(self.dims) * _BYTES.get(self.dtype, 0)
-
-
-class Instruction(NamedTuple):
-  """One line of a program."""
-
-  name: str
-  shapes: tuple[Shape, ...]  # of its result: several where that is a tuple
-  op: str
-  operands: tuple[str, ...]
-  literal: str  # what stands between the parentheses
-  attributes: str  # and what after them
-  is_root: bool
-
-  def attribute(self, name: str) -> str:
-    """The text of a `name=...` up to the next comma outside of brackets; '' without one."""
-    match = re.search(rf"(?:^|[ ,]){name}=", self.attributes)
-    if not match:
-      return ""
-    start, depth = match.end(), 0
-    for i in range(start, len(self.attributes)):
-      depth += (self.attributes[i] in "{[(") - (self.attributes[i] in "}])")
-      if self.attributes[i] == "," and depth == 0:
-        return self.attributes[start:i]
-    return self.attributes[start:]
-
-  def called(self, *kinds: str) -> Iterator[str]:
-    """Names of the computations that it calls."""
-    for kind, one, several in _CALLED.findall(self.attributes):
-      if not kinds or kind in kinds:
-        yield from [one] if one else _NAME.findall(several)
-
-  @property
-  def op_name(self) -> str:
-    """Where in the traced program it comes from."""
-    match = re.search(r'op_name="([^"]*)"', self.attributes)
-    return match.group(1) if match else ""
-
-  @property
-  def kernel(self) -> str:
-    """What a custom call runs."""
-    match = re.search(r'custom_call_target="([^"]*)"', self.attributes)
-    return match.group(1) if match else ""
 
 
 class Program:
   """A parsed program, and how often each of its computations runs."""
 
   def __init__(self, text: str):
-    self.computations: dict[str, dict[str, Instruction]] = {}
-    self.entry = ""
-    self._parse(text)
+    parsed = hlo.parse(text)
+    self.computations, self.entry = parsed.computations, parsed.entry
     # Loops whose length depends on data, with the mean that was taken.
     self.data_dependent: dict[str, float] = {}
     self.runs = self._count_runs()
-
-  def _parse(self, text: str) -> None:
-    current: dict[str, Instruction] | None = None
-    for line in _lines(text):
-      if current is None:
-        header = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{\s*$", line)
-        if header:
-          current = self.computations.setdefault(header.group(2), {})
-          self.entry = header.group(2) if header.group(1) else self.entry
-      elif line.rstrip() == "}":
-        current = None
-      else:
-        instruction = parse_instruction(line)
-        if instruction:
-          current[instruction.name] = instruction
 
   def _count_runs(self) -> dict[str, float]:
     runs = dict.fromkeys(self.computations, 0.0)
@@ -289,59 +214,6 @@ class Program:
       else:
         found += [shape.num_bytes for shape in i.shapes]
     return found
-
-
-def _lines(text: str) -> Iterator[str]:
-  """Lines of a program, those joined that one instruction takes: the attributes of a kernel may hold line breaks."""
-  whole = ""
-  for line in text.splitlines():
-    if re.match(r"\s*(ROOT )?%?[\w.-]+ = |\}\s*$|(ENTRY )?%?[\w.-]+ \(|HloModule|$", line):
-      yield whole
-      whole = line
-    else:
-      whole += line
-  yield whole
-
-
-def parse_instruction(line: str) -> Instruction | None:
-  """One line of a computation; None for one that is none."""
-  match = re.match(r"\s*(ROOT )?%?([\w.-]+) = ", line)
-  if not match:
-    return None
-  rest = line[match.end() :]
-  type_end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
-  op = re.match(r"\s*([\w-]+)\(", rest[type_end:])
-  if not op:
-    return None
-  opened = type_end + op.end() - 1
-  closed = _closing(rest, opened)
-  literal = rest[opened + 1 : closed]
-  return Instruction(
-    match.group(2),
-    tuple(_shapes(rest[:type_end])),
-    op.group(1),
-    tuple(_NAME.findall(literal)),
-    literal,
-    rest[closed + 1 :].removeprefix(", "),
-    bool(match.group(1)),
-  )
-
-
-def _closing(text: str, start: int) -> int:
-  """Where the bracket that opens at `start` closes."""
-  depth = 0
-  for match in re.compile(r"[()]").finditer(text, start):
-    depth += 1 if match.group() == "(" else -1
-    if depth == 0:
-      return match.start()
-  raise ValueError(f"an instruction without its closing bracket: {text[:80]!r}")
-
-
-def _shapes(text: str) -> Iterator[Shape]:
-  for dtype, dims, layout in _SHAPE.findall(text):
-    space = re.search(r"S\((\d+)\)", layout)
-    sizes = tuple(int(re.sub(r"\D", "", d)) for d in dims.split(",") if d)
-    yield Shape(dtype, sizes, int(space.group(1)) if space else 0)
 
 
 def _root(computation: Mapping[str, Instruction]) -> Instruction:

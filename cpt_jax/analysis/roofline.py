@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from cpt_jax.analysis.program import Collective, Instruction, Program, phase_of
+from cpt_jax.analysis.program import Collective, Program, phase_of
 from cpt_jax.chips import Topology
+from cpt_jax.hlo import Instruction
 
 
 class Place(NamedTuple):

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cpt_jax.analysis import roofline as rooflines
-from cpt_jax.analysis.program import Instruction, Program, collectives, kernel_products
+from cpt_jax.analysis.program import Program, collectives, kernel_products
 from cpt_jax.chips import Topology
+from cpt_jax.hlo import Instruction
 from cpt_jax.model.spec import ModelSpec, flops_per_token
 
 
