@@ -165,6 +165,7 @@ def _warn(text: str) -> None:
 def _local(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, layer_window, *, call: Call, implementation: str) -> jax.Array:
   segments = (q_segments_BT, k_segments_BS)
   if implementation == "cudnn":
+    assert call.max_documents is not None  # or why_not had something to say
     window = call.windows[0] if call.windows else None
     return cudnn.attend(q_BTNH, k_BSKH, v_BSKH, k_segments_BS, window=window, max_documents=call.max_documents)
   if implementation == "splash":

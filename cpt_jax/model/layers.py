@@ -4,6 +4,7 @@ Invariant: norms are computed in float32 and return the dtype they were given. C
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def swiglu(x_BTD: jax.Array, w_gate_DF: jax.Array, w_up_DF: jax.Array, w_down_FD
   where, dims = (("batch",), "P") if x.ndim == 2 else (("batch", "seq"), "BT")
   gate = checkpoint_name(project(f"{dims}D,DF->{dims}F", ("embed", "mlp"), None, x, w_gate_DF), "gate")
   up = checkpoint_name(project(f"{dims}D,DF->{dims}F", ("embed", "mlp"), None, x, w_up_DF), "up")
-  out = project(f"{dims}F,FD->{dims}D", ("mlp", "embed"), (*where, None), _gate(gate, up), w_down_FD)
+  out: Any = project(f"{dims}F,FD->{dims}D", ("mlp", "embed"), (*where, None), _gate(gate, up), w_down_FD)
   return mesh.reshape(out, x_BTD.shape, to=("batch", "seq", None))
 
 

@@ -80,7 +80,8 @@ def objective(
   pull_BT = weights_BT * jnp.sum(jnp.where(is_of_source_BM, weights_M[None], 0.0), axis=1)[:, None]
   stored = params["embedding"] if spec.tied else params["head"]
   static = _Static(spec.tied, spec.num_ids, z_loss, chunk)
-  value, loss_BT, log_partition_BT = _objective(static, hidden_BTD, stored, targets_BT, pull_BT)
+  found: Any = _objective(static, hidden_BTD, stored, targets_BT, pull_BT)
+  value, loss_BT, log_partition_BT = found
   of_rows = (
     jnp.sum(weights_BT * loss_BT, axis=1),
     jnp.sum(weights_BT * jnp.square(log_partition_BT), axis=1),

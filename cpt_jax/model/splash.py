@@ -5,6 +5,7 @@ hides are never visited. Called by model.attention.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,8 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, window: int | None, interpret
 
   def of_row(q_TNH, k_SKH, v_SKH, segments_T):
     q_NTH, k_KSH, v_KSH = (x.swapaxes(0, 1) for x in (q_TNH, k_SKH, v_SKH))
-    return attend_row(q_NTH, k_KSH, v_KSH, segment_ids=kernel.SegmentIds(segments_T, segments_T)).swapaxes(0, 1)
+    out_NTH: Any = attend_row(q_NTH, k_KSH, v_KSH, segment_ids=kernel.SegmentIds(segments_T, segments_T))
+    return out_NTH.swapaxes(0, 1)
 
   # The kernel does not scale, and the factor is a power of 2 for the usual head sizes: exact in any dtype, or nearly.
   scaled_BTNH = (q_BTNH.astype(jnp.float32) / math.sqrt(head_dim)).astype(q_BTNH.dtype)
