@@ -24,6 +24,7 @@ class Buffer:
   def __init__(self, shape: Shape, op_name: str, now: int):
     self.dtype, self.dims, self.num_bytes = shape.dtype, shape.dims, _num_bytes(shape)
     self.op_name = op_name  # its place in the Python program, "jit(train_step)/jvp(loss)/..."; of its user if it has none
+    self.last_read_by = ""  # the place of its last reader
     self.first = self.last = now  # its life, by the order of its computation
     self.is_elsewhere = False  # it lies in a loop's state or a donated argument
 
@@ -53,7 +54,7 @@ def _peak_of(computations: dict, name: str, parameters: dict[int, Any], elsewher
     operands = [values[operand] for operand in i.operands]
     if i.op not in ("tuple", "get-tuple-element", "bitcast"):
       for buffer in _buffers(operands):
-        buffer.last = max(buffer.last, now)
+        buffer.last, buffer.last_read_by = max(buffer.last, now), _op_name(i) or buffer.last_read_by
         buffer.op_name = buffer.op_name or _op_name(i)
     values[i.name] = _value(i, operands, parameters, made, now)
     if i.is_root:

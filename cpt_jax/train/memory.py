@@ -6,9 +6,10 @@ train.dry_run, probe.stacked, tools; as a program by `of_step_elsewhere`.
 What a class holds is counted at the moment when the step needs most: arguments by their shapes, the rest as train.buffers finds
 it in the compiled program. Outside of the layers a buffer of a parameter's shape is a gradient (or its sum over microbatches) or,
 in the update, a new parameter or moment that waits for its place; else one that was made for the loss is the loss's; else a stack
-over the layers was kept for the backward pass. What is left serves the layer at work and the rest; so does what is kept with
-model.scan=False, which stacks nothing. `packing` is the difference to the compiler's own total: gaps between buffers, above 0, or
-memory used twice in ways that train.buffers does not see, below.
+over the layers was kept for the backward pass. With model.scan=False nothing is stacked: kept is what the forward pass makes and
+the backward pass reads, but for the parameters of one layer. What is left serves the layer at work and the rest. `packing` is the
+difference to the compiler's own total: gaps between buffers, above 0, or memory used twice in ways that train.buffers does not
+see, below.
 """
 
 import json
@@ -53,12 +54,15 @@ class Memory(NamedTuple):
     return sum(self) - self.donated - self.host
 
 
-def of_compiled(compiled: Any, train_state: state.TrainState) -> Memory:
-  """The classes of a compiled `train_step(state, batch, rate)`, whose state was like `train_state` (shapes and shardings)."""
+def of_compiled(compiled: Any, train_state: state.TrainState, *, is_scanned: bool) -> Memory:
+  """The classes of a compiled `train_step(state, batch, rate)`, whose state was like `train_state` (shapes and shardings).
+
+  `is_scanned`: the layers are one loop (model.scan), not one after the other.
+  """
   shapes = {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(train_state.params)}
   # Gradients outside of the loop over layers are whole before they are scattered.
   shapes |= {leaf.shape for name, leaf in train_state.params.items() if name != "layers"}
-  num_layers = jax.tree.leaves(train_state.params["layers"])[0].shape[0]
+  num_layers = jax.tree.leaves(train_state.params["layers"])[0].shape[0] if is_scanned else None
   classes: dict[str, int] = dict.fromkeys(["gradients", "update", "kept", "layer", "loss"], 0)
   for buffer in buffers.at_peak(compiled.as_text()):
     classes[_class(buffer, shapes, num_layers)] += buffer.num_bytes
@@ -72,16 +76,21 @@ def of_compiled(compiled: Any, train_state: state.TrainState) -> Memory:
   return known._replace(packing=total - known.total)
 
 
-def _class(buffer: buffers.Buffer, shapes: set[tuple[int, ...]], num_layers: int) -> str:
+def _class(buffer: buffers.Buffer, shapes: set[tuple[int, ...]], num_layers: int | None) -> str:
+  """`num_layers`: of a loop over the layers; None without one."""
   is_loss = re.search(r"[(/]loss[)/]", buffer.op_name)
+  is_forward = "jvp(" in buffer.op_name and "transpose(" not in buffer.op_name
   # Inside a layer arrays may have the shape of a parameter, or be as long as there are layers, by chance.
   if not is_loss and re.search(r"jvp\(.*/body/(closed_call|eval_jaxpr)/", buffer.op_name):
     return "layer"
   if buffer.dims in shapes:
-    is_cast = "jvp(" in buffer.op_name and "transpose(" not in buffer.op_name  # of a parameter, for the forward pass
-    return "layer" if is_cast else "update" if "/update/" in buffer.op_name else "gradients"
+    # One of the forward pass is a parameter's cast.
+    return "layer" if is_forward else "update" if "/update/" in buffer.op_name else "gradients"
   if is_loss:
     return "loss"
+  if num_layers is None:
+    is_parameter = re.search(r"/(split|squeeze)$", buffer.op_name)  # of a layer, as the model takes it out of the stack
+    return "kept" if is_forward and not is_parameter and "transpose(" in buffer.last_read_by else "layer"
   is_stacked = re.search(r"(^|/while|/dynamic_update_slice|/broadcast_in_dim|/closed_call)$", buffer.op_name)
   return "kept" if is_stacked and len(buffer.dims) > 1 and buffer.dims[0] == num_layers else "layer"
 
@@ -94,7 +103,8 @@ def of_step(config: Any, spec: ModelSpec, *, source_weights: Sequence[float]) ->
   train_state = state.abstract(spec, tx)
   train_step = jax.jit(step.from_config(config, spec, tx, source_weights=source_weights), donate_argnums=0)
   rate = jax.ShapeDtypeStruct((), jnp.float32)
-  return of_compiled(train_step.lower(train_state, abstract_batch(config, mesh), rate).compile(), train_state)
+  compiled = train_step.lower(train_state, abstract_batch(config, mesh), rate).compile()
+  return of_compiled(compiled, train_state, is_scanned=config.model.scan)
 
 
 def abstract_batch(config: Any, mesh: Any) -> Batch:
