@@ -38,6 +38,8 @@ def test_what_has_no_tiles_of_two_dimensions_is_not_padded():
   for layout in ("{0}", "", "{0:T(128)}", "{0:T(1024)(128)(2,1)S(3)}"):
     (shape,) = hlo.parse_instruction(f"%x = s32[5]{layout} copy(%y)").shapes
     assert shape.padded_bytes == shape.num_bytes == 20
+  (shape,) = hlo.parse_instruction("%x = s32[3,5]{1,0:T(128)} copy(%y)").shapes
+  assert shape.padded_bytes == shape.num_bytes == 60
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int8", "uint16", "int32", "bfloat16", "float16", "complex64", "float8_e5m2"])

@@ -88,6 +88,14 @@ def test_a_loop_that_depends_on_data_turns_as_causality_lets_it_on_average():
   assert found.runs["inner_body"] == 5 * 3
 
 
+@pytest.mark.parametrize("spelling", ["branch_computations={%yes, %no}", "true_computation=%yes, false_computation=%no"])
+def test_both_branches_of_a_choice_count(spelling):
+  branch = "(a: f32[]) -> f32[] {\n  ROOT %a = f32[] parameter(0)\n}\n"
+  lines = f"  %p = pred[] parameter(0)\n  %x = f32[] parameter(1)\n  ROOT %r = f32[] conditional(%p, %x, %x), {spelling}\n"
+  text = f"%yes {branch}\n%no {branch}\nENTRY %main (p: pred[], x: f32[]) -> f32[] {{\n{lines}}}\n"
+  assert programs.Program(text).runs == {"yes": 1, "no": 1, "main": 1}
+
+
 def test_a_loop_that_was_unrolled_turns_less_often():
   assert programs.Program(LOOPS.replace("constant(1)", "constant(2)")).runs["outer_body"] == 3  # from 2: 2, 4, 6
 

@@ -40,6 +40,7 @@ _FREE = frozenset(
 # What counters of loops are made of.
 _ARITHMETIC = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul}
 _COMPARISONS = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "EQ": operator.eq, "NE": operator.ne}
+_RUN_ONCE = ("calls", "branch_computations", "true_computation", "false_computation", "called_computations")
 _MOST_TURNS = 1_000_000  # a loop of more is taken for one that depends on data
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone")
 
@@ -65,8 +66,7 @@ class Program:
           runs[body] += runs[name] * turns
           runs[condition] += runs[name] * (turns + 1)
         else:
-          kinds = ("to_apply",) if instruction.op == "call" else ("calls", "branch_computations", "called_computations")
-          for called in instruction.called(*kinds):
+          for called in instruction.called(*(["to_apply"] if instruction.op == "call" else _RUN_ONCE)):
             runs[called] += runs[name]
     return runs
 

@@ -142,7 +142,7 @@ def compile_step(target: Target) -> Compiled | Refused:
   compile_secs = time.monotonic() - start_secs
   analysis, text = compiled.memory_analysis(), compiled.as_text()
   assert analysis is not None and text is not None, "compilers of TPUs and GPUs have both"
-  found = memory.of_compiled(compiled, train_state)
+  found = memory.of_compiled(compiled, train_state, is_scanned=config.model.scan)
   if target.topology.chip.platform == "tpu":
     # By its temporaries a TPU's program would be too large where its compiler, which knows, lets it pass: they hold buffers that
     # do not live at one time. What counts there is the peak.
