@@ -141,7 +141,7 @@ def test_evaluation_divides_exact_sums_once():
   rng = np.random.default_rng(0)
   losses, tokens = rng.uniform(1e3, 1e5, 50).astype(np.float32), rng.integers(1, 999, 50)
   batches = [Batch(*[np.full(1, i, np.int32)] * 6) for i in range(50)]
-  held = HeldOut(batches, num_tokens=int(tokens.sum()), num_bytes=12_345, num_documents=3)
+  held = HeldOut(batches, num_tokens=int(tokens.sum()), num_bytes=12_345, num_documents=3, max_documents=2)
 
   def eval_step(params, batch):
     i = int(batch.tokens_BT[0])
