@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from cpt_jax.model import attention, blockwise, cudnn, flash, splash, visible
 
@@ -244,3 +245,40 @@ def test_layers_may_have_different_windows():
   for index, window in enumerate((3, 7)):
     found = attend(q, k, v, segments_BT, kind="auto", windows=(3, 7), layer_window=index)
     np.testing.assert_allclose(found, reference(q, k, v, segments_BT, window=window), rtol=2e-5, atol=2e-6)
+
+
+def kernels_run(jaxpr) -> list[str]:
+  """Names of the kernels whose results a program reads, those inside of what it calls too; XLA drops the others."""
+  names = []
+  read = {id(x) for equation in jaxpr.eqns for x in equation.invars} | {id(x) for x in jaxpr.outvars}
+  for equation in jaxpr.eqns:
+    if not read & {id(x) for x in equation.outvars}:
+      continue
+    if equation.primitive.name == "pallas_call":
+      names.append(equation.params["name"] or "")
+    elif equation.primitive.name.startswith("dot_product_attention"):
+      names.append(equation.primitive.name)
+    else:
+      names += [name for inner in jaxprs_in_params(equation.params) for name in kernels_run(getattr(inner, "jaxpr", inner))]
+  return names
+
+
+@pytest.mark.parametrize("kind", ["flash", "cudnn", "splash"])
+@pytest.mark.parametrize(("kept", "times"), [((visible.KEPT,), 1), ((), 2)])
+def test_where_what_was_attended_is_kept_the_backward_pass_does_not_attend_again(kind, kept, times):
+  q, k, v, segments_BT = inputs(row_len=256, head_dim=16)
+  q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+
+  def attended(q, k, v):
+    if kind == "flash":
+      return flash.flash(q, k, v, segments_BT, segments_BT, start=0, window=256)
+    if kind == "cudnn":
+      return cudnn.attend(q, k, v, jnp.asarray(segments_BT), window=None, max_documents=3)
+    return splash.splash(q, k, v, jnp.asarray(segments_BT), window=None)
+
+  policy = jax.checkpoint_policies.save_only_these_names(*kept)
+  layer = jax.checkpoint(lambda *x: jnp.sin(attended(*x)), policy=policy)
+  gradient = jax.grad(lambda *x: jnp.sum(layer(*x).astype(jnp.float32)), argnums=(0, 1, 2))
+  names = kernels_run(jax.make_jaxpr(gradient)(q, k, v).jaxpr)
+  assert len([name for name in names if "forward" in name or "fwd" in name]) == times, names
+  assert any("gradients" in name or "bwd" in name or "dkv" in name for name in names), names
