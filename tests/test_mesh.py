@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 
+import compiling
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,12 @@ def loss_and_gradient(params, batch, *, remat, chunk, attention):
     return loss.objective(params, SPEC, hidden_BTD, batch, source_weights=range(M), z_loss=0.1, chunk=chunk)
 
   return jax.grad(objective, has_aux=True)(params)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+  with compiling.quickly():
+    yield
 
 
 @pytest.fixture(scope="module")

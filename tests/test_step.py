@@ -1,9 +1,9 @@
 """The update: accumulation, meshes, padding, the sources' weights and the division that is done once."""
 
-import contextlib
 import dataclasses
 import math
 
+import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +19,12 @@ from cpt_jax.train import optimizer, schedule, state, step
 
 SETTINGS = step.ModelSettings(jnp.dtype("float32"), "none", "plain", 0)
 RULES = dict(decay_rules=((".*norm", 0.0), (".*", 1.0)), rate_rules=((".*", 1.0),), layer_rates=(), frozen=())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+  with compiling.quickly():
+    yield
 
 
 # A large eps: with a small one Adam turns the rounding of a gradient near zero into a whole step.
@@ -124,28 +130,19 @@ MIXED = [(2, 4, 1, 1), (4, 1, 2, 1), (2, 1, 1, 4), (1, 2, 4, 1), (1, 4, 1, 2), (
 MIXED += [(2, 2, 2, 1), (2, 2, 1, 2), (2, 1, 2, 2), (1, 2, 2, 2)]
 
 
-@contextlib.contextmanager
-def compiled_quickly():
-  """A program that runs twice is not worth the compiler's passes."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def two_updates(random_batch):
   """Parameters and batches, and what two updates of two microbatches each make of them on one device."""
   batches = [masked(random_batch(seed, rows=16, vocab_size=64), seed) for seed in range(2)]
-  with compiled_quickly():
-    params = transformer.init(MESH_SPEC, jax.random.key(0))
-    return params, batches, train(MESH_SPEC, batches, params=params, microbatches=2, z_loss=1e-2)
+  params = transformer.init(MESH_SPEC, jax.random.key(0))
+  return params, batches, train(MESH_SPEC, batches, params=params, microbatches=2, z_loss=1e-2)
 
 
 @pytest.mark.parametrize("axes", [*ALONE, *(pytest.param(axes, marks=pytest.mark.slow) for axes in MIXED)], ids=str)
 def test_every_mesh_trains_as_one_device_does(two_updates, axes):
   params, batches, expected = two_updates
   mesh = mesh_lib.make_mesh(**dict(zip(mesh_lib.AXES, axes, strict=True)))
-  with jax.set_mesh(mesh), compiled_quickly():
+  with jax.set_mesh(mesh):
     params = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, transformer.abstract_params(MESH_SPEC))
     found = train(MESH_SPEC, batches, place=lambda b: mesh_lib.to_global(mesh, b), params=params, microbatches=2, z_loss=1e-2)
   # Parameters, both moments, counts; and of each update the sums per source, the norm and the rate.
