@@ -169,7 +169,11 @@ def assert_same_run(workdir, expected, *, whole=True):
     assert found and [r["step"] for r in found] == [r["step"] for r in wanted]
     for one, other in zip(found, wanted, strict=True):
       assert one.get("tokens") == other.get("tokens")
-      np.testing.assert_allclose([one[k] for k in keys], [other[k] for k in keys], rtol=2e-4, err_msg=str(one["step"]))
+      for key in keys:
+        # Rounding, which differs with the number of processes, grows as such a short run learns: in the gradient's norm it was
+        # 3e-4 after 30 steps where the loss was still the same to 1e-8. A row read twice or never moves both by per cents.
+        rtol = 2e-3 if key == "grad_norm" else 2e-4
+        np.testing.assert_allclose(one[key], other[key], rtol=rtol, err_msg=f"step {one['step']}, {key}")
       if kind == "train":
         assert one["source_loss"] == pytest.approx(other["source_loss"], rel=2e-4)
       else:
