@@ -66,3 +66,15 @@ def whole_steps(text: str | int | float, *, tokens_per_step: int, run_steps: int
   """
   # The 1e-9 keeps 10% of 70 (7.000000000000001) at 7.
   return math.ceil(parse(text).steps(tokens_per_step=tokens_per_step, run_steps=run_steps) - 1e-9)
+
+
+def parse_tokens(text: str) -> float:
+  """Reads a number of tokens above 0, whose unit may be left out: "2B", "2e9", "300M tokens".
+
+  Raises:
+    ValueError: anything else, with the form that is understood.
+  """
+  found = parse(text)
+  if found.unit == "%" or found.amount <= 0 or "step" in text:
+    raise ValueError(f"{text!r}: give tokens above 0, e.g. '2B tokens'")
+  return found.amount

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import NamedTuple
 
-KINDS = ("cpu", "gpu", "tpu")
 # As jax's own look for a driver has them: a machine, a container, Windows.
 _NVIDIA_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
 _GOOGLE_VENDOR = "0x1ae0"

@@ -196,7 +196,7 @@ def test_blockwise_memory_is_linear_in_the_row_length():
   assert temp_bytes(4096) < 2.2 * temp_bytes(2048)
 
 
-GPU = attention.Call("gpu", "bfloat16", 4096, 64, windows=(), max_documents=8, is_whole=True)
+GPU = attention.Call("gpu", "bfloat16", 4096, 64, windows=(), max_documents=8, num_elements=2**25, is_whole=True)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,8 @@ GPU = attention.Call("gpu", "bfloat16", 4096, 64, windows=(), max_documents=8, i
     ("auto", GPU, "cudnn"),
     ("auto", GPU._replace(max_documents=200), "flash"),
     ("auto", GPU._replace(max_documents=None), "flash"),
+    ("auto", GPU._replace(num_elements=2**31), "flash"),
+    ("auto", GPU._replace(num_elements=2**31, max_documents=1), "cudnn"),
     ("auto", GPU._replace(is_whole=False), "flash"),
     ("auto", GPU._replace(windows=(512, 4096)), "flash"),
     ("auto", GPU._replace(windows=(512,)), "cudnn"),

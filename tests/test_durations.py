@@ -44,3 +44,10 @@ def test_a_share_of_the_run_is_exact_when_it_divides(run_steps, percent):
 def test_a_share_needs_the_length_of_the_run():
   with pytest.raises(ValueError, match="give steps or tokens"):
     durations.whole_steps("5%", tokens_per_step=1)
+
+
+def test_tokens_may_be_written_without_their_unit():
+  assert [durations.parse_tokens(text) for text in ("2B", "2e9", "300M tokens")] == [2e9, 2e9, 3e8]
+  for text in ("20%", "0", "100 steps", "some"):
+    with pytest.raises(ValueError, match=f"'{text}'"):
+      durations.parse_tokens(text)

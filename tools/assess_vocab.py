@@ -64,12 +64,9 @@ def read_flags(problems: Problems) -> Request:
   budget_tokens = None
   if _BUDGET.value:
     try:
-      budget = durations.parse(_BUDGET.value)
-      budget_tokens = budget.amount
-      if budget.unit == "%" or budget.amount <= 0 or "step" in _BUDGET.value:
-        problems.add(f"--budget={_BUDGET.value!r}: give tokens above 0, e.g. '2B tokens'")
+      budget_tokens = durations.parse_tokens(_BUDGET.value)
     except ValueError as error:
-      problems.add(f"--budget: {error}")
+      problems.add(f"--budget={error}")
   domain_bytes = None if _DOMAIN_GB.value is None else _DOMAIN_GB.value * 1e9
   return Request(files["domain"], files["general"], budget_tokens, domain_bytes)
 

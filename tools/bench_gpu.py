@@ -113,7 +113,7 @@ def attention_kinds(row_len: int, head_dim: int, documents: int, platform: str) 
   """What is compared on this shape: the implementations that can run on it."""
   from cpt_jax.model import attention, blockwise, cudnn, flash
 
-  call = attention.Call(platform, "bfloat16", row_len, head_dim, (), documents, True)
+  call = attention.Call(platform, "bfloat16", row_len, head_dim, (), documents, 0, True)
   whole = dict(start=0, window=row_len)
   kinds: dict[str, Callable[..., Any]] = {}
   if not attention.why_not("cudnn", call):

@@ -72,12 +72,9 @@ def read_flags(problems: Problems) -> Request:
   budget_tokens = None
   if _BUDGET.value:
     try:
-      budget = durations.parse(_BUDGET.value)
-      budget_tokens = budget.amount
-      if budget.unit == "%" or budget.amount <= 0 or "step" in _BUDGET.value:
-        problems.add(f"--budget={_BUDGET.value!r}: give tokens above 0, e.g. '2B tokens'")
+      budget_tokens = durations.parse_tokens(_BUDGET.value)
     except ValueError as error:
-      problems.add(f"--budget: {error}")
+      problems.add(f"--budget={error}")
   if _BASE_PEAK_LR.value is not None and not 0 < _BASE_PEAK_LR.value < 1:
     problems.add(f"--base_peak_lr={_BASE_PEAK_LR.value}: a rate between 0 and 1, e.g. 3e-4")
   if not 0 < _HELDOUT_FRAC.value < 1:

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from cpt_jax import mesh
 from cpt_jax.model import blockwise, cudnn
 from cpt_jax.model.visible import HIDDEN, KEPT, visible
 
-KINDS = ("auto", "plain", "blockwise", "flash", "cudnn", "splash")
 # What "auto" tries on each platform, the fastest first.
 _MULTIPLE = 128  # of row lengths: the largest block of flash, and what a TPU has in its lanes
 _PREFERRED = {"gpu": ("cudnn", "flash", "blockwise"), "tpu": ("splash", "blockwise"), "cpu": ("blockwise",)}
@@ -33,6 +33,7 @@ class Call(NamedTuple):
   head_dim: int
   windows: tuple[int, ...]  # different ones in this model that hide something; () = none
   max_documents: int | None  # in a row; None = not known
+  num_elements: int  # of the queries
   is_whole: bool  # a device holds all queries of its heads
 
 
@@ -70,6 +71,7 @@ def attend(
     head_dim=q_BTNH.shape[3],
     windows=windows,
     max_documents=max_documents,
+    num_elements=q_BTNH.size // (mesh.num_parts("batch") * mesh.num_parts("all_heads")),
     is_whole=by_heads,
   )
   run = mesh.per_device(
@@ -103,7 +105,7 @@ def _repeat(x_BSKH: jax.Array) -> jax.Array:
 def choose(kind: str, call: Call) -> str:
   """The implementation that runs: the one asked for, or else the first of "auto" that can, with a warning that says why.
 
-  The order on GPUs is that of tools/bench_gpu.py on an H200 (docs/performance.md). On CPU (2 cores, B16 T256 N4 K2 H32,
+  The order on GPUs is that of tools/bench_gpu.py on an H200 (docs/gpu.md). On CPU (2 cores, B16 T256 N4 K2 H32,
   forward and backward) `plain` takes 96-128 ms, `jax.nn.dot_product_attention` 140 ms and `blockwise` 27 ms, since it skips what
   causality hides and its scores stay in the cache.
   """
@@ -154,6 +156,8 @@ def _why_not_cudnn(call: Call) -> str:
     return "how many documents a row may hold is not known"
   if call.max_documents > _CUDNN_DOCUMENTS:
     return f"a row may hold {call.max_documents} documents, and flash is faster above {_CUDNN_DOCUMENTS}"
+  if call.max_documents > 1 and call.num_elements > np.iinfo(np.int32).max:
+    return f"the {call.num_elements:,} elements of the queries on a device are more than its 32-bit offsets of documents reach"
   return cudnn.why_not()
 
 
