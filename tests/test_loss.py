@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 from cpt_jax.data.batch import Batch
-from cpt_jax.model import loss
+from cpt_jax.model import loss, transformer
 from cpt_jax.model.spec import ModelSpec
 
 B, T, D, V, M = 3, 10, 6, 11, 4
@@ -262,5 +262,8 @@ def test_rows_that_fill_the_vocabulary_up_are_in_no_softmax(tied):
     found[name] = (total, sums, d_hidden, d_stored if tied else d_stored.T)
   grown, plain = found["grown"], found["plain"]
   assert not np.asarray(grown[3][V:]).any()
+  shape = dataclasses.replace(spec(tied=tied), vocab_size=V + 5, true_vocab_size=V)
+  logits_BTV = transformer.logits({"embedding": filled, "head": filled.T}, shape, hidden_BTD)
+  assert np.isneginf(logits_BTV[..., V:]).all() and np.isfinite(logits_BTV[..., :V]).all()
   grown = (*grown[:3], grown[3][:V])
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grown, plain)

@@ -96,6 +96,7 @@ def test_every_pair_is_in_exactly_one_row(lengths, row_len, policy, crossing, co
   assert plan.efficiency == plan.num_tokens / max(plan.num_rows * row_len, 1)
   assert plan.num_documents == plan.row_docs.sum() == sum(lengths[i] > 1 for i in named)
   assert plan.num_pieces == len(all_pieces(plan))
+  assert plan.max_documents == max(1, batch.segments_BT.max(initial=0))
 
 
 @given(lengths_of_documents, st.integers(2, 40), policies, st.booleans())

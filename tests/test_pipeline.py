@@ -76,6 +76,17 @@ def test_a_row_is_a_function_of_its_number(two):
   assert {int(row.source_B[0]) for row in walked} == {0, 1}
 
 
+def test_no_row_holds_more_documents_than_is_said(two, tmp_path):
+  # Attention has room for so many; a document more, and two would be taken for one.
+  short = source(write(tmp_path / "short", [3] * 40), name="short")
+  for found in (two, [short, *two], [*two, short]):
+    made = loader(found, num_steps=100)
+    assert made.max_documents == max(batch.segments_BT.max() for batch in made.batches(0))
+    for name in made.names:
+      held = made.heldout_rows(name, max_tokens=10_000)
+      assert held.max_documents == max(batch.segments_BT.max() for batch in held.batches)
+
+
 def test_resume_at_any_step_reads_on(two):
   whole = list(loader(two).batches(0))
   for start in (0, 1, 13, 19, 20):
