@@ -4,7 +4,9 @@ Invariant: evaluate if due, save if due, THEN fetch rows, dispatch the step, and
 Called by main, probe.runs.
 """
 
+import bisect
 import contextlib
+import functools
 import pathlib
 import signal
 from collections.abc import Iterator, Mapping
@@ -20,7 +22,7 @@ from cpt_jax.config import ConfigError, Problems
 from cpt_jax.data import pipeline, prepare, sources, store
 from cpt_jax.data.batch import Batch
 from cpt_jax.evals import drift, perplexity
-from cpt_jax.model import pretrained, transformer
+from cpt_jax.model import pretrained
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.train import checkpoint, console, guard, metrics, optimizer, schedule, start, step
 
@@ -39,7 +41,7 @@ class Inputs(NamedTuple):
   loader: pipeline.Loader
   decisions: list[dict]
   asked: dict[str, sources.Knots]
-  rates: schedule.Schedule
+  rates: schedule.Staged
   tx: optax.GradientTransformationExtraArgs
 
 
@@ -60,7 +62,7 @@ def open_inputs(config: Any, workdir: pathlib.Path | None = None) -> Inputs:
   start.check_row_len(config, spec, problems)
   with problems.collect():
     rates = schedule.from_config(config)
-    tx = optimizer.from_config(config, transformer.abstract_params(spec))
+    tx = optimizer.from_config(config, spec)
   with problems.collect():
     if base.kind == "hf":
       pretrained.check_files(base.path, spec)
@@ -136,8 +138,12 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
     # ---- 4. compile: at first use, from the cache when this program was compiled before ----
     settings = step.settings_from_config(config, max_documents=max(held.max_documents for held in heldout.values()))
     jit = jax.jit if not config.debug.no_jit else lambda f, **_: f
-    update = step.from_config(config, spec, tx, source_weights=loader.loss_weights, max_documents=loader.max_documents)
-    train_step = jit(update, donate_argnums=0)
+
+    @functools.cache
+    def train_step(stage: int) -> step.TrainStep:
+      arguments = dict(source_weights=loader.loss_weights, max_documents=loader.max_documents)
+      return jit(step.from_config(config, spec, **arguments, stage=stage), donate_argnums=0)
+
     eval_step = jit(step.make_eval_step(spec, settings=settings, num_sources=len(loader.names)))
 
     def to_device(batch: Batch, num_rows: int = eval_rows) -> Batch:
@@ -178,6 +184,8 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
     # ---- 6. loop ----
     last_step = max(first_step, min(num_steps, config.debug.stop_after or num_steps))
     eval_every, save_every = config_lib.steps_of(config, "eval.every"), config_lib.steps_of(config, "checkpoint.every")
+    stages = config_lib.stages(config)
+    borders = [stage.end for stage in stages[:-1]]
     batches = loader.batches(first_step, rows=my_rows)
     evaluates_first = not base_losses.keys() >= set(loader.names) or first_step % eval_every == 0 or first_step == last_step
     record_dir = workdir if hosts.is_main() else None
@@ -247,7 +255,10 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
         if stopping or now == last_step or decision is not None:
           break
         batch = next(batches)
-        train_state, measured = train_step(train_state, to_device(batch, batch_rows), rates(now))
+        stage = bisect.bisect(borders, now)
+        if now in (first_step, *borders) and len(stages) > 1:
+          console.say(console.stage(stage, stages))
+        train_state, measured = train_step(stage)(train_state, to_device(batch, batch_rows), rates(now))
         report()  # of the step before, while this one runs
         meter.dispatched(now + 1, measured, num_positions=config_lib.tokens_per_step(config))
 
