@@ -35,7 +35,7 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
   console.say(
     f"model    {spec.family}, {spec_lib.num_parameters(spec):,} parameters, {spec.num_layers} layers of width {spec.width}"
   )
-  console.say(f"start    {inputs.begin.describe(optimizer=config.start.optimizer)}")
+  console.say(f"start    {inputs.begin.describe(optimizer=config.start.optimizer, moments=config.start.moments)}")
   console.say(f"mesh     {' x '.join(f'{name} {size}' for name, size in sizes.items())}{assumed}")
   _data(inputs, num_steps)
   console.table(

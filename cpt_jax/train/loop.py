@@ -60,6 +60,7 @@ def open_inputs(config: Any, workdir: pathlib.Path | None = None) -> Inputs:
   spec, hf_config = start.load_spec(base)
   problems = Problems()
   start.check_row_len(config, spec, problems)
+  start.check_moments(config, spec, problems)
   with problems.collect():
     rates = schedule.from_config(config)
     tx = optimizer.from_config(config, spec)
@@ -154,7 +155,7 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
 
     # ---- 5. start ----
     checkpoints = checkpoint.from_config(config, workdir)
-    described = begin.describe(optimizer=config.start.optimizer)
+    described = begin.describe(optimizer=config.start.optimizer, moments=config.start.moments)
     console.header(config, workdir, spec, mesh, described, num_parameters=spec_lib.num_parameters(spec))
     if note := step.remat_note(config):
       console.say(f"remat    {note}")
@@ -172,7 +173,8 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
     elif meta:  # a source that has joined the run is compared with the base too
       base_losses |= evaluate(params, tuple(name for name in loader.names if name not in base_losses))
     base_copy = None if params is None else drift.keep_base(params)
-    train_state = start.initial_state(begin, params, spec, tx, checkpoints, keep_optimizer=config.start.optimizer == "keep")
+    keeps = {"keep_optimizer": config.start.optimizer == "keep", "moments": config.start.moments}
+    train_state = start.initial_state(begin, params, spec, tx, checkpoints, **keeps)
     del params  # the step donates the state; the base lives on in base_copy
     first_step = int(train_state.step)
     watch = guard.from_config(config, loader, decisions, asked, state=meta["guard"] if meta else None, first_step=first_step)

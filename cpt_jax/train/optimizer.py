@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from cpt_jax import config as config_lib
-from cpt_jax import trees
+from cpt_jax import mesh, trees
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec
@@ -28,7 +28,7 @@ from cpt_jax.model.spec import ModelSpec
 Rules = Sequence[tuple[str, float]]
 Trained = str | Sequence[str]  # what a stage trains: a name of config.STAGES, or path patterns
 
-_VOCAB_DIM = {"embedding": 0, "head": 1}  # of the tables, which have a row for each id
+VOCAB_DIM = {"embedding": 0, "head": 1}  # of the tables, which have a row for each id
 
 
 class Trains(enum.Enum):
@@ -139,8 +139,8 @@ def make(
 
   def update(updates: Any, state: State, params: Any = None, **extra: Any) -> tuple[Any, State]:
     grads = {path: grad for path, grad in trees.paths(updates).items() if leaves[path].trains is not Trains.NOTHING}
-    masks = {path: _row_masks(path, grads[path], new_rows) for path in grads if leaves[path].trains is Trains.NEW_ROWS}
-    grads |= {path: jnp.where(is_new, grads[path], 0.0) for path, (_, is_new) in masks.items()}
+    masks = {path: _is_new(path, grads[path], new_rows) for path in grads if leaves[path].trains is Trains.NEW_ROWS}
+    grads |= {path: jnp.where(is_new, grads[path], 0.0) for path, is_new in masks.items()}
     if clip_norm > 0:
       grads, _ = optax.clip_by_global_norm(clip_norm).update(grads, optax.EmptyState())
     parameters = trees.paths(params)
@@ -152,9 +152,9 @@ def make(
         move = move + decay * parameters[path]
       move = -extra["rate"] * _multiplied(move, leaves[path])
       if path in masks:
-        is_new_V, is_new = masks[path]
-        move = jnp.where(is_new, move, -0.0)
-        new = tuple(jnp.where(mask, a, b) for mask, a, b in zip((is_new_V, is_new, is_new), new, old, strict=True))
+        move = jnp.where(masks[path], move, -0.0)
+        each = _is_new(path, old[0], new_rows), masks[path], masks[path]
+        new = tuple(jnp.where(is_new, a, b) for is_new, a, b in zip(each, new, old, strict=True))
       moves[path], count[path], mu[path], nu[path] = move, *new
     # Adding -0.0 keeps every bit of a parameter; adding 0.0 would turn -0.0 into 0.0.
     moved = trees.map_with_path(lambda path, g: moves[path] if path in moves else jnp.full_like(g, -0.0), updates)
@@ -172,9 +172,24 @@ def hold(params: Any, leaves: dict[str, Leaf], *, new_rows: range | None = None)
     still = jax.lax.stop_gradient(p)
     if leaves[path].trains is Trains.NOTHING:
       return still
-    return jnp.where(_row_masks(path, p, new_rows)[1], p, still)
+    return jnp.where(_is_new(path, p, new_rows), p, still)
 
   return trees.map_with_path(held, params)
+
+
+def without_rows(state: State, *, first: int) -> State:
+  """The state with no moments and no updates of the tables' rows from `first` on."""
+
+  def without(path: str, leaf: Any) -> Any:
+    row = mesh.index_along(leaf, VOCAB_DIM[path] if leaf.ndim > 1 else 0)
+    return jnp.where(row < first, leaf, jnp.zeros((), leaf.dtype))
+
+  @jax.jit
+  def all_without(state: State) -> State:
+    tables = [path for path in VOCAB_DIM if path in state.count]
+    return State(*(kept | {path: without(path, kept[path]) for path in tables} for kept in state))
+
+  return all_without(state)
 
 
 def from_config(config: Any, spec: ModelSpec, *, stage: int = -1) -> optax.GradientTransformationExtraArgs:
@@ -241,23 +256,21 @@ def _adam(path: str, grad: Any, count: Any, mu: Any, nu: Any, *, b1: float, b2: 
   """Adam (Kingma & Ba 1412.6980, algorithm 1) in float32; the first moment is rounded to the dtype in which it is kept."""
   number = count + 1
   moment, square = (1 - b1) * grad + b1 * mu.astype(jnp.float32), (1 - b2) * jnp.square(grad) + b2 * nu
-  n = jnp.expand_dims(number, 1 - _VOCAB_DIM[path]) if path in _VOCAB_DIM else number
+  n = jnp.expand_dims(number, 1 - VOCAB_DIM[path]) if path in VOCAB_DIM else number
   move = moment / (1 - b1**n) / (jnp.sqrt(square / (1 - b2**n)) + eps)
   return move, (number, moment.astype(mu.dtype), square)
 
 
 def _no_updates(path: str, leaf: Any) -> Any:
   # A sum of zeros: so it lies where the table's rows do.
-  return jnp.sum(jnp.zeros_like(leaf, jnp.int32), 1 - _VOCAB_DIM[path]) if path in _VOCAB_DIM else jnp.zeros((), jnp.int32)
+  return jnp.sum(jnp.zeros_like(leaf, jnp.int32), 1 - VOCAB_DIM[path]) if path in VOCAB_DIM else jnp.zeros((), jnp.int32)
 
 
-def _row_masks(path: str, table: Any, new_rows: range | None) -> tuple[jax.Array, jax.Array]:
-  """Which rows of a table are new: [V], and with a dimension for the width."""
+def _is_new(path: str, array: Any, new_rows: range | None) -> jax.Array:
+  """Of each element of a table [V, D] or [D, V], or of its rows' counts [V]: does it belong to a new row."""
   assert new_rows is not None  # or `plan` had refused
-  dim = _VOCAB_DIM[path]
-  row_V = jnp.arange(table.shape[dim])
-  is_new_V = (row_V >= new_rows.start) & (row_V < new_rows.stop)
-  return is_new_V, jnp.expand_dims(is_new_V, 1 - dim)
+  row = mesh.index_along(array, VOCAB_DIM[path] if array.ndim > 1 else 0)
+  return (row >= new_rows.start) & (row < new_rows.stop)
 
 
 def _multiplied(move: Any, leaf: Leaf) -> Any:
@@ -284,8 +297,8 @@ def _trains(
         "from what tools/grow_vocab.py wrote, or leave that stage out"
       )
     for path in matched:
-      if of_new and path not in _VOCAB_DIM:
-        problems.add(f"{key}: {pattern!r}: {path} has no rows of pieces; only {' and '.join(_VOCAB_DIM)} have")
+      if of_new and path not in VOCAB_DIM:
+        problems.add(f"{key}: {pattern!r}: {path} has no rows of pieces; only {' and '.join(VOCAB_DIM)} have")
       elif path not in frozen:
         found[path] = max(found[path], Trains.NEW_ROWS if of_new else Trains.ALL, key=lambda trains: trains.value)
   if not problems.lines and all(trains is Trains.NOTHING for trains in found.values()):
