@@ -142,7 +142,7 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
 
     @functools.cache
     def train_step(stage: int) -> step.TrainStep:
-      arguments = dict(source_weights=loader.loss_weights, max_documents=loader.max_documents)
+      arguments: dict[str, Any] = dict(source_weights=loader.loss_weights, max_documents=loader.max_documents)
       return jit(step.from_config(config, spec, **arguments, stage=stage), donate_argnums=0)
 
     eval_step = jit(step.make_eval_step(spec, settings=settings, num_sources=len(loader.names)))

@@ -137,12 +137,15 @@ def make(
     count = {path: _no_updates(path, leaf) for path, leaf in kept.items()}
     return State(count, {path: zero.astype(mu_dtype) for path, zero in zeros.items()}, zeros)
 
-  def update(updates: Any, state: State, params: Any = None, **extra: Any) -> tuple[Any, State]:
-    grads = {path: grad for path, grad in trees.paths(updates).items() if leaves[path].trains is not Trains.NOTHING}
+  def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    grads: dict[str, Any] = {
+      path: grad for path, grad in trees.paths(updates).items() if leaves[path].trains is not Trains.NOTHING
+    }
     masks = {path: _is_new(path, grads[path], new_rows) for path in grads if leaves[path].trains is Trains.NEW_ROWS}
     grads |= {path: jnp.where(is_new, grads[path], 0.0) for path, is_new in masks.items()}
     if clip_norm > 0:
-      grads, _ = optax.clip_by_global_norm(clip_norm).update(grads, optax.EmptyState())
+      clipped: Any = optax.clip_by_global_norm(clip_norm).update(grads, optax.EmptyState())
+      grads = clipped[0]
     parameters = trees.paths(params)
     count, mu, nu, moves = dict(state.count), dict(state.mu), dict(state.nu), {}
     for path, grad in grads.items():
