@@ -532,7 +532,9 @@ class _Tally:
   def _of(self, rows: np.ndarray) -> np.ndarray:
     plan, lengths, doc_bytes = self._plan, self._store.lengths, self._store.doc_bytes()
     counted = np.array([plan.row_targets[rows].sum(dtype=np.int64), plan.row_docs[rows].sum(dtype=np.int64), 0])
-    for part in range(0, len(rows) if doc_bytes is not None else 0, _TALLY_ROWS):
+    if doc_bytes is None:
+      return counted
+    for part in range(0, len(rows), _TALLY_ROWS):
       at = plan.piece_numbers(rows[part : part + _TALLY_ROWS])
       doc, start = plan.doc[at], plan.start[at].astype(np.int64)
       # Differences of whole numbers of bytes, so that the pieces of a document add up to it.

@@ -122,7 +122,7 @@ class Tokenizer:
       bytes_V[number] = self._num_bytes(piece) - (added if piece.startswith(space) else 0)
     for piece, number in self.added_ids.items():
       bytes_V[number] = 0 if piece in self.special_tokens else len(piece.encode())  # found in a text as it is
-    bytes_V[sorted({self.unk_id, self.bos_id, self.eos_id} - {None})] = 0
+    bytes_V[[number for number in (self.unk_id, self.bos_id, self.eos_id) if number is not None]] = 0
     return bytes_V
 
   def _num_bytes(self, piece: str) -> int:

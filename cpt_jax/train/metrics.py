@@ -73,8 +73,8 @@ class Writer:
     for entry in sources:
       before = self._last_read.get(entry["source"])
       window = {key: entry[key] - (before[key] if before else 0) for key in ("rows", "tokens", "documents", "epochs")}
-      known = entry["bytes"] is not None and (before is None or before.get("bytes") is not None)  # older records count none
-      window["bytes"] = entry["bytes"] - (before["bytes"] if before else 0) if known else None
+      bytes_before = before.get("bytes") if before else 0  # older records count none
+      window["bytes"] = None if None in (entry["bytes"], bytes_before) else entry["bytes"] - bytes_before
       entries.append({**entry, "window": window})
     self._last_read = {entry["source"]: entry for entry in sources}
     self._append("ledger.jsonl", {"step": step, "sources": entries})
