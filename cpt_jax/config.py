@@ -257,6 +257,7 @@ def default() -> Any:
   c.eval = ConfigDict()
   c.eval.every = "10%"  # duration between evaluations; there is always one before the first step and one at the end
   c.eval.tokens = 100_000  # held-out tokens per source, at most (whole documents)
+  c.eval.bytes = 0  # held-out bytes of text per source instead: the same documents whatever the tokenizer; 0 = eval.tokens
   c.eval.batch_rows = 0  # rows of an evaluation batch; 0 = train.batch_rows / train.microbatches
 
   # What ends or changes a run that goes wrong; the rules stand in docs/guards.md.
@@ -345,6 +346,7 @@ _AT_LEAST = {
   "optimizer.weight_decay": 0.0,
   "optimizer.clip_norm": 0.0,
   "eval.tokens": 1,
+  "eval.bytes": 0,
   "eval.batch_rows": 0,
   "guard.nonfinite_steps": 1,
   "guard.general_loss_rise": 0.0,

@@ -7,7 +7,8 @@ for a model other than the one the file describes. Called by main, model.pretrai
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,21 +250,44 @@ def num_parameters(spec: ModelSpec) -> int:
   return spec.num_layers * layer + spec.width * (spec.vocab_size * (1 if spec.tied else 2) + 1)
 
 
+def matmul_leaves(spec: ModelSpec) -> dict[str, int]:
+  """Parameters that a token is multiplied with, by the leaf's path: matrices and head, not the embedding's look-up or biases."""
+  of_queries, of_keys = (heads * spec.head_dim for heads in (spec.num_heads, spec.num_kv_heads))
+  widths = {"wq": of_queries, "wk": of_keys, "wv": of_keys, "wo": of_queries}
+  widths |= dict.fromkeys(("w_gate", "w_up", "w_down"), spec.mlp_width)
+  leaves = {f"layers.{name}": spec.num_layers * spec.width * width for name, width in widths.items()}
+  return leaves | {"embedding" if spec.tied else "head": spec.width * spec.vocab_size}
+
+
 def matmul_parameters(spec: ModelSpec) -> int:
-  """Parameters that a token is multiplied with: all matrices and the head, not the embedding's look-up, norms or biases."""
-  heads = spec.head_dim * (2 * spec.num_heads + 2 * spec.num_kv_heads)
-  return spec.num_layers * spec.width * (heads + 3 * spec.mlp_width) + spec.width * spec.vocab_size
+  """The sum of `matmul_leaves`."""
+  return sum(matmul_leaves(spec).values())
 
 
-def flops_per_token(spec: ModelSpec, row_len: int) -> tuple[float, float]:
+def flops_per_token(spec: ModelSpec, row_len: int, *, frozen: Sequence[str] = ()) -> tuple[float, float]:
   """Floating point operations of one training step per token, forward and backward, without recomputation: (causal, palm).
 
   Both are 6 x matmul parameters + attention. `palm` counts the whole attention square (PaLM 2204.02311, appendix B:
   12 x heads x head size x row length per layer), `causal` the half of it that is not masked. A sliding window w counts w keys
   in `palm` and w - w^2 / 2T in `causal`. Documents in a row are not considered.
+
+  Of the 6, 2 are the products forward, 2 the gradients of what goes in, 2 those of the weights. Leaves whose path one of the
+  patterns `frozen` matches, as train.step has them, lack the last, and where nothing below is trained the second too: where all
+  but the head is frozen, layers are only gone through forward. Leaves that are trained in part count whole.
   """
-  products = 6.0 * matmul_parameters(spec)
-  per_key = 12.0 * spec.num_heads * spec.head_dim
+
+  def is_trained(path: str) -> bool:
+    return not any(re.fullmatch(pattern, path) for pattern in frozen)
+
+  leaves, vectors = matmul_leaves(spec), ["attn_norm", "mlp_norm"]
+  vectors += (["bq", "bk", "bv"] if spec.qkv_bias else []) + (["q_norm", "k_norm"] if spec.qk_norm else [])
+  in_layers = {path: size for path, size in leaves.items() if path.startswith("layers.")}
+  reaches_layers = any(map(is_trained, ("embedding", *in_layers, *(f"layers.{name}" for name in vectors))))
+  reaches_head = reaches_layers or is_trained("final_norm")
+  forward, of_layers = sum(leaves.values()), sum(in_layers.values())
+  products = 2.0 * (forward + sum(size for path, size in leaves.items() if is_trained(path)))
+  products += 2.0 * (of_layers * reaches_layers + (forward - of_layers) * reaches_head)
+  per_key = (12.0 if reaches_layers else 4.0) * spec.num_heads * spec.head_dim
   keys_causal = keys_palm = 0.0
   for window in spec.windows or (0,) * spec.num_layers:
     keys = min(window or row_len, row_len)

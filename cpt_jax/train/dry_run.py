@@ -212,7 +212,8 @@ def _events(inputs: loop.Inputs, num_steps: int) -> None:
   config = inputs.config
   every_eval, every_save = (config_lib.steps_of(config, key) for key in ("eval.every", "checkpoint.every"))
   often = f"before the first step, every {every_eval} steps, at the end"
-  console.say(f"evaluations  {often}; up to {config.eval.tokens:,} held-out tokens a source")
+  amount = f"{config.eval.bytes:,} held-out bytes" if config.eval.bytes else f"{config.eval.tokens:,} held-out tokens"
+  console.say(f"evaluations  {often}; up to {amount} a source")
   console.say(f"checkpoints  every {every_save} steps and at the end; the newest {config.checkpoint.keep_last} are kept")
   for line in guard.describe(config, inputs.loader):
     console.say(f"guard        {line}")

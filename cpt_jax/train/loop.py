@@ -134,7 +134,8 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
     my_rows, my_eval_rows = (mesh_lib.local_rows(mesh, num_rows=rows) for rows in (batch_rows, eval_rows))
 
     # ---- 3. data ----
-    heldout = {name: loader.heldout_rows(name, max_tokens=config.eval.tokens, rows=my_eval_rows) for name in loader.names}
+    limits = {"max_tokens": config.eval.tokens, "max_bytes": config.eval.bytes}
+    heldout = {name: loader.heldout_rows(name, **limits, rows=my_eval_rows) for name in loader.names}
 
     # ---- 4. compile: at first use, from the cache when this program was compiled before ----
     settings = step.settings_from_config(config, max_documents=max(held.max_documents for held in heldout.values()))
@@ -162,7 +163,8 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
     console.guards(config, loader, decisions, asked)
     console.data_changes(loader, rate=float(rates(begin.step)))
     meta = checkpoints.meta(begin.checkpoint) if begin.kind == "run" else {}
-    base_losses = {name: perplexity.SourceLoss(**values) for name, values in meta.get("base_losses", {}).items()}
+    kept = meta.get("base_losses", {})
+    base_losses = {name: perplexity.recorded(values, heldout.get(name)) for name, values in kept.items()}
     for name in loader.replaced & base_losses.keys():  # measured on documents that are not this source's any more
       del base_losses[name]
     if meta:
@@ -231,7 +233,7 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
             losses = evaluate(train_state.params, loader.names)
           base_losses = losses | base_losses
           moved = {} if base_copy is None else drift.by_layer(train_state.params, base_copy)
-          writer.eval(now, losses, base_losses, moved)
+          writer.eval(now, losses, base_losses, moved, flops=metrics.training_flops(config, spec, now))
           writer.ledger(now, loader.ledger(now))
           bar.evaluated(now, losses, base_losses)
           if now % eval_every == 0 or now == num_steps:
