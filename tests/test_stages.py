@@ -16,8 +16,8 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from cpt_jax import config as configs
+from cpt_jax import journal, trees
 from cpt_jax import mesh as mesh_lib
-from cpt_jax import trees
 from cpt_jax.config import ConfigError
 from cpt_jax.model import expansion, pretrained, transformer
 from cpt_jax.model import spec as spec_lib
@@ -384,7 +384,7 @@ def test_the_dry_run_says_what_each_stage_trains(staged_run, tmp_path, capsys):
   said = capsys.readouterr().out
   words = " ".join(said.split())
   assert "parameter groups (AdamW), stage 1 of 3, steps 0 to 3: new_rows, lr_peak 0.01" in words
-  assert "1, new rows" in words and "rests" in words and "stage 3: last update" in words
+  assert "embedding 640 1, new rows 0.1" in words and "rests" in words and "stage 3: last update" in words
 
 
 def test_a_base_that_was_not_grown_has_no_rows_to_train(staged_run, tmp_path):
@@ -397,6 +397,14 @@ def test_a_base_that_was_not_grown_has_no_rows_to_train(staged_run, tmp_path):
   c.start.hf = str(tmp_path / "base")
   with pytest.raises(ConfigError, match=r"the model has none .*start from what tools/grow_vocab.py wrote"):
     loop.open_inputs(c)
+
+
+def test_the_operations_of_a_stage_leave_out_what_it_does_not_compute(straight, staged_run):
+  spec = spec_lib.from_hf(spec_lib.load_hf_config(staged_run.start.hf))
+  full, _ = spec_lib.flops_per_token(spec, 32)
+  weights = 2.0 * (spec_lib.matmul_parameters(spec) - 320 * 32)  # the layers' gradients, in the first two stages
+  evals = {record["step"]: record["flops"] for record in journal.read(straight / "metrics.jsonl") if record["kind"] == "eval"}
+  assert evals == {0: 0, 6: 6 * 128 * (full - weights), 12: 12 * 128 * full - 8 * 128 * weights}
 
 
 # ---- growth in the middle ----
