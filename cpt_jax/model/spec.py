@@ -76,11 +76,18 @@ class ModelSpec:
   init_std: float = 0.02
   # Ids from here on are padding rows, which no softmax may count; 0 = none. Written by tools/grow_vocab.py.
   true_vocab_size: int = 0
+  # Ids from here on belong to pieces that were added; 0 = none was. Written by tools/grow_vocab.py.
+  base_vocab_size: int = 0
 
   @property
   def num_ids(self) -> int:
     """Ids in use: the rows of the embedding without padding."""
     return self.true_vocab_size or self.vocab_size
+
+  @property
+  def new_rows(self) -> range | None:
+    """The rows of pieces that were added to the base's vocabulary; None without any."""
+    return range(self.base_vocab_size, self.num_ids) if self.base_vocab_size else None
 
   def windows_at(self, row_len: int) -> tuple[int, ...]:
     """The windows that hide something in a row of `row_len`: () if none does."""
@@ -102,6 +109,7 @@ _COMMON_DEFAULTS = {
   "use_sliding_window": False,
   "max_window_layers": 28,
   "true_vocab_size": 0,  # unknown to transformers, which takes all rows for ids
+  "base_vocab_size": 0,  # unknown to it, too
 }
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _PARSED = {
@@ -126,6 +134,7 @@ _PARSED = {
   "layer_types",
   "attention_bias",
   "true_vocab_size",
+  "base_vocab_size",
 }
 # Keys that would change the mathematics: accepted only with the values that leave it as it is.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -222,9 +231,12 @@ def from_hf(hf_config: Mapping[str, Any], *, where: str = "config.json") -> Mode
     windows=windows,
     init_std=read.number("initializer_range"),
     true_vocab_size=read.count("true_vocab_size") if read.value("true_vocab_size") else 0,
+    base_vocab_size=read.count("base_vocab_size") if read.value("base_vocab_size") else 0,
   )
   if spec.num_ids > spec.vocab_size:
     read.problem("true_vocab_size", f"must not be above vocab_size={spec.vocab_size}, the rows that there are")
+  if spec.base_vocab_size >= spec.num_ids:
+    read.problem("base_vocab_size", f"must be below the {spec.num_ids} ids that there are; 0 where no piece was added")
   problems.raise_if_any()
   return spec
 

@@ -56,7 +56,7 @@ def run_stack(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: 
     names, loader = first.loader.names, first.loader
     limits = {"max_tokens": config.eval.tokens, "max_bytes": config.eval.bytes}
     heldout = {name: loader.heldout_rows(name, **limits) for name in names}
-    update = step.from_config(config, spec, first.tx, source_weights=loader.loss_weights)
+    update = step.from_config(config, spec, source_weights=loader.loss_weights)
     train_step = jax.jit(jax.vmap(update), donate_argnums=0)
     loss_sums = step.make_eval_step(spec, settings=step.settings_from_config(config), num_sources=len(names))
     eval_step = jax.jit(jax.vmap(loss_sums, in_axes=(0, None)))
