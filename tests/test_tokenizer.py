@@ -301,6 +301,7 @@ def test_special_tokens_open_a_document_with_no_bytes(fixtures, root):
     assert loaded.opening_bytes_V.shape == (loaded.vocab_size,)
     control = {loaded.eos_id, loaded.bos_id, loaded.unk_id, *loaded.special_ids} - {None}
     assert control and not loaded.opening_bytes_V[sorted(control)].any()
+    assert len(loaded.byte_ids) == 128 and (loaded.opening_bytes_V[sorted(loaded.byte_ids)] == 1).all()
   base = tokenizer.load(root / "examples" / "base")  # which adds no space
   (first, *_), (spaced, *_) = base.encode_contents(["The cat", " The cat"])
   assert (base.opening_bytes_V[first], base.opening_bytes_V[spaced]) == (3, 4)
