@@ -75,6 +75,20 @@ def test_speed_leaves_out_the_first_step_and_pauses(monkeypatch):
   assert m.read().tokens_per_sec == pytest.approx(4.0)
 
 
+def test_a_stage_has_its_own_operations_and_its_compilation_is_not_timed(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+  m = meter(log_every=4)
+  for step, secs in enumerate((50.0, 1.0, 50.0, 2.0), start=1):  # the first steps of two stages are compiled
+    if step == 3:
+      m.enters_stage((20.0, 24.0))
+    m.dispatched(step, measured([1.0, 0.0], [4, 0]), num_positions=30)
+    now[0] += secs
+    reading = m.read()
+  assert reading.tokens_per_sec == pytest.approx(20.0)
+  assert reading.mfu == {"causal": pytest.approx(4e-4), "palm": pytest.approx(4.8e-4)}
+
+
 @pytest.mark.parametrize("bad", [dict(losses=[math.nan, 0.0]), dict(grad_norm=math.inf)])
 def test_a_step_that_is_not_finite_is_counted_and_left_out_of_the_means(bad):
   m = meter(log_every=3)

@@ -206,8 +206,8 @@ def header(config: Any, workdir: Any, spec: Any, mesh: Any, start: str, *, num_p
 def stage(index: int, stages: Sequence[Any]) -> str:
   """One of a run's stages, in words."""
   one = stages[index]
-  peak = f"lr_peak {one.schedule['lr_peak']:g}" if one.schedule else ""
-  return f"stage {index + 1} of {len(stages)}, steps {one.first:,} to {one.end - 1:,}: {one.describe()}, {peak}"
+  where = f"stage {index + 1} of {len(stages)}, steps {one.first:,} to {one.end - 1:,}"
+  return f"{where}: {one.describe()}, lr_peak {one.schedule['lr_peak']:g}"
 
 
 def data_changes(loader: Any, *, rate: float) -> None:

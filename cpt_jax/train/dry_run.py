@@ -108,7 +108,7 @@ def _data(inputs: loop.Inputs, num_steps: int) -> None:
 def _groups(config: Any, spec: spec_lib.ModelSpec) -> None:
   stages = config_lib.stages(config)
   for i in range(len(stages)):
-    which = f", {console.stage(i, stages)}" if len(stages) > 1 else ""
+    which = f", {console.stage(i, stages)}" if config.train.stages else ""
     console.table(
       f"parameter groups (AdamW){which}",
       ["leaves", "parameters", "rate x", "weight decay"],

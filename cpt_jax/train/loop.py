@@ -260,7 +260,8 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
           break
         batch = next(batches)
         stage = bisect.bisect(borders, now)
-        if now in (first_step, *borders) and len(stages) > 1:
+        if config.train.stages and now in (first_step, *borders):
+          report()
           console.say(console.stage(stage, stages))
           meter.enters_stage(metrics.stage_flops(config, spec, stage))
         train_state, measured = train_step(stage)(train_state, to_device(batch, batch_rows), rates(now))

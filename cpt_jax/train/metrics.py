@@ -162,8 +162,9 @@ class Meter:
     self._timed_positions = 0
 
   def enters_stage(self, flops_per_token: tuple[float, float]) -> None:
-    """From here on a token takes so many operations: causal, palm."""
-    self._flops_per_token = flops_per_token
+    """From here on a token takes so many operations: causal, palm; the next step may hold a compilation."""
+    self.pause()
+    self._is_warm, self._flops_per_token = False, flops_per_token
 
   def dispatched(self, step: int, metrics: StepMetrics, *, num_positions: int) -> None:
     """The step that will have finished `step` updates is on its way, with this many positions."""
