@@ -15,7 +15,7 @@ import re
 import runpy
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -168,6 +168,9 @@ def default() -> Any:
   c.start.resume = ""  # another run's directory: parameters, step and (by `optimizer`) moments
   c.start.hf = ""  # a Hugging Face directory: config.json, *.safetensors, tokenizer files
   c.start.weights = ""  # another run's directory: parameters only
+  # With `hf`, where its vocabulary was grown: the directory of the run that it was before. What both have keeps its moments; rows
+  # of new pieces begin without.
+  c.start.moments = ""
   c.start.optimizer = "keep"  # with `resume`: "keep" or "reset" the moments (a reset also restarts the step count)
 
   c.model = ConfigDict()
@@ -216,6 +219,13 @@ def default() -> Any:
   c.train.microbatches = 1  # gradient accumulation: the step's rows in this many parts
   # What the sum over microbatches is kept in: float32, or bfloat16 (2 bytes a parameter less, rounded after each part)
   c.train.accumulate_dtype = "float32"
+  # Stages, one after the other: (what is trained, how long, lr_peak), and as a fourth entry other keys of `schedule`, e.g.
+  #   (("new_rows", "20%", 2e-3, {"name": "constant"}), ("embeddings", "20%", 1e-3), ("all", "rest", 5e-4))
+  # What: new_rows (of the pieces that tools/grow_vocab.py added), embeddings (and the head), all; or path patterns, where :new
+  # stands for the rows of new pieces alone, ("embedding:new", "head"). The rest keeps every bit, its moments too. How long: a
+  # duration; of the last stage also "rest". Each goes through `schedule` as a run of its length would; lr_start, lr_const and
+  # lr_final keep their ratio to lr_peak. () = everything all the time.
+  c.train.stages = ()
   c.train.z_loss = 0.0  # weight of the squared log-partition (PaLM 2204.02311 sec. 5 uses 1e-4)
 
   c.schedule = ConfigDict()
@@ -247,6 +257,7 @@ def default() -> Any:
   c.eval = ConfigDict()
   c.eval.every = "10%"  # duration between evaluations; there is always one before the first step and one at the end
   c.eval.tokens = 100_000  # held-out tokens per source, at most (whole documents)
+  c.eval.bytes = 0  # held-out bytes of text per source instead: the same documents whatever the tokenizer; 0 = eval.tokens
   c.eval.batch_rows = 0  # rows of an evaluation batch; 0 = train.batch_rows / train.microbatches
 
   # What ends or changes a run that goes wrong; the rules stand in docs/guards.md.
@@ -312,6 +323,8 @@ CHOICES = {
   "schedule.name": ("constant", "linear", "cosine", "wsd", "rewarm", "infinite"),
   "schedule.shape": ("linear", "1-sqrt"),
 }
+NEW_ROWS = ":new"  # behind a path pattern in a stage: of the leaves that it matches, the rows of new pieces
+STAGES = {"new_rows": (f"embedding{NEW_ROWS}", f"head{NEW_ROWS}"), "embeddings": ("embedding", "head"), "all": (".*",)}
 _SOURCE_CHOICES = {
   "role": ("replay", "domain"),
   "at_end": ("repeat", "stop", "renormalise", "error"),
@@ -333,6 +346,7 @@ _AT_LEAST = {
   "optimizer.weight_decay": 0.0,
   "optimizer.clip_norm": 0.0,
   "eval.tokens": 1,
+  "eval.bytes": 0,
   "eval.batch_rows": 0,
   "guard.nonfinite_steps": 1,
   "guard.general_loss_rise": 0.0,
@@ -464,6 +478,49 @@ def steps_at(config: Any, when: str | int | float) -> float:
   return durations.parse(when).steps(tokens_per_step=max(tokens_per_step(config), 1), run_steps=num_steps(config))
 
 
+class Stage(NamedTuple):
+  """One of train.stages, or the whole run where there are none."""
+
+  trains: Any  # a name of STAGES, or path patterns
+  first: int  # its first step
+  end: int  # the first step behind it
+  schedule: dict[str, Any]  # keys of `schedule` that are its own
+
+  def describe(self) -> str:
+    """What it trains, for people."""
+    return self.trains if isinstance(self.trains, str) else ", ".join(self.trains)
+
+
+def stages(config: Any) -> list[Stage]:
+  """The stages of a resolved config, at least one."""
+  if not config.train.stages:
+    return [Stage("all", 0, num_steps(config), {})]
+  return _parse_stages(config)
+
+
+def of_stage(config: Any, stage: Stage) -> Any:
+  """The config of a run that would be that stage: its length and its schedule."""
+  c = config.copy_and_resolve_references()
+  with c.unlocked():
+    c.train.length, c.train.stages = f"{stage.end - stage.first} steps", ()
+    times = stage.schedule.get("lr_peak", c.schedule.lr_peak) / c.schedule.lr_peak
+    for key in ("lr_start", "lr_const", "lr_final"):
+      c.schedule[key] *= times
+    c.schedule.update(stage.schedule)
+  return c
+
+
+def _parse_stages(config: Any) -> list[Stage]:
+  """Raises ValueError for a length that is none."""
+  found, end, run_steps = [], 0.0, num_steps(config)
+  for i, (what, length, lr_peak, *more) in enumerate(config.train.stages):
+    is_rest = length == "rest" and i == len(config.train.stages) - 1
+    first, end = end, float(run_steps) if is_rest else end + steps_at(config, length)
+    # Rounded as borders, not as lengths: three thirds are a whole.
+    found.append(Stage(what, round(first), round(end), {"lr_peak": lr_peak, **(dict(more[0]) if more else {})}))
+  return found
+
+
 def did_you_mean(name: str, known: list[str]) -> str:
   """' Did you mean x?' or ''."""
   close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -517,20 +574,8 @@ def _same_type(value: Any, wanted: Any) -> bool:
 
 
 def _check_values(config: Any, problems: Problems) -> None:
-  for key, choices in CHOICES.items():
-    value = get(config, key)
-    if value not in choices:
-      problems.add(f"{key}={value!r}: choose one of {', '.join(choices)}.{did_you_mean(str(value), list(choices))}")
-  for key, low in _AT_LEAST.items():
-    value = get(config, key)
-    if not (math.isfinite(value) and value >= low):
-      problems.add(f"{key}={value}: must be at least {low}")
-  if not (math.isfinite(config.schedule.lr_peak) and config.schedule.lr_peak > 0):
-    problems.add(f"schedule.lr_peak={config.schedule.lr_peak}: must be above 0, e.g. 3e-4")
-  for key in ("schedule.lr_start", "schedule.lr_const", "schedule.lr_final"):
-    used = key != "schedule.lr_const" or config.schedule.name == "infinite"
-    if used and get(config, key) > config.schedule.lr_peak:
-      problems.add(f"{key}={get(config, key):g}: above schedule.lr_peak={config.schedule.lr_peak:g}; lower it or raise the peak")
+  _check_choices(config, problems)
+  _check_rates(config, problems)
   for key in ("optimizer.b1", "optimizer.b2"):
     if not 0 <= get(config, key) < 1:
       problems.add(f"{key}={get(config, key)}: must be at least 0 and below 1")
@@ -541,6 +586,8 @@ def _check_values(config: Any, problems: Problems) -> None:
       f"data.heldout_frac={config.data.heldout_frac}: must lie between 0 and 1, e.g. 0.01; forgetting is measured on it"
     )
   _check_durations(config, problems)
+  if not any(line.startswith(("train.length", "schedule.lr_peak")) for line in problems.lines):
+    _check_train_stages(config, problems)
   if config.train.batch_rows % max(config.train.microbatches, 1):
     problems.add(
       f"train.microbatches={config.train.microbatches} does not divide train.batch_rows={config.train.batch_rows}; "
@@ -558,6 +605,87 @@ def _check_values(config: Any, problems: Problems) -> None:
       problems.add(f"mesh.{axis}={devices}: a number of devices from 1 up, or -1 for the rest")
   if list(config.mesh.values()).count(-1) > 1:
     problems.add(f"mesh={dict(config.mesh)}: one axis at most may be -1 (the rest)")
+
+
+def _check_choices(config: Any, problems: Problems, *, only: str = "") -> None:
+  """Of the keys that begin with `only`."""
+  for key, choices in CHOICES.items():
+    value = get(config, key)
+    if key.startswith(only) and value not in choices:
+      problems.add(f"{key}={value!r}: choose one of {', '.join(choices)}.{did_you_mean(str(value), list(choices))}")
+  for key, low in _AT_LEAST.items():
+    value = get(config, key)
+    if key.startswith(only) and not (math.isfinite(value) and value >= low):
+      problems.add(f"{key}={value}: must be at least {low}")
+
+
+def _check_rates(config: Any, problems: Problems) -> None:
+  if not (math.isfinite(config.schedule.lr_peak) and config.schedule.lr_peak > 0):
+    problems.add(f"schedule.lr_peak={config.schedule.lr_peak}: must be above 0, e.g. 3e-4")
+  for key in ("schedule.lr_start", "schedule.lr_const", "schedule.lr_final"):
+    used = key != "schedule.lr_const" or config.schedule.name == "infinite"
+    if used and get(config, key) > config.schedule.lr_peak:
+      problems.add(f"{key}={get(config, key):g}: above schedule.lr_peak={config.schedule.lr_peak:g}; lower it or raise the peak")
+
+
+def _check_train_stages(config: Any, problems: Problems) -> None:
+  """Their form, lengths that make up the run, and the schedule of each."""
+  num_before = len(problems.lines)
+  for i, entry in enumerate(config.train.stages):
+    _check_stage(f"train.stages[{i}]", entry, problems)
+  if len(problems.lines) > num_before or not config.train.stages:
+    return
+  try:
+    found = _parse_stages(config)
+  except ValueError as error:
+    problems.add(f"train.stages: {error}; the last stage may be as long as the 'rest'")
+    return
+  for i, stage in enumerate(found):
+    own = Problems()
+    if stage.end <= stage.first:
+      own.add(
+        f"from step {stage.first} to {stage.end}: there is no step in it; make it or the run longer, or the stages before shorter"
+      )
+    else:
+      as_run = of_stage(config, stage)
+      _check_choices(as_run, own, only="schedule.")
+      _check_rates(as_run, own)
+      _check_durations(as_run, own)
+    for line in own.lines:
+      problems.add(f"train.stages[{i}]: {line}")
+  if found[-1].end != num_steps(config):
+    problems.add(
+      f"train.stages take {found[-1].end} steps, the run has {num_steps(config)}; the last stage may be as long as the 'rest'"
+    )
+
+
+def _check_stage(key: str, entry: Any, problems: Problems) -> None:
+  is_stage = isinstance(entry, (list, tuple)) and len(entry) in (3, 4) and isinstance(entry[2], numbers.Real)
+  if not (is_stage and isinstance(entry[-1], (dict, ConfigDict) if len(entry) == 4 else numbers.Real)):
+    problems.add(
+      f"{key}: {entry!r} is no stage; write (what is trained, how long, lr_peak), e.g. ('new_rows', '20%', 1e-3), and as a "
+      "fourth entry other keys of the schedule, {'name': 'constant'}"
+    )
+    return
+  what, _, lr_peak, *more = entry
+  if isinstance(what, str) and what not in STAGES:
+    problems.add(
+      f"{key}: {what!r}: choose one of {', '.join(STAGES)}, or give path patterns, ({what!r},).{did_you_mean(what, list(STAGES))}"
+    )
+  elif not what or not all(isinstance(pattern, str) for pattern in what):
+    problems.add(
+      f"{key}: {what!r} names nothing to train; give one of {', '.join(STAGES)}, or path patterns, ('embedding:new', 'head')"
+    )
+  if not (math.isfinite(lr_peak) and lr_peak > 0):
+    problems.add(f"{key}: lr_peak={lr_peak}: must be above 0, e.g. 3e-4")
+  own = default().schedule
+  for name, value in (more[0] if more else {}).items():
+    if name == "lr_peak":
+      problems.add(f"{key}: lr_peak stands twice; it is the third entry")
+    elif name not in own:
+      problems.add(f"{key}: schedule has no key {name}.{did_you_mean(name, list(own))}")
+    elif not _same_type(value, own[name]):
+      problems.add(f"{key}: {name}={value!r}: expected {type(own[name]).__name__}, found {type(value).__name__}")
 
 
 def _check_durations(config: Any, problems: Problems) -> None:

@@ -185,6 +185,12 @@ def reshape(x: jax.Array, shape: tuple[int, ...], *, to: tuple[str | None, ...])
   return jax.lax.reshape(x, shape, out_sharding=out(*to))
 
 
+def index_along(x: jax.Array, dim: int) -> jax.Array:
+  """Each element's index along a dimension, int32 of the shape of `x` and where `x` is: for masks of it."""
+  place = None if jax.sharding.get_abstract_mesh().empty else jax.typeof(x).sharding
+  return jax.lax.broadcasted_iota(jnp.int32, x.shape, dim, out_sharding=place)
+
+
 def merge_positions(x: jax.Array) -> jax.Array:
   """[B, T, D] -> [B * T, D] (whatever is between the first dimension and the last), or as it is where devices share a row.
 

@@ -23,6 +23,7 @@ LAYERS = [
   ["train.schedule", "train.optimizer", "train.state", "train.step", "train.buffers", "train.memory", "train.guard"]
   + ["train.checkpoint", "train.start", "train.metrics", "train.console", "train.loop", "train.ahead", "train.dry_run"],
   ["analysis.program", "analysis.roofline", "analysis.step_report", "analysis.runs", "analysis.diagnosis", "analysis.report"]
+  + ["analysis.recovery"]
   + ["laws.fit", "laws.curves", "laws.annealing"]
   + ["laws.cpt_law", "laws.separable", "laws.change", "laws.cells", "laws.replay", "laws.domain", "laws.dcpt", "laws.cmr"]
   + ["laws.mixing", "laws.transfer", "laws.choose", "laws.recommend", "laws.plots"],

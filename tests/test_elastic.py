@@ -16,7 +16,7 @@ from test_hosts import Fleet, trained
 from cpt_jax import config as configs
 from cpt_jax import journal
 from cpt_jax.config import ConfigError
-from cpt_jax.data import packing, pipeline, sources
+from cpt_jax.data import packing, pipeline, sources, tokenizer
 from cpt_jax.data.shuffle import Shuffle
 from cpt_jax.data.store import open_store
 from cpt_jax.model import pretrained, spec, transformer
@@ -210,7 +210,7 @@ def main(root):
 
 def base_loss(place, record, name) -> float:
   """Of the base on a source's held-out documents, by a plain log-softmax."""
-  reader = pipeline.from_record(record, record["num_steps"] - 1)
+  reader = pipeline.from_record(record, record["num_steps"] - 1, tokenizer=tokenizer.load(place / "base"))
   model = spec.from_hf(spec.load_hf_config(place / "base"))
   params = transformer.init(model, jax.random.key(0))
   total, count = 0.0, 0.0

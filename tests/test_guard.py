@@ -431,6 +431,7 @@ def test_rows_that_are_passed_over_are_listed_and_no_row_is_read_twice(stores, b
     rows = [second._shuffles[m][nth] for step in run for source, nth in step if source == name]
     read, plan = second.read(at + again)[name], second.plans[m]
     assert tuple(read[:3]) == (len(rows), plan.row_targets[rows].sum(), plan.row_docs[rows].sum())
+    assert read.bytes == second._tallies[m]._of(np.array(rows, np.int64))[2]
   # Restarted, changed, and read from the record it stays so.
   third = go_on(stores, second, {"a": {}, "c": {}}, step=at + again, num_steps=60)
   assert located(third, 0, at + again) == run

@@ -90,7 +90,7 @@ def step_memory():
 
 def test_the_classes_add_up_to_what_the_compiler_says(step_memory):
   with jax.set_mesh(mesh_lib.make_mesh(**ONE, devices=jax.devices()[:1])):
-    tx = optimizer.from_config(settings(), transformer.abstract_params(SPEC))
+    tx = optimizer.from_config(settings(), SPEC)
     abstract = state.abstract(SPEC, tx)
   params, moments = (
     sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (abstract.params, abstract.opt_state)

@@ -117,7 +117,15 @@ def test_after_a_resume_no_line_of_the_lost_future_is_left(tmp_path):
 
 def test_the_windows_of_the_ledger_add_up_to_its_totals(tmp_path):
   def entry(rows):
-    return {"source": "a", "role": "domain", "rows": rows, "tokens": 10 * rows, "documents": rows, "epochs": rows / 8}
+    return {
+      "source": "a",
+      "role": "domain",
+      "rows": rows,
+      "tokens": 10 * rows,
+      "documents": rows,
+      "epochs": rows / 8,
+      "bytes": 40 * rows,
+    }
 
   for start_step, steps in ((0, (0, 4, 8)), (8, (12, 16))):  # the second time after a resume
     writer = metrics.Writer(tmp_path, start_step=start_step, evaluates_first=False, tensorboard=False)
@@ -128,7 +136,7 @@ def test_the_windows_of_the_ledger_add_up_to_its_totals(tmp_path):
   assert [record["step"] for record in records] == [0, 4, 8, 12, 16]
   assert [record["sources"][0]["window"]["rows"] for record in records] == [0, 8, 8, 8, 8]
   assert sum(record["sources"][0]["window"]["tokens"] for record in records) == records[-1]["sources"][0]["tokens"]
-  assert records[-1]["sources"][1]["window"] == {"rows": 1, "tokens": 10, "documents": 1, "epochs": 1 / 8}
+  assert records[-1]["sources"][1]["window"] == {"rows": 1, "tokens": 10, "documents": 1, "epochs": 1 / 8, "bytes": 40}
 
 
 def test_peaks_are_found_by_the_names_that_jax_gives():
@@ -141,7 +149,8 @@ def test_evaluation_divides_exact_sums_once():
   rng = np.random.default_rng(0)
   losses, tokens = rng.uniform(1e3, 1e5, 50).astype(np.float32), rng.integers(1, 999, 50)
   batches = [Batch(*[np.full(1, i, np.int32)] * 6) for i in range(50)]
-  held = HeldOut(batches, num_tokens=int(tokens.sum()), num_bytes=12_345, num_documents=3, max_documents=2)
+  counts = {"num_bytes": 12_345, "num_target_bytes": 12_340, "num_documents": 3, "max_documents": 2}
+  held = HeldOut(batches, num_tokens=int(tokens.sum()), **counts)
 
   def eval_step(params, batch):
     i = int(batch.tokens_BT[0])
@@ -150,8 +159,8 @@ def test_evaluation_divides_exact_sums_once():
   found = perplexity.evaluate(None, {"a": held}, eval_step=eval_step, to_device=lambda b: b)["a"]
   total = float(losses.astype(np.float64).sum())
   assert found.loss == pytest.approx(total / tokens.sum(), rel=1e-12)
-  assert found.bits_per_byte == pytest.approx(total / math.log(2) / 12_345, rel=1e-12)
-  assert (found.tokens, found.bytes, found.documents) == (tokens.sum(), 12_345, 3)
+  assert found.bits_per_byte == pytest.approx(total / math.log(2) / 12_340, rel=1e-12)
+  assert (found.tokens, found.bytes, found.documents, found.target_bytes) == (tokens.sum(), 12_345, 3, 12_340)
 
 
 def test_drift_is_relative_and_by_layer():
@@ -185,7 +194,7 @@ def test_the_base_is_kept_in_bfloat16_only_where_nothing_is_lost():
 def test_tensorboard_gets_every_figure_of_a_record(tmp_path):
   writer = metrics.Writer(tmp_path, start_step=0, evaluates_first=True, tensorboard=True)
   losses = {"domain": perplexity.SourceLoss(2.0, 1.0, 10, 20, 1)}
-  writer.eval(3, losses, losses, {"layers": [0.1, 0.2], "embedding": 0.3})
+  writer.eval(3, losses, losses, {"layers": [0.1, 0.2], "embedding": 0.3}, flops=1e9)
   writer.close()
   (events,) = (tmp_path / "tensorboard").iterdir()
   content = events.read_bytes()

@@ -32,12 +32,22 @@ def write(path, lengths, *, name="", copies=1):
   return open_store(path)
 
 
+class Opening:
+  """A tokenizer whose ids spell 0, 1 or 2 bytes where a document begins with them."""
+
+  opening_bytes_V = np.arange(1 << 20) % 3
+
+  def decode(self, ids):
+    return "\u00e9" * len(ids)
+
+
 def source(store, *, name="a", share=1.0, role="domain", heldout_frac=0.2, max_epochs=0.0):
   return sources.Source(name, store, role=role, share=configs.Share(share), heldout_frac=heldout_frac, max_epochs=max_epochs)
 
 
 def loader(found, **options):
-  options = {"num_steps": 20, "batch_rows": 4, "row_len": 16, "packing_policy": "best_fit", "num_threads": 3, **options}
+  options = {"num_steps": 20, "batch_rows": 4, "row_len": 16, "packing_policy": "best_fit", "num_threads": 3} | options
+  options.setdefault("tokenizer", Opening())
   return pipeline.Loader(found, **options)
 
 
@@ -177,6 +187,7 @@ def test_a_source_without_a_share_is_evaluated_only(two):
     "tokens": 0,
     "documents": 0,
     "epochs": 0.0,
+    "bytes": 0,
   }
   assert reader.heldout_rows("en", max_tokens=100).num_tokens > 0
   assert "not trained on" in reader.describe()[1].notes[0]
@@ -185,15 +196,20 @@ def test_a_source_without_a_share_is_evaluated_only(two):
 @pytest.mark.parametrize("crossing", [False, True])
 def test_the_ledger_counts_every_row(two, crossing):
   reader = loader(two, cross_documents=crossing, num_steps=90)
-  rows, tokens, documents, asked = [0, 0], [0, 0], [0, 0], {}
+  rows, tokens, documents, num_bytes, asked = [0, 0], [0, 0], [0, 0], [0, 0], {}
   for step, batch in enumerate(reader.batches(0)):
-    asked[step] = [dict(zip(("rows", "tokens", "documents"), x, strict=True)) for x in zip(rows, tokens, documents, strict=True)]
+    counted, keys = zip(rows, tokens, documents, num_bytes, strict=True), ("rows", "tokens", "documents", "bytes")
+    asked[step] = [dict(zip(keys, x, strict=True)) for x in counted]
     for m in range(2):
       rows[m] += int((batch.source_B == m).sum())
       tokens[m] += int(batch.weights_BT[batch.source_B == m].sum())
     for i in range(4 * step, 4 * step + 4):
       m, _, pieces = reader.locate(i)
       documents[m] += sum(start == 0 for _, start, _ in pieces)
+      store = two[m].store
+      for d, start, length in pieces:  # byte by byte: each is in one pair, as evenly as whole bytes allow
+        size, pairs = int(store.doc_bytes()[d]), int(store.lengths[d]) - 1
+        num_bytes[m] += sum(start <= (byte * pairs + pairs - 1) // size < start + length for byte in range(size))
   assert reader.ledger(90)[0]["epochs"] > 2
   for step in (0, 1, 5, 89, 17, 18, 38):  # back and forth
     for entry, expected, plan in zip(reader.ledger(step), asked[step], reader.plans, strict=True):
@@ -214,6 +230,7 @@ def test_held_out_rows_are_whole_documents_each_target_once(tmp_path_factory, ma
   assert documents <= set(found.heldout_documents.tolist())
   assert held.num_tokens == len(pairs) and held.num_documents == len(documents)
   assert held.num_bytes == sum(len(f" {d}") for d in documents)
+  assert held.num_target_bytes == sum(len(f" {d}") - UNIQUE * d % 3 for d in documents)
   # In the order of hashes: whatever was passed over did not fit.
   left = max_tokens
   for d in found.heldout_documents.tolist():
@@ -229,6 +246,30 @@ def test_held_out_rows_are_whole_documents_each_target_once(tmp_path_factory, ma
     assert sum(d in row for row in rows) == -(-(int(lengths[d]) - 1) // 16)
 
 
+@settings(max_examples=12)
+@given(st.integers(1, 120), st.integers(2, 5))
+def test_by_bytes_the_same_documents_are_held_out_whatever_the_tokenizer(tmp_path_factory, max_bytes, shorter):
+  path, lengths = tmp_path_factory.mktemp("s"), np.random.default_rng(1).integers(2, 70, 60)
+  texts = ["x" * int(n) for n in np.random.default_rng(2).integers(1, 30, 60)]
+  found = []
+  for name, tokens in (("long", lengths), ("short", -(-lengths // shorter) + 1)):
+    with StoreWriter(path / name, vocab_size=1 << 20, eos_id=0) as writer:
+      for i, (text, n) in enumerate(zip(texts, tokens, strict=True)):
+        writer.add(list(range(UNIQUE * i, UNIQUE * i + int(n))), text=f"{text} {i}")
+    one = source(open_store(path / name), heldout_frac=0.4)
+    held = loader([one]).heldout_rows("a", max_tokens=7, max_bytes=max_bytes)
+    found.append(sorted({token // UNIQUE for token, _ in pairs_of(held.batches)}))
+    left, expected = max_bytes, []
+    for d in one.heldout_documents.tolist():
+      size = len(f"{texts[d]} {d}")
+      if size <= left:
+        expected.append(d)
+        left -= size
+    assert found[-1] == sorted(expected) or (not expected and len(found[-1]) == 1)
+    assert held.num_bytes == sum(len(f"{texts[d]} {d}") for d in found[-1])
+  assert found[0] == found[1]
+
+
 def test_where_no_held_out_document_fits_the_smallest_is_taken(tmp_path):
   found = source(write(tmp_path / "s", [*range(40, 20, -1)]), heldout_frac=0.5)
   held = loader([found]).heldout_rows("a", max_tokens=3)
@@ -238,15 +279,15 @@ def test_where_no_held_out_document_fits_the_smallest_is_taken(tmp_path):
 
 def test_bytes_come_from_decoding_where_the_store_does_not_say(two, monkeypatch):
   monkeypatch.setattr(two[0].store, "doc_bytes", lambda: None)
-
-  class Decoder:
-    def decode(self, ids):
-      return "\u00e9" * len(ids)
-
-  held = loader(two, tokenizer=Decoder()).heldout_rows("zh", max_tokens=10**6)
+  monkeypatch.setattr(two[0].store, "num_bytes", None)
+  reader = loader(two)
+  held = reader.heldout_rows("zh", max_tokens=10**6)
   assert held.num_bytes == 2 * (held.num_tokens + held.num_documents)
+  assert [entry["bytes"] is None for entry in reader.ledger(20)] == [True, False]
   with pytest.raises(ConfigError, match=r"data\.sources\.zh\.store=.*set data\.tokenizer"):
-    loader(two).heldout_rows("zh", max_tokens=100)
+    loader(two, tokenizer=None).heldout_rows("zh", max_tokens=100)
+  with pytest.raises(ConfigError, match=r"data\.sources\.zh\.store=.*set eval\.bytes=0, and eval\.tokens"):
+    reader.heldout_rows("zh", max_tokens=100, max_bytes=100)
 
 
 def test_too_many_epochs_are_refused_with_a_length_that_fits(two):

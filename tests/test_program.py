@@ -1,5 +1,6 @@
 """Compiled programs as text: loops, products, memory traffic, transfers between chips."""
 
+import dataclasses
 import math
 
 import jax
@@ -320,6 +321,24 @@ ENTRY %main.3 (x: bf16[2048,2048,1], w: bf16[2048,32,64]) -> bf16[2048,32,64] {
 )
 def test_a_kernel_is_known_by_its_name_or_said_to_be_unknown(line, products):
   assert programs.kernel_products(hlo.parse_instruction(line)) == products
+
+
+@pytest.mark.parametrize("frozen", [(r"layers\..*",), (r"layers\..*", "embedding")])
+def test_what_is_frozen_saves_the_flops_that_the_formula_says(tiny_spec, random_batch, frozen):
+  rows, row_len = 2, 16
+  untied = dataclasses.replace(tiny_spec, tied=False)
+  mesh = mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    tx = optimizer.make(transformer.abstract_params(untied), frozen=frozen)
+    settings = step.ModelSettings(jnp.dtype("float32"), "none", "plain", 0)
+    options = {"settings": settings, "source_weights": (1.0, 1.0), "microbatches": 1, "z_loss": 0.0, "frozen": frozen}
+    update = step.make_train_step(untied, tx, **options)
+    batch = mesh_lib.to_global(mesh, random_batch(0, rows=rows, row_len=row_len))
+    text = jax.jit(update).lower(state.abstract(untied, tx), batch, 1.0).compile().as_text()
+  found = programs.Program(text)
+  counted = sum(runs * found.flops_of(c, i.name) for c, i, runs in found.top_level())
+  _, palm = spec_lib.flops_per_token(untied, row_len, frozen=frozen)
+  assert counted == pytest.approx(palm * rows * row_len, rel=0.01)
 
 
 def test_the_real_step_on_cpu_has_the_flops_of_the_formula_and_moves_its_parameters(tiny_spec, random_batch):

@@ -112,11 +112,15 @@ def test_cooldown_of_no_steps_is_a_jump():
   assert (rates(made, 10) == np.float32(CONST)).all()
 
 
+def as_run(made):
+  return schedule.Staged(((0, made),))
+
+
 def test_no_anneal_holds_the_constant_rate_to_the_end():
   for name, wanted in (("wsd", PEAK), ("infinite", CONST)):
     made = schedule.make(name, num_steps=10, lr_peak=PEAK, lr_const=CONST, lr_final=0.0, anneal_steps=0)
     assert (rates(made, 12) == np.float32(wanted)).all()
-    assert "anneal begins" not in [what for what, _, _ in schedule.table(made, num_steps=10)]
+    assert "anneal begins" not in [what for what, _, _ in schedule.table(as_run(made), num_steps=10)]
 
 
 def test_a_constant_run_may_end_in_its_warm_up():
@@ -164,7 +168,7 @@ def test_table_names_the_key_steps():
   made = schedule.make(
     "infinite", num_steps=100, warmup_steps=10, lr_peak=PEAK, lr_const=CONST, lr_final=FINAL, cooldown_steps=20, anneal_steps=30
   )
-  rows = schedule.table(made, num_steps=100)
+  rows = schedule.table(as_run(made), num_steps=100)
   assert [(what, step) for what, step, _ in rows] == [
     ("first update", 0),
     ("end of warm-up", 9),
@@ -178,4 +182,5 @@ def test_table_names_the_key_steps():
   ]
   assert all(rate == float(made(step)) for _, step, rate in rows)
   for num_steps in (1, 2, 3):
-    assert schedule.table(schedule.make("cosine", num_steps=num_steps, lr_peak=PEAK), num_steps=num_steps)[-1][1] == num_steps - 1
+    made = as_run(schedule.make("cosine", num_steps=num_steps, lr_peak=PEAK))
+    assert schedule.table(made, num_steps=num_steps)[-1][1] == num_steps - 1

@@ -1,6 +1,7 @@
 """config.json -> ModelSpec: what transformers means by a file, and an error for everything that is not understood."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -9,6 +10,7 @@ import jax
 import pytest
 from hypothesis import strategies as st
 
+from cpt_jax import trees
 from cpt_jax.config import ConfigError
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.model import transformer
@@ -267,3 +269,30 @@ def test_flops_per_token():
   products = 6 * spec_lib.matmul_parameters(windowed)
   # 2 layers of width 16: in rows of 8 the window takes 4 of 8 keys, of which causality leaves 4 - 16/16 = 3.
   assert spec_lib.flops_per_token(windowed, 8) == (products + 12 * 2 * 16 * 3, products + 12 * 2 * 16 * 4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_matmul_leaves_are_leaves_of_the_tree(family, tied):
+  spec = from_hf(small(family, num_key_value_heads=2, head_dim=6, tie_word_embeddings=tied))
+  sizes = {path: math.prod(leaf.shape) for path, leaf in trees.paths(transformer.abstract_params(spec)).items()}
+  matrices = {path for path in sizes if "norm" not in path and ".b" not in path} - ({"embedding"} if not tied else set())
+  assert spec_lib.matmul_leaves(spec) == {path: sizes[path] for path in matrices}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_flops_of_what_is_trained(family):
+  spec = from_hf(small(family, num_key_value_heads=2, head_dim=6, tie_word_embeddings=False))
+  leaves, T = spec_lib.matmul_leaves(spec), 8
+  layers, head = sum(n for path, n in leaves.items() if path != "head"), leaves["head"]
+  square = 2 * spec.num_layers * spec.num_heads * spec.head_dim * T  # one product of T queries with all T keys, a query
+  count = lambda *frozen: spec_lib.flops_per_token(spec, T, frozen=frozen)[1]  # noqa: E731
+  assert count() == count("nothing") == 6 * (layers + head) + 6 * square
+  assert count(r"layers\..*") == 4 * layers + 6 * head + 6 * square  # embeddings alone: back through all, no gradients of layers
+  assert count(r"layers\..*", "head") == 4 * (layers + head) + 6 * square
+  assert count(r"layers\..*", "embedding") == 2 * layers + 6 * head + 2 * square  # norm and head: no way back through layers
+  assert count(r"layers\..*", "embedding", "final_norm") == 2 * layers + 4 * head + 2 * square
+  assert count(".*norm", r"layers\.[wb].*", "embedding", "head") == 2 * (layers + head) + 2 * square
+  assert count("head", "embedding", r"layers\.w.*") == 4 * (layers + head) + 6 * square  # norms of layers
+  tied = dataclasses.replace(spec, tied=True)
+  assert spec_lib.flops_per_token(tied, T, frozen=(r"layers\..*",))[1] == 4 * layers + 6 * head + 6 * square

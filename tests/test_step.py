@@ -1,6 +1,7 @@
 """The update: accumulation, meshes, padding, the sources' weights and the division that is done once."""
 
 import dataclasses
+import functools
 import math
 
 import compiling
@@ -62,7 +63,7 @@ def build(
     source_weights=source_weights,
     microbatches=microbatches,
     z_loss=z_loss,
-    frozen=frozen,
+    hold=functools.partial(optimizer.hold, leaves=optimizer.plan(params, **rules)),
     accumulate_dtype=sums,
   )
   return state.create(params, tx), jax.jit(update), rates

@@ -273,3 +273,42 @@ def test_ids_are_those_of_transformers(fixtures):
   texts = [json.loads(line)["text"] for line in (fixtures / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
   theirs = transformers.AutoTokenizer.from_pretrained(str(fixtures / "tokenizer"))
   assert [ids[:-1] for ids in tokenizer.load(fixtures / "tokenizer").encode_batch(texts)] == theirs(texts)["input_ids"]
+
+
+# ---- bytes that a document's first token spells ----
+
+
+@pytest.mark.parametrize("kind", ["examples/base", "tests/fixtures/tokenizer", "tests/fixtures/sentencepiece"])
+@hypothesis.given(text=st.one_of(TEXTS, st.text("The at\n\u4eba\u751f", max_size=20)).filter(lambda t: t and "\u2581" not in t))
+def test_the_first_token_and_what_follows_spell_the_text(root, kind, text):
+  loaded = tokenizer.load(root / kind)
+  if loaded.path.suffix == ".json":
+    piece_of = tokenizers.Tokenizer.from_file(str(loaded.path)).id_to_token
+  else:
+    piece_of = sentencepiece.SentencePieceProcessor(model_file=str(loaded.path)).id_to_piece
+  first, *rest = loaded.encode_contents([text])[0]
+  pieces = [piece_of(number) for number in rest]
+  if kind == "examples/base":
+    spelt = sum(map(len, pieces))
+  else:
+    spelt = sum(1 if piece.startswith("<0x") else len(piece.replace("\u2581", " ").encode()) for piece in pieces)
+  assert loaded.opening_bytes_V[first] + spelt == len(text.encode())
+
+
+def test_special_tokens_open_a_document_with_no_bytes(fixtures, root):
+  for path in (fixtures / "tokenizer", fixtures / "sentencepiece", root / "examples" / "base"):
+    loaded = tokenizer.load(path)
+    assert loaded.opening_bytes_V.shape == (loaded.vocab_size,)
+    control = {loaded.eos_id, loaded.bos_id, loaded.unk_id, *loaded.special_ids} - {None}
+    assert control and not loaded.opening_bytes_V[sorted(control)].any()
+  base = tokenizer.load(root / "examples" / "base")  # which adds no space
+  (first, *_), (spaced, *_) = base.encode_contents(["The cat", " The cat"])
+  assert (base.opening_bytes_V[first], base.opening_bytes_V[spaced]) == (3, 4)
+
+
+def test_added_tokens_spell_themselves(copy):
+  directory = copy()
+  extra = {"id": 300, "content": "caf\u00e9", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+  change(directory / "tokenizer.json", lambda c: c["added_tokens"].append({**extra, "special": False}))
+  loaded = tokenizer.load(directory)
+  assert loaded.encode_contents(["caf\u00e9"]) == [[300]] and loaded.opening_bytes_V[300] == 5

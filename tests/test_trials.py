@@ -49,9 +49,16 @@ def test_shares_of_a_role_keep_their_ratio_and_ramps_count_by_their_end():
 def test_phases_given_in_steps_take_the_same_part_of_a_trial():
   c = run_config()
   c.schedule.name, c.schedule.warmup, c.schedule.anneal = "wsd", "6000 steps", "200M tokens"
-  rates = schedule.from_config(configs.resolve(trials.trial_config(c, Trial(1e-3, 0.2, 40, 0))))
+  [(_, rates)] = schedule.from_config(configs.resolve(trials.trial_config(c, Trial(1e-3, 0.2, 40, 0)))).parts
   assert configs.num_steps(c) == 122_071
   assert (rates.warmup_steps, rates.falls[0].num_steps) == (2, 8)
+
+
+def test_a_run_in_stages_has_no_one_rate_to_look_for():
+  c = run_config()
+  c.train.stages = (("embeddings", "20%", 1e-3), ("all", "rest", 1e-4))
+  with pytest.raises(ConfigError, match=r"train.stages: a probe looks for one rate of the whole run; leave the stages out"):
+    trials.trial_config(c, Trial(1e-3, 0.2, 40, 0))
 
 
 def test_a_run_without_replay_or_domain_is_refused_with_the_fix():

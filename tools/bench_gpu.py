@@ -269,10 +269,9 @@ class Training:
     self.spec = spec.from_hf(hf_config(model, quick=quick))
     self.mesh = mesh_lib.make_mesh(**self.config.mesh)
     jax.set_mesh(self.mesh)
-    abstract = transformer.abstract_params(self.spec)
-    tx = optimizer.from_config(self.config, abstract)
+    tx = optimizer.from_config(self.config, self.spec)
     self.state = state.create(transformer.init(self.spec, jax.random.key(0)), tx)
-    update = step.from_config(self.config, self.spec, tx, source_weights=(1.0,), max_documents=self.documents)
+    update = step.from_config(self.config, self.spec, source_weights=(1.0,), max_documents=self.documents)
     self._step = jax.jit(update, donate_argnums=0)
     random = np.random.default_rng(0)
     self.batches = [_batch(random, self.spec.vocab_size, rows, row_len, self.documents) for _ in range(2)]

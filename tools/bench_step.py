@@ -54,9 +54,9 @@ class Training:
     jax.set_mesh(self.mesh)
     self._rates, self._num_done = schedule.from_config(config), 0
     abstract = transformer.abstract_params(self.spec)
-    tx = optimizer.from_config(config, abstract)
+    tx = optimizer.from_config(config, self.spec)
     self.state = state.create(pretrained.load_params(base, self.spec, abstract), tx)
-    train_step = step.from_config(config, self.spec, tx, source_weights=(1.0,) * num_sources)
+    train_step = step.from_config(config, self.spec, source_weights=(1.0,) * num_sources)
     self._step = jax.jit(train_step, donate_argnums=0)
 
   def step(self, batch: Any) -> Any:

@@ -253,7 +253,8 @@ def write(
           on_bytes=on_bytes,
         )
     elif (source / "config.json").is_file():
-      config = hf_files.load_json(source / "config.json") | {"vocab_size": rows, expansion.TRUE_SIZE: grown.vocab_size}
+      sizes = {"vocab_size": rows, expansion.TRUE_SIZE: grown.vocab_size, expansion.BASE_SIZE: base.vocab_size}
+      config = hf_files.load_json(source / "config.json") | sizes
       hf_files.write_file(partial / "config.json", json.dumps(config, indent=2).encode() + b"\n")
     hf_files.write_file(partial / grow.RECORD, record_text(record).encode())
   return output

@@ -44,10 +44,10 @@ def main(argv: list[str]) -> int:
     return error.exit_code
   rows = []
   for source in inputs.loader.sources:
-    held = inputs.loader.heldout_rows(source.name, max_tokens=inputs.config.eval.tokens)
+    held = inputs.loader.heldout_rows(source.name, max_tokens=inputs.config.eval.tokens, max_bytes=inputs.config.eval.bytes)
     targets = np.concatenate([batch.targets_BT[batch.weights_BT > 0] for batch in held.batches])
     loss = unigram_loss(token_counts(source, inputs.spec.vocab_size), targets)
-    bits_per_byte = loss * held.num_tokens / math.log(2) / held.num_bytes
+    bits_per_byte = loss * held.num_tokens / math.log(2) / held.num_target_bytes
     rows.append([source.name, f"{held.num_tokens:,}", f"{held.num_bytes:,}", f"{loss:.4f}", f"{bits_per_byte:.4f}"])
   console.table("token frequencies alone, on held-out documents", ["source", "tokens", "bytes", "nats/token", "bits/byte"], rows)
   return 0

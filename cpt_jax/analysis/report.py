@@ -14,8 +14,8 @@ from cpt_jax.analysis.runs import Run
 from cpt_jax.config import ConfigError
 
 # Okabe and Ito's colours, told apart with any kind of colour vision.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_GREY = "#777777"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+GREY = "#777777"
 
 
 class Row(NamedTuple):
@@ -105,19 +105,19 @@ def differences(run: Run, plan: Plan) -> list[str]:
 
 def figure(run: Run, table: list[Row], plan: Plan | None, path: str | pathlib.Path) -> None:
   """Losses over the run with what was predicted for its end; with a plan also where it came out beside the frontier."""
-  plt = _pyplot()
+  plt = pyplot()
   columns = 1 if plan is None else 2
   made, axes = plt.subplots(1, columns, figsize=(6.4 * columns, 4.6), squeeze=False, layout="constrained")
   ax = axes[0][0]
   steps_E = run.eval_steps_E
-  for row, colour in zip(table, _COLOURS * len(table), strict=False):
+  for row, colour in zip(table, COLOURS * len(table), strict=False):
     ax.plot(steps_E, run.losses[row.source] - row.base, marker="o", color=colour, label=f"{row.source} ({row.role}), measured")
     low, high = row.predicted - row.low, row.high - row.predicted
     ax.errorbar(
       [len(run.rates_S) * 1.03], [row.predicted - row.base], yerr=[[low], [high]], marker="D", capsize=5, color=colour, alpha=0.6,
       label=f"{row.source}, predicted",
     )  # fmt: skip
-  ax.axhline(0, color=_GREY, linewidth=0.8)
+  ax.axhline(0, color=GREY, linewidth=0.8)
   ax.set_xlabel("step")
   ax.set_ylabel("held-out loss less the base's, nats/token")
   ax.set_title("learning and forgetting, and what was predicted for the end")
@@ -133,18 +133,23 @@ def _frontier(ax: Any, table: list[Row], plan: Plan) -> None:
     rise = max(getattr(row, value) - row.base for row in table if row.role == "replay")
     return rise, float(np.mean([getattr(row, value) for row in table if row.role == "domain"]))
 
-  ax.plot(*zip(*plan.frontier, strict=True), color=_COLOURS[0], label="frontier, predicted")
-  ax.plot(*place("predicted"), marker="*", markersize=15, linestyle="", color=_COLOURS[1], label="the plan's choice, predicted")
+  ax.plot(*zip(*plan.frontier, strict=True), color=COLOURS[0], label="frontier, predicted")
+  ax.plot(*place("predicted"), marker="*", markersize=15, linestyle="", color=COLOURS[1], label="the plan's choice, predicted")
   ax.plot(*place("measured"), marker="X", markersize=11, linestyle="", color="black", label="this run, measured")
   if plan.limit is not None:
-    ax.axvline(plan.limit, color=_GREY, linestyle="--", label=f"limit, {plan.limit:g} nats")
+    ax.axvline(plan.limit, color=GREY, linestyle="--", label=f"limit, {plan.limit:g} nats")
   ax.set_xlabel("general loss less the base's, nats/token")
   ax.set_ylabel("domain loss, nats/token")
   ax.set_title("where the run came out")
   ax.legend(fontsize=8)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+  """Matplotlib's, without a screen.
+
+  Raises:
+    ConfigError: it is not installed.
+  """
   try:
     import matplotlib
   except ImportError:

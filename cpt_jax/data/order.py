@@ -29,6 +29,9 @@ class Read(NamedTuple):
   tokens: int = 0  # targets that count in the loss
   documents: int = 0  # that were begun, once for each time
   epochs: float = 0.0  # 1.5 = one and a half
+  # Of text: a document that is cut over rows has its bytes shared out by pairs. None where the store or an older record, of a
+  # source that is not read any more, does not say.
+  bytes: int | None = 0
 
 
 class Segment(NamedTuple):
@@ -51,8 +54,12 @@ class Segment(NamedTuple):
 
 def from_json(segment: Mapping[str, Any]) -> Segment:
   """What `Segment.to_json` was."""
-  read = {name: Read(**read) for name, read in segment["read"].items()}
-  return Segment(segment["start_step"], read, segment["sources"], segment.get("skipped", {}))
+  return Segment(segment["start_step"], reads_from_json(segment["read"]), segment["sources"], segment.get("skipped", {}))
+
+
+def reads_from_json(reads: Mapping[str, Any]) -> dict[str, Read]:
+  """What was read of each source, as a record keeps it; older ones count no bytes."""
+  return {name: Read(**{"bytes": None, **read}) for name, read in reads.items()}
 
 
 def terms(source: Any, *, epoch_rows: int) -> dict[str, Any]:

@@ -93,6 +93,12 @@ class Plan:
     """The most segments in a row, beside its padding."""
     return 1 if self.cross_documents else int(np.diff(self.row_ends, prepend=0).max(initial=1))
 
+  def piece_numbers(self, rows: np.ndarray) -> np.ndarray:
+    """Numbers of the pieces of these rows, a row after the other."""
+    ends = self.row_ends[rows]
+    counts = ends - np.where(rows > 0, self.row_ends[rows - 1], 0)
+    return np.arange(counts.sum()) + np.repeat(ends - np.cumsum(counts), counts)
+
   def pieces(self, row: int) -> list[tuple[int, int, int]]:
     """(document, first pair, pairs) of each piece of a row, in order."""
     first, end = int(self.row_ends[row - 1]) if row else 0, int(self.row_ends[row])

@@ -25,9 +25,10 @@ from cpt_jax.data.order import Order, Read
 from cpt_jax.data.selection import Selection
 from cpt_jax.data.shuffle import Shuffle
 from cpt_jax.data.sources import Source
-from cpt_jax.data.store import open_store
+from cpt_jax.data.store import TokenStore, open_store
 
 FORMAT = 2  # of `state`, and of the order of rows that a fingerprint stands for
+_TALLY_ROWS = 1 << 16  # counted at once, for their pieces take memory
 MANY_EPOCHS = (
   4.0  # up to here repeats are worth almost as much as new text (Muennighoff et al. 2305.16264; D-CPT law, 2406.01375)
 )
@@ -40,6 +41,7 @@ class HeldOut:
   batches: Sequence[Batch]  # made when asked for
   num_tokens: int  # targets, i.e. the sum of all weights
   num_bytes: int  # UTF-8 bytes of the documents' whole texts
+  num_target_bytes: int  # those that targets spell: all but what the documents' first tokens do, which nothing predicts
   num_documents: int
   max_documents: int  # the most of them in a row
 
@@ -127,7 +129,7 @@ class Loader:
     self._shuffles = [
       Shuffle(max(plan.num_rows, 1), name=source.name, seed=seed) for source, plan in zip(sources, self.plans, strict=True)
     ]
-    self._tallies = [_Tally(plan, shuffle) for plan, shuffle in zip(self.plans, self._shuffles, strict=True)]
+    self._tallies = [_Tally(*parts) for parts in zip(self.plans, self._shuffles, (s.store for s in sources), strict=True)]
     known = [orders.from_json(segment) for segment in past["segments"]] if past else []
     before = {name: terms["fingerprint"] for segment in known for name, terms in segment.sources.items()}
     # Sources that had another store before; nothing was read of it, or this is refused below.
@@ -136,7 +138,7 @@ class Loader:
       known,
       {s.name: orders.terms(s, epoch_rows=plan.num_rows) for s, plan in zip(sources, self.plans, strict=True)},
       step=start_step,
-      read={name: Read(**read) for name, read in past["read"].items()} if past else {},
+      read=orders.reads_from_json(past["read"]) if past else {},
       skip=skip,
     )
     self.order = Order(segments, num_steps=num_steps, batch_rows=batch_rows)
@@ -236,11 +238,12 @@ class Loader:
     rows = self.order.rows(step)
     for source, plan, tally in zip(self.sources, self.plans, self._tallies, strict=True):
       n, last = rows[source.name], self.order.segments[-1]
-      tokens, documents = tally.count(n + last.num_skipped(source.name))
+      counted = tally.count(n + last.num_skipped(source.name))
       for first, stop in last.skipped.get(source.name, ()):
-        passed = tally.between(first, stop)
-        tokens, documents = tokens - passed[0], documents - passed[1]
-      found[source.name] = Read(n, tokens, documents, n / plan.num_rows) if n else Read()
+        counted = counted - tally.between(first, stop)
+      tokens, documents, num_bytes = counted.tolist()
+      known = num_bytes if source.store.num_bytes is not None else None
+      found[source.name] = Read(n, tokens, documents, n / plan.num_rows, known) if n else Read()
     return found
 
   def ledger(self, step: int) -> list[dict]:
@@ -252,25 +255,42 @@ class Loader:
     return [{"source": name, "role": roles.get(name, ""), **read[name]._asdict()} for name in names]
 
   def heldout_rows(
-    self, source_name: str, *, max_tokens: int, batch_rows: int | None = None, rows: slice | None = None
+    self, source_name: str, *, max_tokens: int, max_bytes: int = 0, batch_rows: int | None = None, rows: slice | None = None
   ) -> HeldOut:
     """Held-out documents of a source, in the order of their hashes, with at most `max_tokens` pairs together.
 
-    `rows` is this process's part of each batch, as in `batches`; the counts are those of all rows.
+    With `max_bytes` it is so many bytes of text instead: the same documents whatever the tokenizer. `rows` is this process's part
+    of each batch, as in `batches`; the counts are those of all rows.
 
     Whole documents only: one that does not fit in what is left is passed over; if none fits at all, the smallest is taken.
     They are packed best_fit, each a segment of its own (also where training crosses documents), so a document no longer than
-    a row is never cut and its loss depends on nothing else. A document's first token is never a target, yet bits per byte
-    divide by all of the document's bytes: low by one token a document, alike for every model with this tokenizer.
+    a row is never cut and its loss depends on nothing else. A document's first token is never a target.
+
+    Raises:
+      ConfigError: nothing says how many bytes the documents have, or their first tokens.
     """
     m = self.names.index(source_name)
     source = self.sources[m]
-    documents = whole_documents(source.heldout_documents, source.store.lengths, max_tokens=max_tokens)
+    sizes = source.store.doc_bytes() if max_bytes else None
+    if max_bytes and sizes is None:
+      raise ConfigError(
+        f"data.sources.{source_name}.store={str(source.store.path)!r}: a store made by datatrove does not say how many bytes its "
+        "documents have, by which eval.bytes chooses; set eval.bytes=0, and eval.tokens instead"
+      )
+    documents = whole_documents(
+      source.heldout_documents, source.store.lengths, max_tokens=max_tokens, max_bytes=max_bytes, doc_bytes=sizes
+    )
+    if self._tokenizer is None:
+      raise ConfigError(
+        f"data.sources.{source_name}.store={str(source.store.path)!r}: bits per byte need the tokenizer, which says how many "
+        "bytes the first tokens of documents spell, and in a store made by datatrove the documents; set data.tokenizer"
+      )
     return evaluation_rows(
       source.store,
       documents,
       lengths=source.store.lengths,
-      num_bytes=self._num_bytes(source, documents),
+      doc_bytes=document_bytes(source.store, documents, self._tokenizer),
+      opening_bytes_V=self._tokenizer.opening_bytes_V,
       source=m,
       row_len=self.row_len,
       batch_rows=batch_rows or self.eval_batch_rows,
@@ -335,17 +355,6 @@ class Loader:
       low, high = (middle, high) if self.order.rows(middle)[name] < epoch_rows else (low, middle)
     return f"step {high}: it is repeated"
 
-  def _num_bytes(self, source: Source, documents: np.ndarray) -> int:
-    num_bytes = source.store.doc_bytes()
-    if num_bytes is not None:
-      return int(num_bytes[documents].sum())
-    if self._tokenizer is None:
-      raise ConfigError(
-        f"data.sources.{source.name}.store={str(source.store.path)!r}: a store made by datatrove does not say how many bytes its "
-        "documents have, which bits per byte need; set data.tokenizer, so that the held-out documents can be decoded"
-      )
-    return sum(len(self._tokenizer.decode(source.store.document(i).tolist()).encode()) for i in documents.tolist())
-
 
 def from_config(
   config,
@@ -362,7 +371,6 @@ def from_config(
     ConfigError: a source that runs out where it must not, shares that are all 0 at some step, or a past that cannot go on.
   """
   path = config.data.tokenizer or config.start.hf
-  lacks_bytes = any(source.store.num_bytes is None for source in sources)
   loader = Loader(
     sources,
     num_steps=configs.num_steps(config),
@@ -374,7 +382,7 @@ def from_config(
     seed=config.seed,
     num_threads=config.data.prefetch,
     eval_batch_rows=config.eval.batch_rows or config.train.batch_rows // config.train.microbatches,
-    tokenizer=tokenizers.load(path) if lacks_bytes and path else None,
+    tokenizer=tokenizers.load(path) if path else None,
     vocab_size=vocab_size,
     past=past,
     start_step=start_step,
@@ -391,7 +399,8 @@ def evaluation_rows(
   documents: np.ndarray,
   *,
   lengths: np.ndarray,
-  num_bytes: int,
+  doc_bytes: np.ndarray,
+  opening_bytes_V: np.ndarray,
   source: int,
   row_len: int,
   batch_rows: int,
@@ -400,9 +409,11 @@ def evaluation_rows(
 ) -> HeldOut:
   """Documents as evaluation batches: packed best_fit in the order given, each a segment of its own.
 
-  `lengths` are of all documents of the store, `num_bytes` of those that are named, `source` is the number that the rows bear.
-  `rows` is this process's part of each batch; `check` sees every batch.
+  `lengths` are of all documents of the store, `doc_bytes` of those that are named, `source` is the number that the rows bear.
+  `opening_bytes_V` is the tokenizer's. `rows` is this process's part of each batch; `check` sees every batch.
   """
+  firsts = [(int(store.tokens(i, 0, 1)[0]), bool(store.loss_mask(i, 0, 1)[0])) for i in documents.tolist()]
+  unpredicted = [int(opening_bytes_V[token]) if counts else 0 for token, counts in firsts]
   plan = packing.plan(
     lengths, row_len=row_len, policy="best_fit", documents=documents, shuffle=False, count_targets=packing.target_counter(store)
   )
@@ -417,7 +428,16 @@ def evaluation_rows(
     return batch
 
   batches = _Batches(-(-plan.num_rows // batch_rows), make)
-  return HeldOut(batches, plan.num_targets, num_bytes, len(documents), plan.max_documents)
+  num_target_bytes = int(np.maximum(doc_bytes - np.array(unpredicted, np.int64), 0).sum())
+  return HeldOut(batches, plan.num_targets, int(doc_bytes.sum()), num_target_bytes, len(documents), plan.max_documents)
+
+
+def document_bytes(store: TokenStore, documents: np.ndarray, tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+  """UTF-8 bytes of each of these documents' texts, as far as they count in the loss, int64; by decoding if need be."""
+  known = store.doc_bytes()
+  if known is not None:
+    return known[documents].astype(np.int64)
+  return np.array([len(tokenizer.decode(store.document(i).tolist()).encode()) for i in documents.tolist()], np.int64)
 
 
 def changed_settings(config, past: dict) -> list[str]:
@@ -426,8 +446,8 @@ def changed_settings(config, past: dict) -> list[str]:
   return [f"{key} was {old!r}, now it is {now[key]!r}" for key, old in past["settings"].items() if now[key] != old]
 
 
-def from_record(record: dict, step: int) -> Loader:
-  """The loader that read the rows of `step` of a run, from its record alone.
+def from_record(record: dict, step: int, *, tokenizer: tokenizers.Tokenizer | None = None) -> Loader:
+  """The loader that read the rows of `step` of a run, from its record alone; with `tokenizer` it has held-out rows too.
 
   Raises:
     ConfigError: a store is not there any more, or holds something else now.
@@ -456,6 +476,7 @@ def from_record(record: dict, step: int) -> Loader:
     cross_documents=settings["data.cross_documents"],
     split_positions=settings["data.split_positions"],
     seed=settings["seed"],
+    tokenizer=tokenizer,
     past={**record, "segments": record["segments"][: len(known)], "read": {n: r._asdict() for n, r in begin.read.items()}},
     start_step=begin.start_step,
   )
@@ -475,36 +496,51 @@ class _Part:
 
 
 class _Tally:
-  """Targets and documents of a source's first rows, in the order in which they are read; counts on from where it was asked."""
+  """What a source's first rows hold, in the order in which they are read; counts on from where it was asked.
 
-  def __init__(self, plan: packing.Plan, shuffle: Shuffle):
-    self._plan, self._shuffle = plan, shuffle
-    self._rows, self._targets, self._documents = 0, 0, 0  # the last answer
+  A count is int64 [3]: targets, documents that begin in the rows, and bytes of text, which mean nothing if the store has no say.
+  """
+
+  def __init__(self, plan: packing.Plan, shuffle: Shuffle, store: TokenStore):
+    self._plan, self._shuffle, self._store = plan, shuffle, store
+    self._rows, self._counted = 0, np.zeros(3, np.int64)  # the last answer
     self._lock = threading.Lock()
 
-  def count(self, num_rows: int) -> tuple[int, int]:
-    """Of the first `num_rows` rows: targets, and documents that begin in them."""
-    plan = self._plan
+  def count(self, num_rows: int) -> np.ndarray:
+    """Of the first `num_rows` rows."""
     with self._lock:
-      epochs = num_rows // plan.num_rows
-      if not epochs * plan.num_rows <= self._rows <= num_rows:  # whole epochs need no counting
-        self._rows = epochs * plan.num_rows
-        self._targets, self._documents = epochs * plan.num_targets, epochs * int(plan.row_docs.sum(dtype=np.int64))
-      rows = self._shuffle.rows(self._rows, num_rows)
+      epochs = num_rows // self._plan.num_rows
+      if not epochs * self._plan.num_rows <= self._rows <= num_rows:  # whole epochs need no counting
+        self._rows, self._counted = epochs * self._plan.num_rows, epochs * self._of_epoch if epochs else np.zeros(3, np.int64)
+      self._counted = self._counted + self._of(self._shuffle.rows(self._rows, num_rows))
       self._rows = num_rows
-      self._targets += int(plan.row_targets[rows].sum(dtype=np.int64))
-      self._documents += int(plan.row_docs[rows].sum(dtype=np.int64))
-      return self._targets, self._documents
+      return self._counted
 
-  def between(self, first: int, stop: int) -> tuple[int, int]:
-    """Of the rows [first, stop): targets, and documents that begin in them."""
-    targets, documents = 0, 0
+  def between(self, first: int, stop: int) -> np.ndarray:
+    """Of the rows [first, stop)."""
+    counted = np.zeros(3, np.int64)
     while first < stop:  # an epoch at a time
       end = min(stop, (first // self._plan.num_rows + 1) * self._plan.num_rows)
-      rows, first = self._shuffle.rows(first, end), end
-      targets += int(self._plan.row_targets[rows].sum(dtype=np.int64))
-      documents += int(self._plan.row_docs[rows].sum(dtype=np.int64))
-    return targets, documents
+      counted += self._of(self._shuffle.rows(first, end))
+      first = end
+    return counted
+
+  @functools.cached_property
+  def _of_epoch(self) -> np.ndarray:
+    return self._of(np.arange(self._plan.num_rows))
+
+  def _of(self, rows: np.ndarray) -> np.ndarray:
+    plan, lengths, doc_bytes = self._plan, self._store.lengths, self._store.doc_bytes()
+    counted = np.array([plan.row_targets[rows].sum(dtype=np.int64), plan.row_docs[rows].sum(dtype=np.int64), 0])
+    if doc_bytes is None:
+      return counted
+    for part in range(0, len(rows), _TALLY_ROWS):
+      at = plan.piece_numbers(rows[part : part + _TALLY_ROWS])
+      doc, start = plan.doc[at], plan.start[at].astype(np.int64)
+      # Differences of whole numbers of bytes, so that the pieces of a document add up to it.
+      edges = np.stack([start, start + plan.length[at]]) * doc_bytes[doc].astype(np.int64) // (lengths[doc] - 1)
+      counted[2] += int((edges[1] - edges[0]).sum())
+    return counted
 
 
 class _Batches(Sequence[Batch]):
@@ -584,18 +620,26 @@ def _digest(content: list) -> str:
   return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def whole_documents(documents: np.ndarray, lengths: np.ndarray, *, max_tokens: int) -> np.ndarray:
-  """Documents with at most `max_tokens` pairs together, in the order given; the smallest alone if none fits."""
-  pairs = lengths[documents] - 1
-  documents, pairs = documents[pairs > 0], pairs[pairs > 0]
-  smallest, left, taken = int(pairs.min()), max_tokens, []
-  for nth, size in enumerate(pairs.tolist()):
+def whole_documents(
+  documents: np.ndarray, lengths: np.ndarray, *, max_tokens: int, max_bytes: int = 0, doc_bytes: np.ndarray | None = None
+) -> np.ndarray:
+  """Documents with at most `max_tokens` pairs together, in the order given; the smallest alone if none fits.
+
+  With `max_bytes` at most so many of `doc_bytes`, of all documents of the store, instead.
+  """
+  documents = documents[lengths[documents] > 1]
+  sizes, left = lengths[documents] - 1, max_tokens
+  if max_bytes:
+    assert doc_bytes is not None, "max_bytes without doc_bytes"
+    sizes, left = doc_bytes[documents], max_bytes
+  smallest, taken = int(sizes.min()), []
+  for nth, size in enumerate(sizes.tolist()):
     if size <= left:
       taken.append(nth)
       left -= size
     if left < smallest:
       break
-  return documents[taken or [int(pairs.argmin())]]
+  return documents[taken or [int(sizes.argmin())]]
 
 
 def _notes(source: Source, chosen: Selection, epochs: float) -> Iterator[str]:

@@ -375,6 +375,7 @@ class TokenStore:
     self._maps: dict[tuple[int, str], np.ndarray] = {}
     self._lengths: np.ndarray | None = None
     self._hashes: np.ndarray | None = None
+    self._bytes: np.ndarray | None = None
 
   def _part(self, number: int, part: str) -> np.ndarray:
     maps = self._maps  # reader threads share it: at worst one of them maps a file twice
@@ -447,10 +448,11 @@ class TokenStore:
     return self._hashes
 
   def doc_bytes(self) -> np.ndarray | None:
-    """UTF-8 bytes of each document's text that counts in the loss, int64 [num_documents]; None in a store of datatrove's."""
-    if self.manifest is None:
-      return None
-    return np.concatenate([np.zeros(0, np.int64), *(f.map("bytes").astype(np.int64) for f in self._files)])
+    """UTF-8 bytes of each document's text that counts in the loss, uint32 [num_documents]; None in a store of datatrove's."""
+    if self.manifest is not None and self._bytes is None:
+      self._bytes = np.concatenate([np.zeros(0, np.uint32), *(f.map("bytes").astype(np.uint32) for f in self._files)])
+      self._bytes.flags.writeable = False
+    return self._bytes
 
   def read_max_token_id(self) -> int:
     """The largest id, by reading every token; for stores whose `max_token_id` is None."""

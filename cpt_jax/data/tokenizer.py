@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import sentencepiece
 import tokenizers
 
@@ -23,6 +24,7 @@ _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "config.json"
 _CHAT_TEMPLATE = "chat_template.jinja"
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _PROBES = ("a", "The cat sat on 12 mats.")
+SPACE = "\u2581"  # SentencePiece's mark of a space
 
 
 class Encoded(NamedTuple):
@@ -61,7 +63,8 @@ class Tokenizer:
     chat_template: str,
     special_ids: Sequence[int],
     unk_id: int | None,
-    find_byte_ids: Callable[[], list[int]],
+    find_pieces: Callable[[], dict[int, str]],
+    is_byte_level: bool,
     encode_texts: Callable[[list[str]], list[list[int]]],
     locate_texts: Callable[[list[str], bool, bool], list[Located]] | None,
     decode_ids: Callable[[list[int]], str],
@@ -78,7 +81,7 @@ class Tokenizer:
     self.chat_template = chat_template  # jinja source; "" where there is none
     self.special_ids = frozenset(special_ids)
     self.unk_id = unk_id  # what stands for text that the vocabulary cannot spell; None where it spells everything
-    self._find_byte_ids = find_byte_ids
+    self._find_pieces, self._is_byte_level = find_pieces, is_byte_level
     self.can_locate = locate_texts is not None
     self._locate_texts = locate_texts
     self._eos_problem = eos_problem
@@ -95,7 +98,37 @@ class Tokenizer:
   @functools.cached_property
   def byte_ids(self) -> frozenset[int]:
     """Ids of single bytes of characters that have several: what spells a character for which there is no token."""
-    return frozenset(self._find_byte_ids())
+    vocab = {piece: number for number, piece in self._pieces.items()}
+    spelt = byte_characters() if self._is_byte_level else [f"<0x{byte:02X}>" for byte in range(0x100)]
+    return frozenset(vocab[piece] for piece in spelt[0x80:] if piece in vocab)
+
+  @functools.cached_property
+  def _pieces(self) -> dict[int, str]:
+    """The ids that spell text, in the model's own spelling."""
+    return self._find_pieces()
+
+  @functools.cached_property
+  def opening_bytes_V(self) -> np.ndarray:
+    """UTF-8 bytes that each id spells where a text begins with it, int64 [V]; special tokens and the unknown one have 0.
+
+    A space that the tokenizer itself puts before a text, as SentencePiece does, is no part of it. Of a text that begins with a
+    space this is one byte too few where the tokenizer then adds none.
+    """
+    space = byte_characters()[ord(" ")] if self._is_byte_level else SPACE
+    (probe,) = self._encode_texts(["a"])
+    added = int("".join(self._pieces.get(number, "") for number in probe).startswith(space))
+    bytes_V = np.zeros(self.vocab_size, np.int64)
+    for number, piece in self._pieces.items():
+      bytes_V[number] = self._num_bytes(piece) - (added if piece.startswith(space) else 0)
+    for piece, number in self.added_ids.items():
+      bytes_V[number] = 0 if piece in self.special_tokens else len(piece.encode())  # found in a text as it is
+    bytes_V[[number for number in (self.unk_id, self.bos_id, self.eos_id) if number is not None]] = 0
+    return bytes_V
+
+  def _num_bytes(self, piece: str) -> int:
+    if self._is_byte_level:
+      return len(piece)
+    return 1 if is_byte_piece(piece) else len(piece.replace(SPACE, " ").encode())
 
   def require_eos(self) -> int:
     """The id of EOS.
@@ -367,9 +400,8 @@ def _load_fast(file: Path, raw: bytes, side: dict[str, dict], eos_token: str) ->
     chat_template=_chat_template(directory, side),
     special_ids=[t["id"] for t in content.get("added_tokens") or [] if t.get("special")],
     unk_id=_unk_id(content["model"], model),
-    find_byte_ids=lambda: _byte_ids(
-      model.get_vocab(with_added_tokens=False), is_byte_level="ByteLevel" in json.dumps([content.get("decoder")])
-    ),
+    find_pieces=lambda: {number: piece for piece, number in model.get_vocab(with_added_tokens=False).items()},
+    is_byte_level="ByteLevel" in json.dumps([content.get("decoder")]),
     locate_texts=locate_texts,
     encode_texts=lambda texts: [e.ids for e in model.encode_batch_fast(texts, add_special_tokens=False)],
     decode_ids=lambda ids: model.decode(ids, skip_special_tokens=True),
@@ -383,12 +415,9 @@ def _unk_id(model: dict[str, Any], loaded: tokenizers.Tokenizer) -> int | None:
   return model.get("unk_id")
 
 
-def _byte_ids(vocab: dict[str, int], *, is_byte_level: bool) -> list[int]:
-  """Byte pieces `<0xE4>` of SentencePiece from 0x80 on, or the characters by which byte-level vocabularies write such bytes."""
-  if not is_byte_level:
-    return [vocab[piece] for byte in range(0x80, 0x100) if (piece := f"<0x{byte:02X}>") in vocab]
-  spelt = byte_characters()
-  return [vocab[piece] for byte in range(0x80, 0x100) if (piece := spelt[byte]) in vocab]
+def is_byte_piece(piece: str) -> bool:
+  """Is it a piece such as `<0xE4>`, by which SentencePiece and its kin spell a byte."""
+  return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
 
 def byte_characters() -> list[str]:
@@ -488,7 +517,8 @@ def _load_sentencepiece(file: Path, raw: bytes, side: dict[str, dict], eos_token
     chat_template=_chat_template(file.parent, side),
     special_ids=[],
     unk_id=model.unk_id() if model.unk_id() >= 0 else None,
-    find_byte_ids=lambda: _byte_ids({model.id_to_piece(i): i for i in range(size) if model.is_byte(i)}, is_byte_level=False),
+    find_pieces=lambda: {i: model.id_to_piece(i) for i in range(size) if not (model.is_control(i) or model.is_unknown(i))},
+    is_byte_level=False,
     locate_texts=None,
     encode_texts=lambda texts: model.encode(texts, out_type=int),
     decode_ids=lambda numbers: model.decode([n for n in numbers if n < size and not model.is_control(n)]),

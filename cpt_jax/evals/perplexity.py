@@ -1,11 +1,12 @@
 """Held-out rows of every source -> loss and bits per byte.
 
-Invariant: sums over whole documents, each target once, divided once; padding counts for nothing.
+Invariant: sums over whole documents, each target once, divided once, by tokens or by the bytes that these spell, which are all
+but the documents' first tokens'; padding counts for nothing.
 Called by train.loop, probe.stacked.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,8 @@ class SourceLoss(NamedTuple):
   tokens: int  # targets that were predicted
   bytes: int  # UTF-8 bytes of the documents
   documents: int
+  # Those that the targets spell, by which bits_per_byte divide; None in records of versions that divided by all.
+  target_bytes: int | None = None
 
 
 def evaluate(
@@ -50,6 +53,13 @@ def source_loss(held: Any, sums: Sequence[Any]) -> SourceLoss:
   loss_sum = math.fsum(float(s.loss) for s in sums)
   num_tokens = sum(int(s.tokens) for s in sums)
   assert num_tokens == held.num_tokens, f"evaluated {num_tokens} targets of {held.num_tokens}"
-  return SourceLoss(
-    loss_sum / num_tokens, loss_sum / math.log(2) / held.num_bytes, num_tokens, held.num_bytes, held.num_documents
-  )
+  bits_per_byte = loss_sum / math.log(2) / held.num_target_bytes if held.num_target_bytes else math.nan
+  return SourceLoss(loss_sum / num_tokens, bits_per_byte, num_tokens, held.num_bytes, held.num_documents, held.num_target_bytes)
+
+
+def recorded(values: Mapping[str, Any], held: Any | None) -> SourceLoss:
+  """A loss that a checkpoint keeps; one of an older version's with the target bytes of the same held-out documents."""
+  loss = SourceLoss(**values)
+  if loss.target_bytes is not None or held is None or held.num_bytes != loss.bytes or not held.num_target_bytes:
+    return loss
+  return loss._replace(bits_per_byte=loss.bits_per_byte * loss.bytes / held.num_target_bytes, target_bytes=held.num_target_bytes)

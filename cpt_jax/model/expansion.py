@@ -20,6 +20,7 @@ from cpt_jax.vocab.initialise import Block, Sources
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TRUE_SIZE = "true_vocab_size"  # in config.json, beside vocab_size, which counts rows: ids from here on are padding
+BASE_SIZE = "base_vocab_size"  # ids from here on belong to the pieces that were added
 _COPY_BYTES = 8 << 20
 
 # A new table's rows: of the old rows, seen as they lie on disk, to what stands behind them.
@@ -119,6 +120,7 @@ def write(
   config = {key: value for key, value in model.hf_config.items() if key != "auto_map"} | {
     "vocab_size": rows,
     TRUE_SIZE: vocab_size,
+    BASE_SIZE: num_old,
   }
   hf_files.write_file(output / "config.json", json.dumps(config, indent=2).encode() + b"\n")
 

@@ -340,6 +340,8 @@ def to_hf(spec: ModelSpec) -> dict[str, Any]:
   }
   if spec.true_vocab_size:
     config["true_vocab_size"] = spec.true_vocab_size
+  if spec.base_vocab_size:
+    config["base_vocab_size"] = spec.base_vocab_size
   if spec.family != "llama":
     config["sliding_window"] = max(spec.windows, default=0) or None
   if spec.family in ("qwen2", "qwen3"):

@@ -7,7 +7,8 @@ for a model other than the one the file describes. Called by main, model.pretrai
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,18 @@ class ModelSpec:
   init_std: float = 0.02
   # Ids from here on are padding rows, which no softmax may count; 0 = none. Written by tools/grow_vocab.py.
   true_vocab_size: int = 0
+  # Ids from here on belong to pieces that were added; 0 = none was. Written by tools/grow_vocab.py.
+  base_vocab_size: int = 0
 
   @property
   def num_ids(self) -> int:
     """Ids in use: the rows of the embedding without padding."""
     return self.true_vocab_size or self.vocab_size
+
+  @property
+  def new_rows(self) -> range | None:
+    """The rows of pieces that were added to the base's vocabulary; None without any."""
+    return range(self.base_vocab_size, self.num_ids) if self.base_vocab_size else None
 
   def windows_at(self, row_len: int) -> tuple[int, ...]:
     """The windows that hide something in a row of `row_len`: () if none does."""
@@ -101,6 +109,7 @@ _COMMON_DEFAULTS = {
   "use_sliding_window": False,
   "max_window_layers": 28,
   "true_vocab_size": 0,  # unknown to transformers, which takes all rows for ids
+  "base_vocab_size": 0,  # unknown to it, too
 }
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _PARSED = {
@@ -125,6 +134,7 @@ _PARSED = {
   "layer_types",
   "attention_bias",
   "true_vocab_size",
+  "base_vocab_size",
 }
 # Keys that would change the mathematics: accepted only with the values that leave it as it is.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -221,9 +231,12 @@ def from_hf(hf_config: Mapping[str, Any], *, where: str = "config.json") -> Mode
     windows=windows,
     init_std=read.number("initializer_range"),
     true_vocab_size=read.count("true_vocab_size") if read.value("true_vocab_size") else 0,
+    base_vocab_size=read.count("base_vocab_size") if read.value("base_vocab_size") else 0,
   )
   if spec.num_ids > spec.vocab_size:
     read.problem("true_vocab_size", f"must not be above vocab_size={spec.vocab_size}, the rows that there are")
+  if spec.base_vocab_size >= spec.num_ids:
+    read.problem("base_vocab_size", f"must be below the {spec.num_ids} ids that there are; 0 where no piece was added")
   problems.raise_if_any()
   return spec
 
@@ -237,21 +250,44 @@ def num_parameters(spec: ModelSpec) -> int:
   return spec.num_layers * layer + spec.width * (spec.vocab_size * (1 if spec.tied else 2) + 1)
 
 
+def matmul_leaves(spec: ModelSpec) -> dict[str, int]:
+  """Parameters that a token is multiplied with, by the leaf's path: matrices and head, not the embedding's look-up or biases."""
+  of_queries, of_keys = (heads * spec.head_dim for heads in (spec.num_heads, spec.num_kv_heads))
+  widths = {"wq": of_queries, "wk": of_keys, "wv": of_keys, "wo": of_queries}
+  widths |= dict.fromkeys(("w_gate", "w_up", "w_down"), spec.mlp_width)
+  leaves = {f"layers.{name}": spec.num_layers * spec.width * width for name, width in widths.items()}
+  return leaves | {"embedding" if spec.tied else "head": spec.width * spec.vocab_size}
+
+
 def matmul_parameters(spec: ModelSpec) -> int:
-  """Parameters that a token is multiplied with: all matrices and the head, not the embedding's look-up, norms or biases."""
-  heads = spec.head_dim * (2 * spec.num_heads + 2 * spec.num_kv_heads)
-  return spec.num_layers * spec.width * (heads + 3 * spec.mlp_width) + spec.width * spec.vocab_size
+  """The sum of `matmul_leaves`."""
+  return sum(matmul_leaves(spec).values())
 
 
-def flops_per_token(spec: ModelSpec, row_len: int) -> tuple[float, float]:
+def flops_per_token(spec: ModelSpec, row_len: int, *, frozen: Sequence[str] = ()) -> tuple[float, float]:
   """Floating point operations of one training step per token, forward and backward, without recomputation: (causal, palm).
 
   Both are 6 x matmul parameters + attention. `palm` counts the whole attention square (PaLM 2204.02311, appendix B:
   12 x heads x head size x row length per layer), `causal` the half of it that is not masked. A sliding window w counts w keys
   in `palm` and w - w^2 / 2T in `causal`. Documents in a row are not considered.
+
+  Of the 6, 2 are the products forward, 2 the gradients of what goes in, 2 those of the weights. Leaves whose path one of the
+  patterns `frozen` matches, as train.step has them, lack the last, and where nothing below is trained the second too: where all
+  but the head is frozen, layers are only gone through forward. Leaves that are trained in part count whole.
   """
-  products = 6.0 * matmul_parameters(spec)
-  per_key = 12.0 * spec.num_heads * spec.head_dim
+
+  def is_trained(path: str) -> bool:
+    return not any(re.fullmatch(pattern, path) for pattern in frozen)
+
+  leaves, vectors = matmul_leaves(spec), ["attn_norm", "mlp_norm"]
+  vectors += (["bq", "bk", "bv"] if spec.qkv_bias else []) + (["q_norm", "k_norm"] if spec.qk_norm else [])
+  in_layers = {path: size for path, size in leaves.items() if path.startswith("layers.")}
+  reaches_layers = any(map(is_trained, ("embedding", *in_layers, *(f"layers.{name}" for name in vectors))))
+  reaches_head = reaches_layers or is_trained("final_norm")
+  forward, of_layers = sum(leaves.values()), sum(in_layers.values())
+  products = 2.0 * (forward + sum(size for path, size in leaves.items() if is_trained(path)))
+  products += 2.0 * (of_layers * reaches_layers + (forward - of_layers) * reaches_head)
+  per_key = (12.0 if reaches_layers else 4.0) * spec.num_heads * spec.head_dim
   keys_causal = keys_palm = 0.0
   for window in spec.windows or (0,) * spec.num_layers:
     keys = min(window or row_len, row_len)

@@ -4,7 +4,6 @@ Invariant: the base is evaluated as a run does it (data.pipeline.evaluation_rows
 documents where there are enough of them; nothing is loaded whole but the base and the stores' indices. Called by tools.diagnose.
 """
 
-import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -111,27 +110,21 @@ def hold_out(
   """
   rows = max(1, min(_BATCH_POSITIONS, max_tokens // _MIN_BATCHES) // row_len)
   rows = -(-rows // jax.device_count()) * jax.device_count()
-  options: dict[str, Any] = dict(source=number, row_len=row_len, batch_rows=rows)
+  opening_bytes_V = base.tokenizer.opening_bytes_V
+  options: dict[str, Any] = dict(opening_bytes_V=opening_bytes_V, source=number, row_len=row_len, batch_rows=rows)
   source = Source(name, store, role="", share=(), heldout_frac=heldout_frac)
   candidates = source.heldout_documents
   if source.num_pairs(candidates):
     chosen = pipeline.whole_documents(candidates, store.lengths, max_tokens=max_tokens)
     if len(chosen) >= MIN_DOCUMENTS and max_tokens / 2 <= source.num_pairs(chosen) <= max_tokens:
-      num_bytes = _document_bytes(store, chosen, base.tokenizer)
-      rows_of = pipeline.evaluation_rows(store, chosen, lengths=store.lengths, num_bytes=num_bytes, **options)
+      doc_bytes = pipeline.document_bytes(store, chosen, base.tokenizer)
+      rows_of = pipeline.evaluation_rows(store, chosen, lengths=store.lengths, doc_bytes=doc_bytes, **options)
       return Held(rows_of, f"{len(chosen):,} held-out documents")
   drawn = excerpts.draw(store, max_tokens=max_tokens, part_tokens=min(PART_TOKENS, row_len))
-  num_bytes = sum(_text_bytes(drawn, i, base.tokenizer) for i in range(len(drawn)))
+  doc_bytes = np.array([_text_bytes(drawn, i, base.tokenizer) for i in range(len(drawn))], np.int64)
   everything = np.arange(len(drawn))
-  rows_of = pipeline.evaluation_rows(drawn, everything, lengths=drawn.lengths, num_bytes=num_bytes, **options)
+  rows_of = pipeline.evaluation_rows(drawn, everything, lengths=drawn.lengths, doc_bytes=doc_bytes, **options)
   return Held(rows_of, f"excerpts of {len(drawn):,} documents" if drawn.num_cut else f"{len(drawn):,} documents")
-
-
-def _document_bytes(store: stores.TokenStore, documents: np.ndarray, tokenizer: tokenizers.Tokenizer) -> int:
-  num_bytes = store.doc_bytes()
-  if num_bytes is not None:
-    return int(num_bytes[documents].sum())
-  return sum(len(tokenizer.decode(store.document(i).tolist()).encode()) for i in documents.tolist())
 
 
 def _text_bytes(drawn: Excerpts, i: int, tokenizer: tokenizers.Tokenizer) -> int:
@@ -166,7 +159,7 @@ def evaluate(base: Base, held: dict[str, Held], *, config: Any, on_batch: Callab
         loss.loss,
         error,
         loss.bits_per_byte,
-        error * loss.tokens / math.log(2) / loss.bytes,
+        error * loss.bits_per_byte / loss.loss,
         loss.tokens,
         loss.documents,
         sample,

@@ -54,8 +54,9 @@ def run_stack(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: 
     mesh = mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])
     jax.set_mesh(mesh)
     names, loader = first.loader.names, first.loader
-    heldout = {name: loader.heldout_rows(name, max_tokens=config.eval.tokens) for name in names}
-    update = step.from_config(config, spec, first.tx, source_weights=loader.loss_weights)
+    limits = {"max_tokens": config.eval.tokens, "max_bytes": config.eval.bytes}
+    heldout = {name: loader.heldout_rows(name, **limits) for name in names}
+    update = step.from_config(config, spec, source_weights=loader.loss_weights)
     train_step = jax.jit(jax.vmap(update), donate_argnums=0)
     loss_sums = step.make_eval_step(spec, settings=step.settings_from_config(config), num_sources=len(names))
     eval_step = jax.jit(jax.vmap(loss_sums, in_axes=(0, None)))
@@ -123,7 +124,7 @@ def run_stack(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: 
           meter.pause()
           if not diverged[r]:
             moved = drift.by_layer(_trial(train_state.params, r), base_copies[r])
-            writer.eval(now, losses[r], base_losses[r], moved)
+            writer.eval(now, losses[r], base_losses[r], moved, flops=metrics.training_flops(inputs.config, spec, now))
             writer.ledger(now, inputs.loader.ledger(now))
       if now == num_steps or all(diverged) or stop.reached(now):
         break

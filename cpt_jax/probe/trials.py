@@ -37,8 +37,13 @@ def trial_config(config: Any, trial: Trial) -> Any:
   """The config of a trial of the run that `config` describes; its phases are the same parts of its length.
 
   Raises:
-    ConfigError: a replay share above 0 in a run without replay sources, or below 1 without domain sources.
+    ConfigError: stages; a replay share above 0 in a run without replay sources, or below 1 without domain sources.
   """
+  if config.train.stages:
+    raise ConfigError(
+      "train.stages: a probe looks for one rate of the whole run; leave the stages out of the config that is planned, and put "
+      "them into the one that the plan writes"
+    )
   c = at_point(config, rate=trial.rate, replay=trial.replay)
   with c.unlocked():
     c.seed = config.seed + trial.seed

@@ -19,7 +19,6 @@ from cpt_jax import config as config_lib
 from cpt_jax import mesh as mesh_lib
 from cpt_jax.chips import Chip, Topology
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec
 from cpt_jax.train import loop, memory, optimizer, start, state, step
 
@@ -115,7 +114,7 @@ def held(target: Target) -> dict[str, int]:
   The copy is in bfloat16, as bases are stored; of one that is stored in float32 it takes twice that.
   """
   with jax.set_mesh(target.mesh):
-    abstract = state.abstract(target.spec, optimizer.from_config(target.config, transformer.abstract_params(target.spec)))
+    abstract = state.abstract(target.spec, optimizer.from_config(target.config, target.spec))
   params, moments = (sum(map(memory.shard_bytes, jax.tree.leaves(tree))) for tree in (abstract.params, abstract.opt_state))
   return {"state": params + moments, "base for drift": params // 2}
 
@@ -124,10 +123,10 @@ def compile_step(target: Target) -> Compiled | Refused:
   """Compiles the training step of a run with this config on this topology."""
   config = target.config
   with jax.set_mesh(target.mesh):
-    tx = optimizer.from_config(config, transformer.abstract_params(target.spec))
     weights = [entry.loss_weight for entry in config.data.sources.values()] or [1.0]
-    update = step.from_config(config, target.spec, tx, source_weights=weights)
-    train_state = state.abstract(target.spec, tx)
+    stage = optimizer.largest_stage(config, target.spec)
+    update = step.from_config(config, target.spec, source_weights=weights, stage=stage)
+    train_state = state.abstract(target.spec, optimizer.from_config(config, target.spec))
     rate = jax.ShapeDtypeStruct((), jnp.float32)
     lowered = jax.jit(update, donate_argnums=0).trace(train_state, memory.abstract_batch(config, target.mesh), rate)
     lowered = lowered.lower(lowering_platforms=(target.topology.chip.platform,))

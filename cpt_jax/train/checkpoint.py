@@ -5,6 +5,7 @@ them); the data position is one integer with a fingerprint, so any number of hos
 """
 
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from cpt_jax import config as config_lib
@@ -27,7 +29,7 @@ from cpt_jax.data.store import write_atomically
 from cpt_jax.evals.perplexity import SourceLoss
 from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec, from_hf
-from cpt_jax.train import guard
+from cpt_jax.train import guard, optimizer
 from cpt_jax.train.state import TrainState
 
 FORMAT = 2  # 1 had no `guard` and no `meter` in its record
@@ -107,6 +109,41 @@ class Checkpoints:
     with context:
       flat = ocp.load(str(self.directory / str(step)), wanted, checkpointable_name=_STATE)
     return jax.tree.unflatten(jax.tree.structure(abstract_params), [flat[path] for path in wanted])
+
+  def restore_moments(self, step: int, abstract_opt_state: Any) -> Any:
+    """Moments and counts alone, for a model whose tables may have more or fewer rows.
+
+    Rows that were not there, and leaves that had no moments, have zeros.
+
+    Raises:
+      ConfigError: another leaf has another shape.
+    """
+    wanted = {f"opt_state.{path}": leaf for path, leaf in trees.paths(abstract_opt_state).items()}
+    saved = trees.paths(self._checkpointer.checkpointables_metadata(step).metadata[_STATE])
+    # In the dtype that they were kept in: mu_dtype may be another now.
+    both = {
+      path: jax.ShapeDtypeStruct(leaf.shape, saved[path].dtype, sharding=leaf.sharding)
+      for path, leaf in wanted.items()
+      if path in saved
+    }
+    tables = tuple(f".{name}" for name in optimizer.VOCAB_DIM)
+    wrong = [path for path, leaf in both.items() if saved[path].shape != leaf.shape and not path.endswith(tables)]
+    if wrong:
+      raise ConfigError(
+        f"start.moments={self.directory.parent}: its moments are of another model: "
+        + ", ".join(f"{path}: found {list(saved[path].shape)}, expected {list(both[path].shape)}" for path in wrong)
+      )
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    context.array.loading.enable_padding_and_truncation = True
+    with context:
+      flat = ocp.load(str(self.directory / str(step)), both, checkpointable_name=_STATE)
+
+    def moment(path: str, leaf: Any) -> jax.Array:
+      zeros = functools.partial(jnp.zeros, leaf.shape, leaf.dtype)
+      return flat[path].astype(leaf.dtype) if path in flat else jax.jit(zeros, out_shardings=leaf.sharding)()
+
+    return jax.tree.unflatten(jax.tree.structure(abstract_opt_state), [moment(path, leaf) for path, leaf in wanted.items()])
 
   def wait(self) -> None:
     """Until everything is on disk."""

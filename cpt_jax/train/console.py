@@ -6,7 +6,7 @@ Invariant: nothing here changes the run, and a closed pipe does not end it. Call
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -201,6 +201,13 @@ def header(config: Any, workdir: Any, spec: Any, mesh: Any, start: str, *, num_p
   say(f"start    {start}")
   say(f"devices  {mesh.devices.size} x {mesh.devices.flat[0].device_kind}: {shape}")
   say(f"length   {config.train.length}, {config.train.batch_rows} rows of {config.data.row_len} a step")
+
+
+def stage(index: int, stages: Sequence[Any]) -> str:
+  """One of a run's stages, in words."""
+  one = stages[index]
+  peak = f"lr_peak {one.schedule['lr_peak']:g}" if one.schedule else ""
+  return f"stage {index + 1} of {len(stages)}, steps {one.first:,} to {one.end - 1:,}: {one.describe()}, {peak}"
 
 
 def data_changes(loader: Any, *, rate: float) -> None:

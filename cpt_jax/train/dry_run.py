@@ -35,7 +35,7 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
   console.say(
     f"model    {spec.family}, {spec_lib.num_parameters(spec):,} parameters, {spec.num_layers} layers of width {spec.width}"
   )
-  console.say(f"start    {inputs.begin.describe(optimizer=config.start.optimizer)}")
+  console.say(f"start    {inputs.begin.describe(optimizer=config.start.optimizer, moments=config.start.moments)}")
   console.say(f"mesh     {' x '.join(f'{name} {size}' for name, size in sizes.items())}{assumed}")
   _data(inputs, num_steps)
   console.table(
@@ -46,7 +46,7 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
   mesh = mesh_lib.abstract_mesh(**sizes)
   with jax.sharding.use_abstract_mesh(mesh):
     abstract = state.abstract(spec, inputs.tx)
-    _groups(config, abstract.params)
+    _groups(config, spec)
     _placement(abstract)
   _memory(inputs, abstract, sizes)
   _events(inputs, num_steps)
@@ -105,15 +105,18 @@ def _data(inputs: loop.Inputs, num_steps: int) -> None:
       console.say(f"note: {note}")
 
 
-def _groups(config: Any, params: Any) -> None:
-  console.table(
-    "parameter groups (AdamW)",
-    ["leaves", "parameters", "rate x", "weight decay"],
-    [
-      [", ".join(g.leaves), f"{g.num_parameters:,}", g.rate, f"{g.weight_decay:g}"]
-      for g in optimizer.from_config_groups(config, params)
-    ],
-  )
+def _groups(config: Any, spec: spec_lib.ModelSpec) -> None:
+  stages = config_lib.stages(config)
+  for i in range(len(stages)):
+    which = f", {console.stage(i, stages)}" if len(stages) > 1 else ""
+    console.table(
+      f"parameter groups (AdamW){which}",
+      ["leaves", "parameters", "rate x", "weight decay"],
+      [
+        [", ".join(g.leaves), f"{g.num_parameters:,}", g.rate, f"{g.weight_decay:g}"]
+        for g in optimizer.from_config_groups(config, spec, stage=i)
+      ],
+    )
 
 
 def _placement(abstract: state.TrainState) -> None:
@@ -209,7 +212,8 @@ def _events(inputs: loop.Inputs, num_steps: int) -> None:
   config = inputs.config
   every_eval, every_save = (config_lib.steps_of(config, key) for key in ("eval.every", "checkpoint.every"))
   often = f"before the first step, every {every_eval} steps, at the end"
-  console.say(f"evaluations  {often}; up to {config.eval.tokens:,} held-out tokens a source")
+  amount = f"{config.eval.bytes:,} held-out bytes" if config.eval.bytes else f"{config.eval.tokens:,} held-out tokens"
+  console.say(f"evaluations  {often}; up to {amount} a source")
   console.say(f"checkpoints  every {every_save} steps and at the end; the newest {config.checkpoint.keep_last} are kept")
   for line in guard.describe(config, inputs.loader):
     console.say(f"guard        {line}")

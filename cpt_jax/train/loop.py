@@ -4,7 +4,9 @@ Invariant: evaluate if due, save if due, THEN fetch rows, dispatch the step, and
 Called by main, probe.runs.
 """
 
+import bisect
 import contextlib
+import functools
 import pathlib
 import signal
 from collections.abc import Iterator, Mapping
@@ -20,7 +22,7 @@ from cpt_jax.config import ConfigError, Problems
 from cpt_jax.data import pipeline, prepare, sources, store
 from cpt_jax.data.batch import Batch
 from cpt_jax.evals import drift, perplexity
-from cpt_jax.model import pretrained, transformer
+from cpt_jax.model import pretrained
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.train import checkpoint, console, guard, metrics, optimizer, schedule, start, step
 
@@ -39,7 +41,7 @@ class Inputs(NamedTuple):
   loader: pipeline.Loader
   decisions: list[dict]
   asked: dict[str, sources.Knots]
-  rates: schedule.Schedule
+  rates: schedule.Staged
   tx: optax.GradientTransformationExtraArgs
 
 
@@ -58,9 +60,10 @@ def open_inputs(config: Any, workdir: pathlib.Path | None = None) -> Inputs:
   spec, hf_config = start.load_spec(base)
   problems = Problems()
   start.check_row_len(config, spec, problems)
+  start.check_moments(config, spec, problems)
   with problems.collect():
     rates = schedule.from_config(config)
-    tx = optimizer.from_config(config, transformer.abstract_params(spec))
+    tx = optimizer.from_config(config, spec)
   with problems.collect():
     if base.kind == "hf":
       pretrained.check_files(base.path, spec)
@@ -131,13 +134,18 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
     my_rows, my_eval_rows = (mesh_lib.local_rows(mesh, num_rows=rows) for rows in (batch_rows, eval_rows))
 
     # ---- 3. data ----
-    heldout = {name: loader.heldout_rows(name, max_tokens=config.eval.tokens, rows=my_eval_rows) for name in loader.names}
+    limits = {"max_tokens": config.eval.tokens, "max_bytes": config.eval.bytes}
+    heldout = {name: loader.heldout_rows(name, **limits, rows=my_eval_rows) for name in loader.names}
 
     # ---- 4. compile: at first use, from the cache when this program was compiled before ----
     settings = step.settings_from_config(config, max_documents=max(held.max_documents for held in heldout.values()))
     jit = jax.jit if not config.debug.no_jit else lambda f, **_: f
-    update = step.from_config(config, spec, tx, source_weights=loader.loss_weights, max_documents=loader.max_documents)
-    train_step = jit(update, donate_argnums=0)
+
+    @functools.cache
+    def train_step(stage: int) -> step.TrainStep:
+      arguments: dict[str, Any] = dict(source_weights=loader.loss_weights, max_documents=loader.max_documents)
+      return jit(step.from_config(config, spec, **arguments, stage=stage), donate_argnums=0)
+
     eval_step = jit(step.make_eval_step(spec, settings=settings, num_sources=len(loader.names)))
 
     def to_device(batch: Batch, num_rows: int = eval_rows) -> Batch:
@@ -148,14 +156,15 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
 
     # ---- 5. start ----
     checkpoints = checkpoint.from_config(config, workdir)
-    described = begin.describe(optimizer=config.start.optimizer)
+    described = begin.describe(optimizer=config.start.optimizer, moments=config.start.moments)
     console.header(config, workdir, spec, mesh, described, num_parameters=spec_lib.num_parameters(spec))
     if note := step.remat_note(config):
       console.say(f"remat    {note}")
     console.guards(config, loader, decisions, asked)
     console.data_changes(loader, rate=float(rates(begin.step)))
     meta = checkpoints.meta(begin.checkpoint) if begin.kind == "run" else {}
-    base_losses = {name: perplexity.SourceLoss(**values) for name, values in meta.get("base_losses", {}).items()}
+    kept = meta.get("base_losses", {})
+    base_losses = {name: perplexity.recorded(values, heldout.get(name)) for name, values in kept.items()}
     for name in loader.replaced & base_losses.keys():  # measured on documents that are not this source's any more
       del base_losses[name]
     if meta:
@@ -166,7 +175,8 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
     elif meta:  # a source that has joined the run is compared with the base too
       base_losses |= evaluate(params, tuple(name for name in loader.names if name not in base_losses))
     base_copy = None if params is None else drift.keep_base(params)
-    train_state = start.initial_state(begin, params, spec, tx, checkpoints, keep_optimizer=config.start.optimizer == "keep")
+    keeps = {"keep_optimizer": config.start.optimizer == "keep", "moments": config.start.moments}
+    train_state = start.initial_state(begin, params, spec, tx, checkpoints, **keeps)
     del params  # the step donates the state; the base lives on in base_copy
     first_step = int(train_state.step)
     watch = guard.from_config(config, loader, decisions, asked, state=meta["guard"] if meta else None, first_step=first_step)
@@ -178,6 +188,8 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
     # ---- 6. loop ----
     last_step = max(first_step, min(num_steps, config.debug.stop_after or num_steps))
     eval_every, save_every = config_lib.steps_of(config, "eval.every"), config_lib.steps_of(config, "checkpoint.every")
+    stages = config_lib.stages(config)
+    borders = [stage.end for stage in stages[:-1]]
     batches = loader.batches(first_step, rows=my_rows)
     evaluates_first = not base_losses.keys() >= set(loader.names) or first_step % eval_every == 0 or first_step == last_step
     record_dir = workdir if hosts.is_main() else None
@@ -221,7 +233,7 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
             losses = evaluate(train_state.params, loader.names)
           base_losses = losses | base_losses
           moved = {} if base_copy is None else drift.by_layer(train_state.params, base_copy)
-          writer.eval(now, losses, base_losses, moved)
+          writer.eval(now, losses, base_losses, moved, flops=metrics.training_flops(config, spec, now))
           writer.ledger(now, loader.ledger(now))
           bar.evaluated(now, losses, base_losses)
           if now % eval_every == 0 or now == num_steps:
@@ -247,7 +259,10 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
         if stopping or now == last_step or decision is not None:
           break
         batch = next(batches)
-        train_state, measured = train_step(train_state, to_device(batch, batch_rows), rates(now))
+        stage = bisect.bisect(borders, now)
+        if now in (first_step, *borders) and len(stages) > 1:
+          console.say(console.stage(stage, stages))
+        train_state, measured = train_step(stage)(train_state, to_device(batch, batch_rows), rates(now))
         report()  # of the step before, while this one runs
         meter.dispatched(now + 1, measured, num_positions=config_lib.tokens_per_step(config))
 

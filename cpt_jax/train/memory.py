@@ -96,12 +96,12 @@ def _class(buffer: buffers.Buffer, shapes: set[tuple[int, ...]], num_layers: int
 
 
 def of_step(config: Any, spec: ModelSpec, *, source_weights: Sequence[float]) -> Memory:
-  """Compiles the step of a resolved config for the mesh that is set."""
+  """Compiles the step of a resolved config (of the stage that trains most) for the mesh that is set."""
   mesh = mesh_lib.current()
   assert mesh is not None, "set a mesh first"
-  tx = optimizer.from_config(config, transformer.abstract_params(spec))
-  train_state = state.abstract(spec, tx)
-  train_step = jax.jit(step.from_config(config, spec, tx, source_weights=source_weights), donate_argnums=0)
+  train_state = state.abstract(spec, optimizer.from_config(config, spec))
+  stage = optimizer.largest_stage(config, spec)
+  train_step = jax.jit(step.from_config(config, spec, source_weights=source_weights, stage=stage), donate_argnums=0)
   rate = jax.ShapeDtypeStruct((), jnp.float32)
   compiled = train_step.lower(train_state, abstract_batch(config, mesh), rate).compile()
   return of_compiled(compiled, train_state, is_scanned=config.model.scan)

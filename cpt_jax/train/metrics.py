@@ -15,12 +15,19 @@ import jax
 import numpy as np
 
 from cpt_jax import chips, journal
+from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError
 from cpt_jax.data.store import write_atomically
 from cpt_jax.evals.perplexity import SourceLoss
 from cpt_jax.model.loss import Sums
 from cpt_jax.model.spec import ModelSpec, flops_per_token
 from cpt_jax.train.step import StepMetrics
+
+
+def training_flops(config: Any, spec: ModelSpec, step: int) -> float:
+  """Floating point operations of a run's first `step` steps, padding counted, as the causal ones of `flops_per_token`."""
+  causal, _ = flops_per_token(spec, config.data.row_len, frozen=config.optimizer.frozen)
+  return causal * config_lib.tokens_per_step(config) * step
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -50,17 +57,24 @@ class Writer:
     speed = {"tokens_per_sec": round(reading.tokens_per_sec, 1), "mfu": reading.mfu}
     self._write(reading.step, "train", {**(reading.values or {}), **speed})
 
-  def eval(self, step: int, losses: dict[str, SourceLoss], base_losses: dict[str, SourceLoss], moved: dict[str, Any]) -> None:
-    """One evaluation; `change` is the difference to the base in nats per token, `drift` as evals.drift gives it."""
+  def eval(
+    self, step: int, losses: dict[str, SourceLoss], base_losses: dict[str, SourceLoss], moved: dict[str, Any], *, flops: float
+  ) -> None:
+    """One evaluation; `change` is the difference to the base in nats per token, `drift` as evals.drift gives it.
+
+    `flops` are those of all training before it, as `training_flops` counts them.
+    """
     sources = {name: {**now._asdict(), "change": now.loss - base_losses[name].loss} for name, now in losses.items()}
-    self._write(step, "eval", {"sources": sources, "drift": moved})
+    self._write(step, "eval", {"sources": sources, "drift": moved, "flops": flops})
 
   def ledger(self, step: int, sources: list[dict]) -> None:
     """One record of ledger.jsonl: what was read of each source before `step`, and in the `window` since the record before."""
     entries = []
     for entry in sources:
-      before = self._last_read.get(entry["source"], {})
-      window = {key: entry[key] - before.get(key, 0) for key in ("rows", "tokens", "documents", "epochs")}
+      before = self._last_read.get(entry["source"])
+      window = {key: entry[key] - (before[key] if before else 0) for key in ("rows", "tokens", "documents", "epochs")}
+      bytes_before = before.get("bytes") if before else 0  # older records count none
+      window["bytes"] = None if None in (entry["bytes"], bytes_before) else entry["bytes"] - bytes_before
       entries.append({**entry, "window": window})
     self._last_read = {entry["source"]: entry for entry in sources}
     self._append("ledger.jsonl", {"step": step, "sources": entries})
@@ -234,7 +248,7 @@ def from_config(config: Any, names: tuple[str, ...], spec: ModelSpec, mesh: Any,
   return Meter(
     names,
     log_every=config.log.every,
-    flops_per_token=flops_per_token(spec, config.data.row_len),
+    flops_per_token=flops_per_token(spec, config.data.row_len, frozen=config.optimizer.frozen),
     peak_flops=None if peak is None else peak * mesh.devices.size,
     state=state,
   )

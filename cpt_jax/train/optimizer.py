@@ -1,11 +1,14 @@
-"""Path rules -> AdamW whose rate and weight decay can differ by leaf and by layer.
+"""Path rules -> AdamW whose rate and decay can differ by leaf and by layer, and which may train only the rows of new pieces.
 
 Invariant: one update is p -= rate * multiplier * (adam(clipped gradient) + weight_decay * decay * p), computed in float32. The
 rate comes with each update, so one compiled step serves every schedule. Called by train.loop, train.state, train.dry_run.
 
-Frozen leaves have no moments, do not count in the norm that clips the others, and keep every bit.
+What a stage does not train rests: leaves, or rows of the tables, that do not count in the norm that clips the others, are not
+decayed, and keep every bit, their moments too. What no stage trains is frozen: it has no moments. Adam corrects the bias of
+moments by the number of updates that they have had, so each leaf counts its own, and of the tables each row.
 """
 
+import enum
 import math
 import re
 from collections.abc import Sequence
@@ -17,43 +20,75 @@ import numpy as np
 import optax
 
 from cpt_jax import config as config_lib
-from cpt_jax import trees
+from cpt_jax import mesh, trees
 from cpt_jax.config import ConfigError, Problems
+from cpt_jax.model import transformer
+from cpt_jax.model.spec import ModelSpec
 
 Rules = Sequence[tuple[str, float]]
+Trained = str | Sequence[str]  # what a stage trains: a name of config.STAGES, or path patterns
+
+VOCAB_DIM = {"embedding": 0, "head": 1}  # of the tables, which have a row for each id
+
+
+class Trains(enum.Enum):
+  """What of a parameter array is trained in a stage."""
+
+  NOTHING, NEW_ROWS, ALL = range(3)
 
 
 class Leaf(NamedTuple):
-  """What happens to one parameter array."""
+  """What happens to one parameter array in one stage."""
 
-  trained: bool
+  trains: Trains
+  is_frozen: bool  # no stage trains anything of it
   rate: float  # multiplier of the schedule's rate
   layer_rates: tuple[float, ...]  # further multipliers along the first dimension, lowest layer first; () = all 1
   decay: float  # multiplier of weight_decay
 
 
 def plan(
-  params: Any, *, decay_rules: Rules, rate_rules: Rules, layer_rates: Sequence[float], frozen: Sequence[str]
+  params: Any,
+  *,
+  decay_rules: Rules,
+  rate_rules: Rules,
+  layer_rates: Sequence[float],
+  frozen: Sequence[str],
+  stages: Sequence[Trained] = ("all",),
+  stage: int = -1,
+  new_rows: range | None = None,
 ) -> dict[str, Leaf]:
-  """What happens to each leaf, by path; `params` may be abstract.
+  """What happens to each leaf, by path, in one of the stages; `params` may be abstract.
+
+  Each of `stages` is a name of train.stages, or path patterns; `new_rows` are the rows of the tables that belong to new pieces.
 
   Raises:
-    ConfigError: a line for each rule that cannot be followed: leaves that no pattern matches, frozen patterns without a leaf,
-      as many layer rates as fit no model, nothing left to train.
+    ConfigError: a line for each rule that cannot be followed: leaves that no pattern matches, patterns without a leaf, new rows
+      where there are none, as many layer rates as fit no model, nothing left to train.
   """
   problems = Problems()
   shapes = {path: leaf.shape for path, leaf in trees.paths(params).items()}
-  is_frozen = dict.fromkeys(shapes, False)
+  never: set[str] = set()
   for pattern in frozen:
-    matched = _matches(pattern, list(shapes), "optimizer.frozen", problems)
-    is_frozen.update(dict.fromkeys(matched, True))
-  if shapes and all(is_frozen.values()):
+    never |= set(_matches(pattern, list(shapes), "optimizer.frozen", problems))
+  if shapes and never == set(shapes):
     problems.add(f"optimizer.frozen={tuple(frozen)}: every parameter is frozen, nothing would be trained")
+  by_stage = [_trains(what, list(shapes), never, new_rows, f"train.stages[{i}]", problems) for i, what in enumerate(stages)]
+  never |= {path for path in shapes if all(found[path] is Trains.NOTHING for found in by_stage)}
   by_layer = {path: _layer_rates(layer_rates, shapes[path][0], problems) for path in shapes if path.startswith("layers.")}
   rates = _multipliers(params, rate_rules, "optimizer.rate_rules", problems)
   decays = _multipliers(params, decay_rules, "optimizer.decay_rules", problems)
   problems.raise_if_any()
-  return {path: Leaf(not is_frozen[path], rates[path], by_layer.get(path, ()), decays[path]) for path in shapes}
+  now = by_stage[stage]
+  return {path: Leaf(now[path], path in never, rates[path], by_layer.get(path, ()), decays[path]) for path in shapes}
+
+
+class State(NamedTuple):
+  """Moments of what is not frozen, by path."""
+
+  count: dict[str, Any]  # updates that a leaf has had, int32 []; of the tables each row, [V]
+  mu: dict[str, Any]
+  nu: dict[str, Any]  # float32
 
 
 def make(
@@ -69,46 +104,124 @@ def make(
   rate_rules: Rules = ((".*", 1.0),),
   layer_rates: Sequence[float] = (),
   frozen: Sequence[str] = (),
+  stages: Sequence[Trained] = ("all",),
+  stage: int = -1,
+  new_rows: range | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """AdamW (Loshchilov & Hutter 1711.05101, decay scaled by the rate) for a nested dict like `params`, which may be abstract.
 
-  Its update takes the rate: `update(gradients, state, params, rate=1e-4)`. The first moment is kept in `mu_dtype`, the second in
-  float32.
+  Its update is that of one of the `stages`, and takes the rate: `update(gradients, state, params, rate=1e-4)`; its state is the
+  same in all of them. The first moment is kept in `mu_dtype`, the second in float32.
+
+  In bfloat16 (8 bits, so half a unit is 1/512 to 1/256 of a number) the first moment of a parameter stands still where its
+  gradient is within 1/(512 (1 - b1)) to twice that of it: 2 to 4% at b1 = 0.9, 20 to 40% at 0.99. The second moment would stand
+  still within 4 to 8% at b2 = 0.95 and never fall at 0.999, which no average over noise makes good; so it is not offered.
 
   Raises:
     ConfigError: as `plan`.
   """
-  leaves = plan(params, decay_rules=decay_rules, rate_rules=rate_rules, layer_rates=layer_rates, frozen=frozen)
-  pieces = [
-    _adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype),
-    _add_decay(weight_decay, leaves),
-    _scale_by_leaf(leaves),
-    _scale_by_rate(),
-  ]
-  if clip_norm > 0:
-    pieces.insert(0, optax.clip_by_global_norm(clip_norm))
-  chain = optax.chain(*pieces)
-  return chain if all(leaf.trained for leaf in leaves.values()) else _without_frozen(chain, leaves)
+  leaves = plan(
+    params,
+    decay_rules=decay_rules,
+    rate_rules=rate_rules,
+    layer_rates=layer_rates,
+    frozen=frozen,
+    stages=stages,
+    stage=stage,
+    new_rows=new_rows,
+  )
+
+  def init(params: Any) -> State:
+    kept = {path: leaf for path, leaf in trees.paths(params).items() if not leaves[path].is_frozen}
+    zeros = {path: jnp.zeros_like(leaf, jnp.float32) for path, leaf in kept.items()}
+    count = {path: _no_updates(path, leaf) for path, leaf in kept.items()}
+    return State(count, {path: zero.astype(mu_dtype) for path, zero in zeros.items()}, zeros)
+
+  def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    grads: dict[str, Any] = {
+      path: grad for path, grad in trees.paths(updates).items() if leaves[path].trains is not Trains.NOTHING
+    }
+    masks = {path: _is_new(path, grads[path], new_rows) for path in grads if leaves[path].trains is Trains.NEW_ROWS}
+    grads |= {path: jnp.where(is_new, grads[path], 0.0) for path, is_new in masks.items()}
+    if clip_norm > 0:
+      clipped: Any = optax.clip_by_global_norm(clip_norm).update(grads, optax.EmptyState())
+      grads = clipped[0]
+    parameters = trees.paths(params)
+    count, mu, nu, moves = dict(state.count), dict(state.mu), dict(state.nu), {}
+    for path, grad in grads.items():
+      old = count[path], mu[path], nu[path]
+      move, new = _adam(path, grad, *old, b1=b1, b2=b2, eps=eps)
+      if decay := weight_decay * leaves[path].decay:
+        move = move + decay * parameters[path]
+      move = -extra["rate"] * _multiplied(move, leaves[path])
+      if path in masks:
+        move = jnp.where(masks[path], move, -0.0)
+        each = _is_new(path, old[0], new_rows), masks[path], masks[path]
+        new = tuple(jnp.where(is_new, a, b) for is_new, a, b in zip(each, new, old, strict=True))
+      moves[path], count[path], mu[path], nu[path] = move, *new
+    # Adding -0.0 keeps every bit of a parameter; adding 0.0 would turn -0.0 into 0.0.
+    moved = trees.map_with_path(lambda path, g: moves[path] if path in moves else jnp.full_like(g, -0.0), updates)
+    return moved, State(count, mu, nu)
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
-def from_config(config: Any, params: Any) -> optax.GradientTransformationExtraArgs:
-  """The optimizer of a resolved config; `params` may be abstract.
+def hold(params: Any, leaves: dict[str, Leaf], *, new_rows: range | None = None) -> Any:
+  """The same parameters, through which no gradient reaches what `leaves`, of `plan`, say that rests: it is not computed."""
+
+  def held(path, p):
+    if leaves[path].trains is Trains.ALL:
+      return p
+    still = jax.lax.stop_gradient(p)
+    if leaves[path].trains is Trains.NOTHING:
+      return still
+    return jnp.where(_is_new(path, p, new_rows), p, still)
+
+  return trees.map_with_path(held, params)
+
+
+def without_rows(state: State, *, first: int) -> State:
+  """The state with no moments and no updates of the tables' rows from `first` on."""
+
+  def without(path: str, leaf: Any) -> Any:
+    row = mesh.index_along(leaf, VOCAB_DIM[path] if leaf.ndim > 1 else 0)
+    return jnp.where(row < first, leaf, jnp.zeros((), leaf.dtype))
+
+  @jax.jit
+  def all_without(state: State) -> State:
+    tables = [path for path in VOCAB_DIM if path in state.count]
+    return State(*(kept | {path: without(path, kept[path]) for path in tables} for kept in state))
+
+  return all_without(state)
+
+
+def from_config(config: Any, spec: ModelSpec, *, stage: int = -1) -> optax.GradientTransformationExtraArgs:
+  """The optimizer of a resolved config in one of its train.stages; its state is that of all of them.
 
   Raises:
     ConfigError: as `plan`; also rules of the user's own that no leaf follows.
   """
   c = config.optimizer
+  params = transformer.abstract_params(spec)
   _check_own_rules(c, params)
-  return make(
-    params,
-    b1=c.b1,
-    b2=c.b2,
-    eps=c.eps,
-    mu_dtype=c.mu_dtype,
-    weight_decay=c.weight_decay,
-    clip_norm=c.clip_norm,
-    **_rules_of(c),
-  )
+  numbers = {key: c[key] for key in ("b1", "b2", "eps", "mu_dtype", "weight_decay", "clip_norm")}
+  return make(params, **numbers, **_rules_of(config, spec), stage=stage)
+
+
+def from_config_plan(config: Any, spec: ModelSpec, *, stage: int = -1) -> dict[str, Leaf]:
+  """`plan` of a resolved config."""
+  return plan(transformer.abstract_params(spec), **_rules_of(config, spec), stage=stage)
+
+
+def largest_stage(config: Any, spec: ModelSpec) -> int:
+  """The stage of train.stages whose step trains most parameters, and so needs most memory; 0 without stages."""
+  sizes = {path: math.prod(leaf.shape) for path, leaf in trees.paths(transformer.abstract_params(spec)).items()}
+
+  def num_trained(stage: int) -> int:
+    leaves = from_config_plan(config, spec, stage=stage)
+    return sum(sizes[path] for path, leaf in leaves.items() if leaf.trains is not Trains.NOTHING)
+
+  return max(range(max(len(config.train.stages), 1)), key=num_trained)
 
 
 class Group(NamedTuple):
@@ -116,7 +229,7 @@ class Group(NamedTuple):
 
   leaves: tuple[str, ...]
   num_parameters: int
-  rate: str  # multiplier, "0.5", "0.1 to 1 by layer" or "frozen"
+  rate: str  # multiplier, "0.5", "0.1 to 1 by layer", "1, new rows", "rests" or "frozen"
   weight_decay: float
 
 
@@ -124,96 +237,76 @@ def groups(params: Any, leaves: dict[str, Leaf], *, weight_decay: float) -> list
   """The leaves of a `plan`, gathered by what happens to them, in the order of the tree."""
   gathered: dict[tuple[str, float], list[str]] = {}
   for path, leaf in leaves.items():
-    key = (_describe_rate(leaf), leaf.decay * weight_decay) if leaf.trained else ("frozen", 0.0)
+    key = _describe_rate(leaf), leaf.decay * weight_decay if leaf.trains is not Trains.NOTHING else 0.0
     gathered.setdefault(key, []).append(path)
   sizes = {path: math.prod(leaf.shape) for path, leaf in trees.paths(params).items()}
   return [Group(tuple(paths), sum(sizes[p] for p in paths), rate, decay) for (rate, decay), paths in gathered.items()]
 
 
-def from_config_groups(config: Any, params: Any) -> list[Group]:
+def from_config_groups(config: Any, spec: ModelSpec, *, stage: int = -1) -> list[Group]:
   """`groups` of a resolved config, for the dry run."""
-  c = config.optimizer
-  return groups(params, plan(params, **_rules_of(c)), weight_decay=c.weight_decay)
+  leaves = from_config_plan(config, spec, stage=stage)
+  return groups(transformer.abstract_params(spec), leaves, weight_decay=config.optimizer.weight_decay)
 
 
-def _rules_of(c: Any) -> dict[str, Any]:
-  return {key: tuple(c[key]) for key in ("decay_rules", "rate_rules", "layer_rates", "frozen")}
+def _rules_of(config: Any, spec: ModelSpec) -> dict[str, Any]:
+  rules = {key: tuple(config.optimizer[key]) for key in ("decay_rules", "rate_rules", "layer_rates", "frozen")}
+  stages = [what for what, *_ in config.train.stages] or ["all"]
+  return rules | {"stages": stages, "new_rows": spec.new_rows}
 
 
-def _adam(*, b1: float, b2: float, eps: float, mu_dtype: str) -> optax.GradientTransformation:
-  """Adam in float32, whose first moment is rounded to `mu_dtype` between updates.
-
-  In bfloat16 (8 bits, so half a unit is 1/512 to 1/256 of a number) the moment of a parameter stands still where its gradient is
-  within 1/(512 (1 - b1)) to twice that of it: 2 to 4% at b1 = 0.9, 20 to 40% at 0.99. The second moment would stand still within
-  4 to 8% at b2 = 0.95 and never fall at 0.999, which no average over noise makes good; so it is not offered.
-  """
-  adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=jnp.float32)
-  if mu_dtype == "float32":
-    return adam
-
-  # Not optax's own mu_dtype: that multiplies in bfloat16, so it rounds twice, and how often depends on the compiler.
-  def kept(state):
-    return state._replace(mu=optax.tree.cast(state.mu, mu_dtype))
-
-  def update(updates, state, params=None):
-    updates, state = adam.update(updates, state._replace(mu=optax.tree.cast(state.mu, jnp.float32)), params)
-    return updates, kept(state)
-
-  return optax.GradientTransformation(lambda params: kept(adam.init(params)), update)
+def _adam(path: str, grad: Any, count: Any, mu: Any, nu: Any, *, b1: float, b2: float, eps: float) -> tuple[Any, tuple]:
+  """Adam (Kingma & Ba 1412.6980, algorithm 1) in float32; the first moment is rounded to the dtype in which it is kept."""
+  number = count + 1
+  moment, square = (1 - b1) * grad + b1 * mu.astype(jnp.float32), (1 - b2) * jnp.square(grad) + b2 * nu
+  n = jnp.expand_dims(number, 1 - VOCAB_DIM[path]) if path in VOCAB_DIM else number
+  move = moment / (1 - b1**n) / (jnp.sqrt(square / (1 - b2**n)) + eps)
+  return move, (number, moment.astype(mu.dtype), square)
 
 
-def _add_decay(weight_decay: float, leaves: dict[str, Leaf]) -> optax.GradientTransformation:
-  def update(updates, params):
-    decays = {path: weight_decay * leaf.decay for path, leaf in leaves.items()}
-    return trees.map_with_path(lambda path, u, p: u + decays[path] * p if decays[path] else u, updates, params)
-
-  return optax.stateless(update)
+def _no_updates(path: str, leaf: Any) -> Any:
+  # A sum of zeros: so it lies where the table's rows do.
+  return jnp.sum(jnp.zeros_like(leaf, jnp.int32), 1 - VOCAB_DIM[path]) if path in VOCAB_DIM else jnp.zeros((), jnp.int32)
 
 
-def _scale_by_leaf(leaves: dict[str, Leaf]) -> optax.GradientTransformation:
-  def scale(path, update):
-    leaf = leaves[path]
-    if any(rate != 1.0 for rate in leaf.layer_rates):
-      by_layer = np.asarray(leaf.layer_rates, np.float32) * np.float32(leaf.rate)
-      return update * by_layer.reshape(-1, *(1,) * (update.ndim - 1))
-    return update if leaf.rate == 1.0 else update * leaf.rate
-
-  return optax.stateless(lambda updates, params: trees.map_with_path(scale, updates))
+def _is_new(path: str, array: Any, new_rows: range | None) -> jax.Array:
+  """Of each element of a table [V, D] or [D, V], or of its rows' counts [V]: does it belong to a new row."""
+  assert new_rows is not None  # or `plan` had refused
+  row = mesh.index_along(array, VOCAB_DIM[path] if array.ndim > 1 else 0)
+  return (row >= new_rows.start) & (row < new_rows.stop)
 
 
-def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
-  def update(updates: Any, state: Any, params: Any = None, **extra: Any):
-    return jax.tree.map(lambda u: -extra["rate"] * u, updates), state
-
-  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
-
-
-def _without_frozen(
-  inner: optax.GradientTransformationExtraArgs, leaves: dict[str, Leaf]
-) -> optax.GradientTransformationExtraArgs:
-  """`inner` for the trained leaves alone: it sees and keeps a tree that does not have the others."""
-
-  def init(params):
-    return inner.init(_trained(params, leaves))
-
-  def update(updates: Any, state: Any, params: Any = None, **extra: Any):
-    trained, state = inner.update(_trained(updates, leaves), state, _trained(params, leaves), **extra)
-    found = trees.paths(trained)
-    # Adding -0.0 keeps every bit of a parameter; adding 0.0 would turn -0.0 into 0.0.
-    return trees.map_with_path(lambda path, g: found[path] if path in found else jnp.full_like(g, -0.0), updates), state
-
-  return optax.GradientTransformationExtraArgs(init, update)
+def _multiplied(move: Any, leaf: Leaf) -> Any:
+  """By the multipliers of the leaf's rate."""
+  if any(rate != 1.0 for rate in leaf.layer_rates):
+    by_layer = np.asarray(leaf.layer_rates, np.float32) * np.float32(leaf.rate)
+    return move * by_layer.reshape(-1, *(1,) * (move.ndim - 1))
+  return move if leaf.rate == 1.0 else move * leaf.rate
 
 
-def _trained(tree: dict[str, Any], leaves: dict[str, Leaf], prefix: str = "") -> dict[str, Any]:
-  kept = {}
-  for name, branch in tree.items():
-    if isinstance(branch, dict):
-      below = _trained(branch, leaves, f"{prefix}{name}.")
-      kept |= {name: below} if below else {}
-    elif leaves[prefix + name].trained:
-      kept[name] = branch
-  return kept
+def _trains(
+  what: Trained, paths: list[str], frozen: set[str], new_rows: range | None, key: str, problems: Problems
+) -> dict[str, Trains]:
+  """What one stage trains of each leaf; of two patterns that match a leaf the one that trains more of it counts."""
+  found = dict.fromkeys(paths, Trains.NOTHING)
+  # A name is for every model: one with a tied head has no leaf of that name.
+  is_name = isinstance(what, str)
+  for pattern in config_lib.STAGES[what] if is_name else what:
+    matched = _matches(pattern.removesuffix(config_lib.NEW_ROWS), paths, key, Problems() if is_name else problems)
+    of_new = pattern.endswith(config_lib.NEW_ROWS)
+    if of_new and new_rows is None:
+      problems.add(
+        f"{key} trains the rows of new pieces, but the model has none (its config.json has no base_vocab_size above 0); start "
+        "from what tools/grow_vocab.py wrote, or leave that stage out"
+      )
+    for path in matched:
+      if of_new and path not in VOCAB_DIM:
+        problems.add(f"{key}: {pattern!r}: {path} has no rows of pieces; only {' and '.join(VOCAB_DIM)} have")
+      elif path not in frozen:
+        found[path] = max(found[path], Trains.NEW_ROWS if of_new else Trains.ALL, key=lambda trains: trains.value)
+  if not problems.lines and all(trains is Trains.NOTHING for trains in found.values()):
+    problems.add(f"{key}={what!r}: all that it trains is in optimizer.frozen; take it from there, or leave that stage out")
+  return found
 
 
 def _multipliers(params: Any, rules: Rules, key: str, problems: Problems) -> dict[str, float]:
@@ -272,5 +365,8 @@ def _check_own_rules(c: Any, params: Any) -> None:
 
 
 def _describe_rate(leaf: Leaf) -> str:
+  if leaf.trains is Trains.NOTHING:
+    return "frozen" if leaf.is_frozen else "rests"
   rates = [leaf.rate * rate for rate in leaf.layer_rates] or [leaf.rate]
-  return f"{rates[0]:g}" if min(rates) == max(rates) else f"{rates[0]:g} to {rates[-1]:g} by layer"
+  text = f"{rates[0]:g}" if min(rates) == max(rates) else f"{rates[0]:g} to {rates[-1]:g} by layer"
+  return text if leaf.trains is Trains.ALL else f"{text}, new rows"

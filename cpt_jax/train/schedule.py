@@ -62,6 +62,23 @@ class Fall:
 
 
 @dataclasses.dataclass(frozen=True)
+class Staged:
+  """One schedule after the other; call it as a Schedule."""
+
+  parts: tuple[
+    tuple[int, "Schedule"], ...
+  ]  # (the step of the run at which it begins, the schedule, whose steps count from there)
+
+  def __call__(self, step: Any) -> Any:
+    """As a Schedule's."""
+    steps = np.asarray(step)
+    rate = self.parts[0][1](steps)
+    for first, schedule in self.parts[1:]:
+      rate = np.where(steps >= first, schedule(steps - first), rate)
+    return np.asarray(rate, np.float32)[()]
+
+
+@dataclasses.dataclass(frozen=True)
 class Schedule:
   """A warm-up, then falls with constant rates between them; call it with a step or an array of steps."""
 
@@ -126,8 +143,24 @@ def make(
   return Schedule(warmup_steps, float(lr_start), float(lr_peak), tuple(falls))
 
 
-def from_config(config: Any) -> Schedule:
-  """The schedule of a resolved config."""
+def from_config(config: Any) -> Staged:
+  """The schedule of a resolved config, stage by stage.
+
+  Raises:
+    ConfigError: as `make`, with the stage.
+  """
+  problems, parts = Problems(), []
+  for i, stage in enumerate(config_lib.stages(config)):
+    own = Problems()
+    with own.collect():
+      parts.append((stage.first, _of_run(config_lib.of_stage(config, stage))))
+    for line in own.lines:
+      problems.add(f"train.stages[{i}]: {line}" if config.train.stages else line)
+  problems.raise_if_any()
+  return Staged(tuple(parts))
+
+
+def _of_run(config: Any) -> Schedule:
   c = config.schedule
   return make(
     c.name,
@@ -143,8 +176,18 @@ def from_config(config: Any) -> Schedule:
   )
 
 
-def table(schedule: Schedule, *, num_steps: int) -> list[tuple[str, int, float]]:
+def table(schedule: Staged, *, num_steps: int) -> list[tuple[str, int, float]]:
   """Rows (what, step, rate) of the key steps in order, for people."""
+  borders = [first for first, _ in schedule.parts] + [num_steps]
+  several = len(schedule.parts) > 1
+  rows = []
+  for i, (first, part) in enumerate(schedule.parts):
+    name = f"stage {i + 1}: " if several else ""
+    rows += [(name + what, first + step, rate) for what, step, rate in _table(part, num_steps=borders[i + 1] - first)]
+  return rows
+
+
+def _table(schedule: Schedule, *, num_steps: int) -> list[tuple[str, int, float]]:
   rows = {0: "first update"}
   for percent in (25, 50, 75):
     rows.setdefault(num_steps * percent // 100, f"{percent}%")

@@ -3,6 +3,7 @@
 Invariant: one order of precedence, stated in `choose_start`; a restore is strict. Called by train.loop, train.dry_run.
 """
 
+import dataclasses
 import json
 import pathlib
 import secrets
@@ -17,6 +18,7 @@ from cpt_jax.config import ConfigError, Problems
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model.spec import ModelSpec, from_hf, load_hf_config
 from cpt_jax.train import guard
+from cpt_jax.train import optimizer as optimizer_lib
 from cpt_jax.train import state as state_lib
 from cpt_jax.train.checkpoint import Checkpoints, read_meta, saved_steps
 from cpt_jax.train.state import TrainState
@@ -30,13 +32,14 @@ class Start(NamedTuple):
   step: int = 0  # updates finished in the state that is loaded; 0 where only parameters are
   checkpoint: int = -1  # step of the checkpoint that is read, of this run or another
 
-  def describe(self, *, optimizer: str = "keep") -> str:
+  def describe(self, *, optimizer: str = "keep", moments: str = "") -> str:
     """One line for people."""
+    fresh = f"moments of {moments} for what it had" if moments else "optimizer state fresh"
     return {
       "run": f"this run's own checkpoint at step {self.step}: parameters, optimizer state and data position",
       "resume": f"{self.path} at step {self.step}: parameters"
       + (", optimizer state and step" if optimizer == "keep" else "; optimizer state and step reset"),
-      "hf": f"{self.path} (Hugging Face): parameters; optimizer state fresh",
+      "hf": f"{self.path} (Hugging Face): parameters; {fresh}",
       "weights": f"{self.path}: parameters; optimizer state fresh",
       "scratch": f"random parameters for {self.path}; optimizer state fresh",
     }[self.kind]
@@ -132,6 +135,28 @@ def check_row_len(config: Any, spec: ModelSpec, problems: Problems) -> None:
     problems.add(f"data.row_len={config.data.row_len}: the model was made for {spec.max_positions} positions; use at most that")
 
 
+def check_moments(config: Any, spec: ModelSpec, problems: Problems) -> None:
+  """Adds a line where `start.moments` are not of what this model was before its vocabulary grew."""
+  path = config.start.moments
+  if not path:
+    return
+  if not config.start.hf:
+    problems.add(f"start.moments={path}: only with start.hf; start.resume takes the moments of its run by itself")
+    return
+  with problems.collect():
+    other = from_hf(read_meta(path, _newest_step(path, "start.moments"))["hf_config"])
+    sizes = {key: getattr(spec, key) for key in ("vocab_size", "true_vocab_size", "base_vocab_size")}
+    now, then = (dataclasses.asdict(each) for each in (spec, dataclasses.replace(other, **sizes)))
+    different = [f"{key} {then[key]} there, {now[key]} in {config.start.hf}" for key in now if now[key] != then[key]]
+    if different:
+      problems.add(f"start.moments={path}: of another model: {', '.join(different)}")
+    elif other.num_ids not in (spec.num_ids, spec.base_vocab_size):
+      problems.add(
+        f"start.moments={path}: it has {other.num_ids} ids, the vocabulary of {config.start.hf} grew from "
+        f"{spec.base_vocab_size or spec.num_ids}; name the run whose export was grown"
+      )
+
+
 def tokenizer_path(config: Any) -> str:
   """`data.tokenizer`, or the tokenizer of what the run starts from."""
   if config.data.tokenizer:
@@ -170,8 +195,9 @@ def initial_state(
   checkpoints: Checkpoints,
   *,
   keep_optimizer: bool,
+  moments: str = "",
 ) -> TrainState:
-  """The state before the first update of this process; `params` are those of the base."""
+  """The state before the first update of this process; `params` are those of the base, `moments` as in start.moments."""
   if start.kind == "run":
     return checkpoints.restore(start.checkpoint, state_lib.abstract(spec, optimizer))
   if start.kind == "resume" and keep_optimizer:
@@ -179,6 +205,13 @@ def initial_state(
     state = other.restore(start.checkpoint, state_lib.abstract(spec, optimizer))
     other.close()
     return state
+  if start.kind == "hf" and moments:
+    before = Checkpoints(moments)
+    opt_state = before.restore_moments(_newest_step(moments, "start.moments"), state_lib.abstract(spec, optimizer).opt_state)
+    before.close()
+    # Padding rows were counted with the others, and may be rows of pieces now.
+    opt_state = optimizer_lib.without_rows(opt_state, first=spec.base_vocab_size or spec.num_ids)
+    return state_lib.create(params, optimizer, opt_state=opt_state)
   return state_lib.create(params, optimizer)
 
 

@@ -24,11 +24,10 @@ class TrainState(NamedTuple):
   opt_state: Any
 
 
-def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-  """A state at step 0 with fresh moments, sharded as the parameters are."""
+def create(params: Any, optimizer: optax.GradientTransformation, *, opt_state: Any = None) -> TrainState:
+  """A state at step 0 with this `opt_state`, or fresh moments, sharded as the parameters are."""
   # Under jit each moment inherits the sharding of its parameter (explicit axes) and nothing is made twice.
-  opt_state = jax.jit(optimizer.init)(params)
-  return TrainState(_step_zero(), params, opt_state)
+  return TrainState(_step_zero(), params, jax.jit(optimizer.init)(params) if opt_state is None else opt_state)
 
 
 def abstract(spec: ModelSpec, optimizer: optax.GradientTransformation) -> TrainState:

@@ -4,7 +4,7 @@ Invariant: sums over microbatches, devices and hosts, then ONE division by the w
 reported is the rate that was used; an update with a number that is not finite is not made. Called by train.loop, tools.bench.
 """
 
-import re
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cpt_jax import mesh, trees
+from cpt_jax import mesh
 from cpt_jax.data.batch import Batch
 from cpt_jax.model import loss, transformer
 from cpt_jax.model.spec import ModelSpec
+from cpt_jax.train import optimizer as optimizer_lib
 from cpt_jax.train.state import TrainState
 
 
@@ -67,21 +68,23 @@ TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, StepMetrics]]
 def from_config(
   config: Any,
   spec: ModelSpec,
-  optimizer: optax.GradientTransformation,
   *,
   source_weights: Sequence[float],
   max_documents: int | None = None,
+  stage: int = -1,
 ) -> TrainStep:
-  """The update that a config asks for; `source_weights` as in `make_train_step`, `max_documents` as in `ModelSettings`."""
+  """The update that a config asks for in one of its train.stages; `source_weights` as in `make_train_step`, `max_documents` as in
+  `ModelSettings`."""
+  leaves = optimizer_lib.from_config_plan(config, spec, stage=stage)
   return make_train_step(
     spec,
-    optimizer,
+    optimizer_lib.from_config(config, spec, stage=stage),
     settings=settings_from_config(config, max_documents=max_documents),
     source_weights=source_weights,
     microbatches=config.train.microbatches,
     accumulate_dtype=config.train.accumulate_dtype,
     z_loss=config.train.z_loss,
-    frozen=config.optimizer.frozen,
+    hold=functools.partial(optimizer_lib.hold, leaves=leaves, new_rows=spec.new_rows),
   )
 
 
@@ -109,7 +112,7 @@ def make_train_step(
   source_weights: Sequence[float],
   microbatches: int,
   z_loss: float,
-  frozen: Sequence[str] = (),
+  hold: Callable[[Any], Any] = lambda params: params,
   accumulate_dtype: str = "float32",
 ) -> TrainStep:
   """The update `train_step(state, batch, rate)` as a pure function; the caller jits it and donates the state.
@@ -122,7 +125,8 @@ def make_train_step(
 
   Args:
     source_weights: for each source 1e-12 of the largest or more, or 0: its rows are measured, no more. Only their ratios count.
-    frozen: leaves whose path one of these patterns matches get no gradient: it is not computed, and not part of the norm.
+    hold: the parameters through which gradients reach those alone that are trained, as optimizer.hold: the others' gradients are
+      not computed, and not part of the norm.
 
   Raises:
     ValueError: other weights; when the update is traced, a batch of 2^31 positions or more.
@@ -130,14 +134,11 @@ def make_train_step(
   weights_M = _relative(source_weights)
 
   def objective(params, batch):
-    params = trees.map_with_path(lambda path, p: jax.lax.stop_gradient(p) if is_frozen(path) else p, params)
+    params = hold(params)
     hidden_BTD = hidden_states(params, batch, spec, settings=settings)
     chunk = settings.loss_chunk
     with jax.named_scope("loss"):  # train.memory finds it by this name
       return loss.objective(params, spec, hidden_BTD, batch, source_weights=weights_M, z_loss=z_loss, chunk=chunk)
-
-  def is_frozen(path):
-    return any(re.fullmatch(pattern, path) for pattern in frozen)
 
   gradient = jax.grad(objective, has_aux=True)
 

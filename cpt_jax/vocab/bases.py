@@ -16,8 +16,8 @@ import numpy as np
 from cpt_jax.config import ConfigError
 from cpt_jax.data import tokenizer as tokenizers
 from cpt_jax.data.corpus import script_of
+from cpt_jax.data.tokenizer import SPACE, is_byte_piece
 
-SPACE = "\u2581"  # SentencePiece's mark of a space
 _ONE_SCRIPT = {"Hiragana": "Han", "Katakana": "Han", "Katakana-hiragana": "Han", "Bopomofo": "Han"}  # as SentencePiece's trainer
 
 
@@ -203,11 +203,6 @@ def _class_of(character: str) -> int:
   if script is None:
     return _OTHER
   return _SCRIPT_CLASSES.setdefault(_ONE_SCRIPT.get(script, script), _OTHER + 1 + len(_SCRIPT_CLASSES))
-
-
-def is_byte_piece(text: str) -> bool:
-  """Is it a piece such as `<0xE4>`."""
-  return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
 
 def check_pieces(base: Base, pieces: Sequence[Piece]) -> None:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError, did_you_mean
-from cpt_jax.data.tokenizer import byte_characters
-from cpt_jax.vocab.bases import SPACE, Piece
+from cpt_jax.data.tokenizer import SPACE, byte_characters
+from cpt_jax.vocab.bases import Piece
 from cpt_jax.vocab.similarity import Neighbours
 
 _BLOCK_ROWS = 1024  # of new rows at a time

@@ -12,8 +12,8 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data.tokenizer import Tokenizer
-from cpt_jax.vocab.bases import SPACE, Base, Piece, Words, check_pieces
+from cpt_jax.data.tokenizer import SPACE, Tokenizer
+from cpt_jax.vocab.bases import Base, Piece, Words, check_pieces
 from cpt_jax.vocab.scores import unigram_scores
 
 _Proto: Any = getattr(sentencepiece_model_pb2, "ModelProto")  # noqa: B009 - made when the module is loaded, so no checker sees it
