@@ -233,7 +233,7 @@ def run_config(folder: pathlib.Path, arm: Arm, base: pathlib.Path) -> Any:
   c.schedule.name = "constant"
   c.schedule.lr_peak = 1e-3
   c.schedule.warmup = "3 steps"
-  c.eval.every = f"{EVERY} steps"
+  c.eval.every = f"{max(EVERY, arm.steps // 8)} steps"
   c.eval.tokens = 10**9  # all that is held out
   c.checkpoint.every = "100%"
   c.checkpoint.keep_last = 1

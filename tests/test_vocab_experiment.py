@@ -1,0 +1,143 @@
+"""The committed measurements of docs/experiments.md, section 2, and the tools that make and read them; nothing is trained."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from cpt_jax.config import ConfigError
+from cpt_jax.data import prepare, sources, store
+
+
+@pytest.fixture
+def experiment(root, monkeypatch):
+  monkeypatch.syspath_prepend(str(root / "tools"))
+  import vocab_experiment
+
+  return vocab_experiment
+
+
+@pytest.fixture
+def results(root, monkeypatch):
+  monkeypatch.syspath_prepend(str(root / "tools"))
+  import vocab_results
+
+  return vocab_results
+
+
+def of_committed(root):
+  return sorted((root / "examples" / "vocabulary" / "measured").glob("*.jsonl"))
+
+
+def test_the_documented_tables_are_those_of_the_committed_files(results, root):
+  text = set((root / "docs" / "experiments.md").read_text(encoding="utf-8").splitlines())
+  files = of_committed(root)
+  assert [path.stem for path in files] == ["tech", "zh"]
+  lines = [line for path in files for line in results.report(results.Experiment(path)) if line]
+  assert len(lines) > 80 and not [line for line in lines if line not in text]
+
+
+def test_the_committed_runs_are_whole(results, root):
+  """Every band with three seeds, on the same documents and steps as the base as it is."""
+  for path in of_committed(root):
+    data = results.Experiment(path)
+    for arm in ("none", *results.bands_of(data)):
+      runs = data.runs(arm)
+      assert sorted(runs) == [0, 1, 2], arm
+      assert all(r["steps"] == data.steps and len(r["eval_steps"]) == data.steps // 6 + 1 for r in runs.values())
+      assert len({json.dumps(r["growth"]) for r in runs.values()}) == 1  # one base for all seeds
+      assert all(r["nats"]["domain"][0] == runs[0]["nats"]["domain"][0] for r in runs.values())
+
+
+def test_effects_of_one_arm_are_students_interval(results):
+  values = [0.3, -0.1, 0.25]
+  [effect] = results.effects({"a": values}).values()
+  low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+  np.testing.assert_allclose([effect.mean - effect.margin, effect.mean + effect.margin], [low, high])
+
+
+def test_effects_pool_the_scatter_of_all_arms(results):
+  found = results.effects({"a": [1.0, 3.0], "b": [0.0, 2.0], "once": [9.0]})
+  assert found["a"].mean == 2 and found["b"].mean == 1
+  np.testing.assert_allclose([found[arm].margin for arm in found], [4.302653, 4.302653, 4.302653 * 2**0.5], rtol=1e-6)
+  assert str(found["once"]) == "+9.0000*" and str(found["b"]) == "+1.0000"
+  assert not str(results.effects({"once": [9.0]})["once"]).endswith("*")  # one seed tells nothing
+
+
+def test_other_documents_are_refused(results, root, tmp_path):
+  lines = of_committed(root)[0].read_text(encoding="utf-8").splitlines()
+  other = json.loads(lines[1])
+  other["heldout"]["domain"]["bytes"] += 1
+  (tmp_path / "x.jsonl").write_text("\n".join([lines[0], json.dumps(other)]), encoding="utf-8")
+  with pytest.raises(ConfigError, match="different documents"):
+    results.Experiment(tmp_path / "x.jsonl")
+
+
+@pytest.fixture
+def folder(experiment, root, tmp_path):
+  """Texts and stores as a run of the base finds them."""
+  for name in ("general", "domain"):
+    texts = [f"{name} {i}: " + "of the sea and of the land " * (i % 7) for i in range(300)]
+    experiment.write(tmp_path / f"{name}.jsonl.gz", texts)
+    prepare.prepare(
+      [str(tmp_path / f"{name}.jsonl.gz")],
+      tokenizer=str(root / "examples" / "base"),
+      output=str(tmp_path / "stores" / "none" / name),
+      num_workers=1,
+    )
+  return tmp_path
+
+
+def test_what_is_held_out_is_what_a_run_holds_out(experiment, folder):
+  texts = list(experiment.read(folder / "domain.jsonl.gz"))
+  opened = store.open_store(folder / "stores" / "none" / "domain")
+  source = sources.Source("domain", opened, "domain", ((0, 1.0, "linear"),), experiment.HELDOUT_FRAC)
+  expected = [texts[i] for i in source.heldout_documents]
+  assert 2 < len(expected) < 20
+  training, heldout = experiment.split([*texts, texts[0]], heldout_bytes=10**6)
+  assert heldout == expected and training == [texts[i] for i in source.train_documents]  # in the order of their places
+  size = len(expected[0].encode()) + 1
+  assert experiment.split(texts, heldout_bytes=size) == (training, expected[:2])
+
+
+def test_a_run_becomes_a_record(experiment, folder, root):
+  held = {
+    name: [t for t in experiment.read(folder / f"{name}.jsonl.gz") if experiment.is_heldout(t)] for name in ("general", "domain")
+  }
+  sizes = {name: sum(len(text.encode()) for text in texts) for name, texts in held.items()}
+  evals = {name: {"loss": 3.0, "tokens": 50, "bytes": sizes[name], "documents": len(texts)} for name, texts in held.items()}
+  path = folder / "runs" / "none-seed1"
+  path.mkdir(parents=True)
+  records = [{"step": step, "kind": "eval", "sources": evals} for step in (0, 48)]
+  ledger = [
+    {"step": step, "sources": [{"source": name, "tokens": 100 * step, "epochs": 0.5} for name in evals]} for step in (0, 48)
+  ]
+  (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*records, {"step": 48, "kind": "train"}]))
+  (path / "ledger.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ledger))
+  assert experiment.collect(folder) == []  # not complete
+  (path / "summary.json").write_text("{}")
+  assert experiment.main(["--collect", str(folder), "--output", str(folder / "out" / "x.jsonl")]) == 0
+  [record] = map(json.loads, (folder / "out" / "x.jsonl").read_text().splitlines())
+  assert (record["arm"], record["seed"], record["steps"], record["ids"]) == ("none", 1, 48, 4096)
+  assert record["tokens"] == [0, 9600] and record["nats"] == {"general": [150.0, 150.0], "domain": [150.0, 150.0]}
+  opened = [store.open_store(folder / "stores" / "none" / name) for name in evals]
+  assert record["bytes"][1] == pytest.approx(4800 * sum(one.num_bytes / one.num_tokens for one in opened), abs=1)
+  found = record["heldout"]["domain"]
+  assert (found["documents"], found["bytes"], found["changed"]) == (len(held["domain"]), sizes["domain"], 0)
+  assert found["bytes"] - found["target_bytes"] == sum(len(first_piece(root, text)) for text in held["domain"])
+
+
+def first_piece(root, text):
+  """Of the base's, as bytes."""
+  import tokenizers
+
+  base = tokenizers.Tokenizer.from_file(str(root / "examples" / "base" / "tokenizer.json"))
+  start, end = base.encode(text).offsets[0]
+  return text[start:end].encode()
+
+
+def test_names_of_runs_come_back(experiment):
+  for arm in (experiment.Arm("count_high", 2), experiment.Arm("rows_random", 0, 24), experiment.Arm("none", 1, 192)):
+    assert experiment.arm_of(arm.run) == arm
+  assert experiment.Arm("rows_random", 2).base == "rows_random-2" and experiment.Arm("staged_rows", 2).base == "count_high"
