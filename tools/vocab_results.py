@@ -63,6 +63,8 @@ class Experiment:
     self.name = path.stem
     self.records: list[Record] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     self.steps = min(r["steps"] for r in self.records if r["arm"] == "none")
+    # Tokens at each evaluation of the usual runs; they differ by a few from run to run.
+    self.tokens: list[int] = next(r["tokens"] for r in self.records if r["arm"] == "none" and r["steps"] == self.steps)
     same = {(name, held["documents"], held["bytes"]) for r in self.records for name, held in r["heldout"].items()}
     if len(same) != len(SOURCES):
       raise ConfigError(f"{path}: runs were evaluated on different documents: {sorted(same)}")
@@ -147,7 +149,7 @@ def growth_table(data: Experiment) -> list[str]:
 def bands_table(data: Experiment, source: str) -> list[str]:
   """Less `none`: right after growth, on the way and at the end, at equal tokens, bytes and FLOPs."""
   pairs = [(arm, "none") for arm in bands_of(data)]
-  middle = len(data.records[0]["eval_steps"]) // 2
+  middle = len(data.tokens) // 2
   columns = {
     "shock": data.effects(pairs, source=source, at=0),
     f"{_tokens(data, 1)} tokens": data.effects(pairs, source=source, at=1),
@@ -172,7 +174,7 @@ def contrasts_table(data: Experiment) -> list[str]:
   """High less low."""
   pairs = [(high, low) for high, low, _ in CONTRASTS if data.has(high) and data.has(low)]
   equal = {(high, low): what for high, low, what in CONTRASTS}
-  middle = len(data.records[0]["eval_steps"]) // 2
+  middle = len(data.tokens) // 2
   found = {(source, at): data.effects(pairs, source=source, at=at) for source in SOURCES for at in (0, middle, -1)}
   rows = []
   for pair in pairs:
@@ -209,35 +211,32 @@ def others_table(data: Experiment, prefix: str, *, title: str) -> list[str]:
     return []
   pairs = [(arm, JOINT) for arm in arms]
   last = min(len(r["eval_steps"]) for arm in arms for r in data.runs(arm).values()) - 1
-  points = dict.fromkeys((0, 1, last // 2, last))
-  found = {(source, at): data.effects(pairs, source=source, at=at) for source in SOURCES for at in points}
+  points = dict.fromkeys((0, 1, last))
+  found = {(source, at): data.effects(pairs, source=source, at=at if at < last else -1) for source in SOURCES for at in points}
   rows = [[pair[0], *(str(column[pair]) for column in found.values())] for pair in pairs]
   heads = ["arm", *(f"{name}: {_tokens(data, at)}" for name in SOURCES.values() for at in points)]
   return table(title, heads, rows)
 
 
 def long_table(data: Experiment) -> list[str]:
-  """Longer runs less `none` of the same length, each seed by itself."""
-  lengths = {r["steps"] for r in data.records if r["arm"] == "none" and r["steps"] > data.steps}
-  rows = []
-  for steps in sorted(lengths):
-    for arm in bands_of(data):
-      for source in SOURCES:
-        for one in data.compare(arm, source=source, steps=steps):
+  """Longer runs less `none` of the same length and seed."""
+  rows, quarters = [], (0.0, 0.25, 0.5, 0.75, 1.0)
+  for arm in bands_of(data):
+    for source in SOURCES:
+      for one in data.compare(arm, source=source, steps=max(r["steps"] for r in data.records)):
+        if one.grown.steps_E[-1] > data.steps:
           curve = one.differences("tokens")
-          quarters = [round(len(curve) * part) - 1 for part in (0.25, 0.5, 0.75, 1.0)]
-          rows.append([arm, SOURCES[source], *(f"{curve[at]:+.4f}" for at in (0, *quarters))])
-          rows[-1] += [f"{one.at_end(axis):+.4f}" for axis in ("bytes", "flops")]
+          at = [f"{curve[round(part * (len(curve) - 1))]:+.4f}" for part in quarters[:-1]]
+          rows.append([arm, SOURCES[source], *at, *(f"{one.at_end(axis):+.4f}" for axis in recovery.AXES)])
   if not rows:
     return []
   tokens = max(r["tokens"][-1] for r in data.records)
-  whens = [f"{tokens * part / 4:,.0f}" for part in range(5)]
-  return table(f"**{data.name}: longer runs less `none`**", ["arm", "text", *whens, "equal bytes", "equal FLOPs"], rows)
+  heads = ["arm", "text", *(f"{tokens * part / 1e3:.0f}k" for part in quarters), "equal bytes", "equal FLOPs"]
+  return table(f"**{data.name}: longer runs, bits per byte less `none`**", heads, rows)
 
 
 def _tokens(data: Experiment, at: int) -> str:
-  record = next(r for r in data.records if r["arm"] == "none" and r["steps"] == data.steps)
-  return f"{record['tokens'][at]:,}"
+  return f"{data.tokens[at] / 1e3:.0f}k"
 
 
 def report(data: Experiment) -> list[str]:
