@@ -50,6 +50,17 @@ def test_the_committed_runs_are_whole(results, root):
       assert all(r["nats"]["domain"][0] == runs[0]["nats"]["domain"][0] for r in runs.values())
 
 
+def test_parts_of_a_shock_add_up_to_what_the_runs_measured(results, root):
+  """Two ways to the same number: the evaluation of a run before its first step, and the scores of tools/vocab_where.py."""
+  for path in of_committed(root):
+    data = results.Experiment(path)
+    assert len(data.where) >= 2 * len(results.bands_of(data))
+    for (arm, source), record in data.where.items():
+      assert record["total"] == pytest.approx(sum(record[part] for part in ("softmax", "context", "changed")), abs=3e-5)
+      shock = data.effects([(arm, "none")], source=source, at=0)[arm, "none"].mean
+      assert record["total"] == pytest.approx(shock, abs=0.02), (path, arm, source)
+
+
 def test_effects_of_one_arm_are_students_interval(results):
   values = [0.3, -0.1, 0.25]
   [effect] = results.effects({"a": values}).values()

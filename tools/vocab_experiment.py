@@ -237,7 +237,7 @@ def run_config(folder: pathlib.Path, arm: Arm, base: pathlib.Path) -> Any:
   c.eval.tokens = 10**9  # all that is held out
   c.checkpoint.every = "100%"
   c.checkpoint.keep_last = 1
-  c.checkpoint.export_hf = False
+  c.checkpoint.export_hf = arm.steps > STEPS  # for tools/vocab_where.py
   c.log.every = 4
   return c
 

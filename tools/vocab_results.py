@@ -69,6 +69,10 @@ class Experiment:
     if len(same) != len(SOURCES):
       raise ConfigError(f"{path}: runs were evaluated on different documents: {sorted(same)}")
 
+    where = path.parent / "where" / path.name
+    lines = where.read_text(encoding="utf-8").splitlines() if where.is_file() else []
+    self.where: dict[tuple[str, str], Record] = {(r["arm"], r["source"]): r for r in map(json.loads, lines)}
+
   def runs(self, arm: str, *, steps: int = 0) -> dict[int, Record]:
     """Seed -> run; of the usual length where no other is asked for."""
     at = steps or (min(r["steps"] for r in self.records if r["arm"] == arm) if self.has(arm) else 0)
@@ -170,6 +174,23 @@ def bands_table(data: Experiment, source: str) -> list[str]:
   return table(title, ["arm", *columns], rows)
 
 
+def where_table(data: Experiment) -> list[str]:
+  """In what text the shock lies."""
+  rows = []
+  for arm in bands_of(data):
+    if found := [data.where[arm, source] for source in SOURCES if (arm, source) in data.where]:
+      rows.append([arm])
+      for record in found:
+        parts = [f"{record[part]:+.4f}" for part in ("softmax", "context", "changed")]
+        rows[-1] += [f"{record['kept'] / record['tokens']:.1%}", *parts]
+  if not rows:
+    return []
+  heads = [
+    f"{name}: {what}" for name in SOURCES.values() for what in ("tokens kept", "their softmax", "their context", "changed")
+  ]
+  return table(f"**{data.name}: where the shock lies**, bits per byte", ["arm", *heads], rows)
+
+
 def contrasts_table(data: Experiment) -> list[str]:
   """High less low."""
   pairs = [(high, low) for high, low, _ in CONTRASTS if data.has(high) and data.has(low)]
@@ -244,7 +265,7 @@ def report(data: Experiment) -> list[str]:
   lines = growth_table(data)
   for source in SOURCES:
     lines += bands_table(data, source)
-  lines += contrasts_table(data) + recovery_table(data)
+  lines += where_table(data) + contrasts_table(data) + recovery_table(data)
   lines += others_table(data, "rows_", title=f"**{data.name}: new rows, less mean**, of the pieces of `{JOINT}`")
   lines += others_table(data, "staged_", title=f"**{data.name}: stages, less joint training** of `{JOINT}`")
   return lines + long_table(data)
