@@ -210,11 +210,9 @@ def recovery_table(data: Experiment) -> list[str]:
   """From what expense on the domain's curve is no worse than that of `none`, and stays."""
   rows = []
   for arm in bands_of(data):
-    row = [arm]
-    for axis in recovery.AXES:
-      for within in (0.0, 0.01):
-        row.append(_met([one.met(axis, within=within) for one in data.compare(arm, source="domain")], axis))
-    rows.append(row)
+    found = data.compare(arm, source="domain")
+    cells = [_met([one.met(axis, within=within) for one in found], axis) for axis in recovery.AXES for within in (0.0, 0.01)]
+    rows.append([arm, *cells])
   heads = ["arm", *(f"{axis}{within}" for axis in ("tokens", "MB", "TFLOP") for within in ("", ", within .01"))]
   return table(f"**{data.name}: recovery on the domain**, the seeds in order; `-`: not within the run", heads, rows)
 
