@@ -152,3 +152,49 @@ def test_names_of_runs_come_back(experiment):
   for arm in (experiment.Arm("count_high", 2), experiment.Arm("rows_random", 0, 24), experiment.Arm("none", 1, 192)):
     assert experiment.arm_of(arm.run) == arm
   assert experiment.Arm("rows_random", 2).base == "rows_random-2" and experiment.Arm("staged_rows", 2).base == "count_high"
+
+
+@pytest.fixture
+def where(root, monkeypatch):
+  monkeypatch.syspath_prepend(str(root / "tools"))
+  import vocab_where
+
+  return vocab_where
+
+
+def test_kept_tokens_stand_in_both_at_one_place(where):
+  lengths_W = np.array([1, 1, 2, 3, 2])
+  old, new = np.array([0, 2, 0, 2, 1]), np.array([0, 2, 3, 1])  # a bc a bc d; a bc abc d
+  kept_old, kept_new = where.kept(old, new, lengths_W=lengths_W)
+  assert kept_old.tolist() == [True, True, False, False, True] and kept_new.tolist() == [True, True, False, True]
+  same, _ = where.kept(old, old, lengths_W=lengths_W)
+  assert same.all()
+
+
+def test_parts_of_a_difference(where):
+  """Of four bytes that targets spell: kept tokens lose 2 nats, 0.5 of them to new ids; the changed one gains 3."""
+  lengths_W = np.array([1, 1, 1, 2])
+  before = where.Scored(np.array([0, 1, 0, 0, 2]), np.array([0.0, 1.0, 4.0, 2.0, 1.0]), np.array([0.0, 1.0, 4.0, 2.0, 1.0]))
+  after = where.Scored(np.array([0, 1, 3, 2]), np.array([0.0, 2.0, 3.0, 2.0]), np.array([0.0, 1.7, 9.0, 1.8]))
+  found = where.where([before], [after], lengths_W=lengths_W)
+  bits = {name: nats / np.log(2) / 4 for name, nats in dict(total=-1.0, softmax=0.5, context=1.5, changed=-3.0).items()}
+  assert found == pytest.approx(bits | {"kept": 3}, abs=1e-5)
+
+
+def test_scores_are_those_of_each_text_alone(where, root):
+  """Also of one that is longer than a row."""
+  base = where.kinds.load(str(where.vocab_experiment.BASE))
+  texts = where.encode(base, ["a word", "The sea was calm. " * 80, "and one more"])
+  assert len(texts[1]) > where.ROW_LEN
+  together = where.score(where.vocab_experiment.BASE, texts, num_old=4000)
+  for one, ids in zip(together, texts, strict=True):
+    [alone] = where.score(where.vocab_experiment.BASE, [ids], num_old=4000)
+    np.testing.assert_allclose(one.nats, alone.nats, atol=1e-4)
+    assert one.nats[0] == 0 and (one.nats[1:] > 0).all()
+    assert (one.old_nats <= one.nats + 1e-5).all() and (one.old_nats[1:] < one.nats[1:]).any()
+  # What follows a token does not change its loss; it itself is what the row before it predicted.
+  other = texts[1].copy()
+  other[300] = 7
+  [changed] = where.score(where.vocab_experiment.BASE, [other], num_old=4000)
+  np.testing.assert_allclose(changed.nats[:300], together[1].nats[:300], atol=1e-4)
+  assert abs(changed.nats[300] - together[1].nats[300]) > 0.1

@@ -62,13 +62,12 @@ class Experiment:
   def __init__(self, path: pathlib.Path):
     self.name = path.stem
     self.records: list[Record] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    self.steps = min(r["steps"] for r in self.records if r["arm"] == "none")
-    # Tokens at each evaluation of the usual runs; they differ by a few from run to run.
-    self.tokens: list[int] = next(r["tokens"] for r in self.records if r["arm"] == "none" and r["steps"] == self.steps)
     same = {(name, held["documents"], held["bytes"]) for r in self.records for name, held in r["heldout"].items()}
     if len(same) != len(SOURCES):
       raise ConfigError(f"{path}: runs were evaluated on different documents: {sorted(same)}")
-
+    self.steps = min(r["steps"] for r in self.records if r["arm"] == "none")
+    # Tokens at each evaluation of the usual runs; they differ by a few from run to run.
+    self.tokens: list[int] = next(r["tokens"] for r in self.records if r["arm"] == "none" and r["steps"] == self.steps)
     where = path.parent / "where" / path.name
     lines = where.read_text(encoding="utf-8").splitlines() if where.is_file() else []
     self.where: dict[tuple[str, str], Record] = {(r["arm"], r["source"]): r for r in map(json.loads, lines)}

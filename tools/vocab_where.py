@@ -63,12 +63,12 @@ def _scorer(spec: spec_lib.ModelSpec, num_old: int) -> Callable[..., jax.Array]:
   @jax.jit
   def run(params: Any, tokens_BS: jax.Array) -> jax.Array:
     inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
-    positions_BT = jnp.broadcast_to(jnp.arange(ROW_LEN), inputs_BT.shape)
+    positions_BT = jnp.broadcast_to(jnp.arange(ROW_LEN)[None], inputs_BT.shape)
     hidden_BTD = transformer.apply(params, spec, inputs_BT, positions_BT, jnp.ones_like(inputs_BT), compute_dtype=jnp.float32)
     logits_BTV = transformer.logits(params, spec, hidden_BTD)
-    ids_V = jnp.arange(spec.vocab_size)
-    picked_BT = jnp.where(ids_V == targets_BT[..., None], logits_BTV, 0.0).sum(-1)
-    both = (logits_BTV, jnp.where(ids_V < num_old, logits_BTV, -jnp.inf))
+    ids_BTV = jnp.arange(spec.vocab_size)[None, None]
+    picked_BT = jnp.where(ids_BTV == targets_BT[..., None], logits_BTV, 0.0).sum(-1)
+    both = (logits_BTV, jnp.where(ids_BTV < num_old, logits_BTV, -jnp.inf))
     return jnp.stack([jax.nn.logsumexp(one_BTV, -1) - picked_BT for one_BTV in both])
 
   return run
