@@ -50,18 +50,18 @@ HELDOUT_FRAC = 0.02  # as configs/pretrain.py: what is held out here was held ou
 PAGE_CHARS = 2_000, 6_000  # of a document that is cut from a page
 CHINESE_FRAC = 0.05  # of the tokens that the base was trained on
 
-# Arm -> how tools/grow_vocab.py grows it. {arm} stands for the share of tokens that the pieces of that arm save.
+# Arm -> how tools/grow_vocab.py grows it. EQUAL: by as many pieces as save what count_low saves.
+EQUAL = "equal"
 HIGH = ["--band_by=count", "--band=0.9:1"]
-GROWN: dict[str, list[str]] = {
+BANDS: dict[str, list[str]] = {
   "count_low": ["--band_by=count", "--band=0:0.9"],
   "count_high": HIGH,
-  "count_high_equal": [*HIGH, "--saving={count_low}"],
+  "count_high_equal": [*HIGH, EQUAL],
   "count_rare": ["--band_by=count", "--band=low"],
   "use_low": ["--band_by=use", "--band=low"],
   "use_high": ["--band_by=use", "--band=high"],
-  "use_high_equal": ["--band_by=use", "--band=high", "--saving={use_low}"],
 }
-GROWN |= {f"rows_{name}": [*HIGH, f"--input_rows={name}"] for name in initialise.INITIALISERS if name != "mean"}
+GROWN = BANDS | {f"rows_{name}": [*HIGH, f"--input_rows={name}"] for name in initialise.INITIALISERS if name != "mean"}
 NOISY = ("rows_gaussian", "rows_random")  # grown with other noise for each seed
 # Arm -> the base that it trains and train.stages.
 STAGED: dict[str, tuple[str, tuple]] = {
@@ -189,10 +189,8 @@ def grow(folder: pathlib.Path, arm: Arm) -> pathlib.Path:
   if output.exists():
     return output
   flags = GROWN[arm.base.removesuffix(f"-{arm.seed}")]
-  for other in ("count_low", "use_low"):
-    if any(f"{{{other}}}" in flag for flag in flags):
-      share = saved(folder, grow(folder, Arm(other, arm.seed)))
-      flags = [flag.replace(f"{{{other}}}", f"{share:.9f}") for flag in flags]
+  if flags[-1] == EQUAL:
+    flags = [*flags[:-1], f"--saving={saved(folder, grow(folder, Arm('count_low', arm.seed))):.9f}"]
   flags = [*flags, f"--hf={BASE}", f"--domain={folder / 'grow.jsonl.gz'}", f"--size={SIZE}", f"--seed={arm.seed}"]
   if "--band_by=use" in flags or "--input_rows=weighted" in flags:
     flags.append(f"--general={folder / 'use.jsonl.gz'}")

@@ -1,6 +1,6 @@
 """What tools/vocab_experiment.py measured -> the tables of docs/experiments.md, section 2, and a figure; needs no training.
 
-Run:   python tools/vocab_results.py examples/vocabulary/measured/*.jsonl --figures docs/experiments
+Run:   python tools/vocab_results.py examples/vocabulary/measured/*.jsonl --figure docs/experiments/vocabulary.png
 
 Every difference is one of bits per byte, on the same documents, between runs with the same seed; `none` is the base as it is.
 Tables are Markdown.
@@ -19,17 +19,17 @@ from scipy import stats
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clone that is not installed
 
 from cpt_jax.analysis import recovery
+from cpt_jax.analysis.report import COLOURS, GREY, pyplot
 from cpt_jax.config import ConfigError
 
 Record = dict[str, Any]
 SOURCES = {"domain": "the domain", "general": "English"}
-BANDS = ("count_rare", "count_low", "count_high_equal", "count_high", "use_low", "use_high_equal", "use_high")
+BANDS = ("count_rare", "count_low", "count_high_equal", "count_high", "use_low", "use_high")
 CONTRASTS = (  # an arm that is claimed to do harm, one that is claimed to be safe
   ("count_high", "count_low", "count"),
   ("count_high", "count_rare", "count"),
   ("count_high_equal", "count_low", "saving"),
   ("use_high", "use_low", "count"),
-  ("use_high_equal", "use_low", "saving"),
 )
 JOINT = "count_high"  # what other rows and stages are compared with: rows by mean, all trained from the start
 LEVEL = 0.95  # of intervals
@@ -100,13 +100,6 @@ class Experiment:
     runs = [measured(record).sources[source] for record in self.runs("none", steps=self.steps).values()]
     bits = [run.nats_E[-1] / np.log(2) / run.target_bytes for run in runs]
     return float(np.mean(bits)), float(np.std(bits, ddof=1)) if len(bits) > 1 else float("nan")
-
-  def mean(self, arm: str) -> Record:
-    """The usual runs of an arm as one: means over seeds."""
-    runs = list(self.runs(arm).values())
-    means = {key: np.mean([r[key] for r in runs], axis=0).tolist() for key in ("tokens", "bytes")}
-    nats = {source: np.mean([r["nats"][source] for r in runs], axis=0).tolist() for source in SOURCES}
-    return runs[0] | means | {"nats": nats}
 
 
 def measured(record: Record) -> recovery.Measured:
@@ -268,27 +261,43 @@ def report(data: Experiment) -> list[str]:
   return lines + long_table(data)
 
 
-def draw(data: Experiment, folder: pathlib.Path) -> pathlib.Path:
-  """The bands' mean curves beside that of `none`; needs the extra [plots]."""
-  base = measured(data.mean("none"))
-  grown = {arm: measured(data.mean(arm)) for arm in bands_of(data)}
-  found = [one for run in grown.values() for one in recovery.compare(base, run)]
-  path = folder / f"vocabulary_{data.name}.png"
-  recovery.figure(found, {base.path: "none"} | {run.path: arm for arm, run in grown.items()}, path)
-  return path
+def draw(experiments: Sequence[Experiment], path: pathlib.Path) -> None:
+  """Each band's difference to `none` over training, mean and range of the seeds; needs the extra [plots]."""
+  plt = pyplot()
+  size = (11.0, 3.4 * len(experiments))
+  made, grid = plt.subplots(len(experiments), len(SOURCES), figsize=size, squeeze=False, layout="constrained")
+  for row, data in zip(grid, experiments, strict=True):
+    for ax, (source, text) in zip(row, SOURCES.items(), strict=True):
+      for arm, colour in zip(BANDS, COLOURS, strict=True):
+        if not data.has(arm):
+          continue
+        found = data.compare(arm, source=source)
+        curves_SE = np.array([one.grown_curves["tokens"][1] - one.base_curves["tokens"][1] for one in found])
+        ax.plot(np.array(data.tokens) / 1e3, curves_SE.mean(axis=0), marker="o", markersize=3, color=colour, label=arm)
+        ax.fill_between(np.array(data.tokens) / 1e3, curves_SE.min(axis=0), curves_SE.max(axis=0), color=colour, alpha=0.15, lw=0)
+      ax.axhline(0.0, color=GREY, linewidth=0.8)
+      ax.set_yscale("symlog", linthresh=0.05)
+      ax.set_title(f"{data.name}: {text}", fontsize=9)
+      ax.set_xlabel("thousand tokens", fontsize=8)
+      ax.set_ylabel("bits per byte less none", fontsize=8)
+      ax.tick_params(labelsize=7)
+  made.legend(*grid[-1][0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=len(BANDS))
+  made.savefig(path, dpi=80)
+  plt.close(made)
 
 
 def main(argv: Sequence[str]) -> int:
   """Prints the tables and draws the figures; returns the exit code."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("files", nargs="+", type=pathlib.Path, help="files that tools/vocab_experiment.py --collect made")
-  parser.add_argument("--figures", type=pathlib.Path, help="a folder for a figure of each")
+  parser.add_argument("--figure", type=pathlib.Path, help="the figure to draw, a .png")
   args = parser.parse_args(argv)
   try:
-    for data in map(Experiment, args.files):
+    experiments = [Experiment(path) for path in args.files]
+    for data in experiments:
       print("\n".join(report(data)))
-      if args.figures:
-        print(f"figure  {draw(data, args.figures)}\n")
+    if args.figure:
+      draw(experiments, args.figure)
   except ConfigError as error:
     print(error, file=sys.stderr)
     return error.exit_code

@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
   """Scores what is there; returns the exit code."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("folder", type=pathlib.Path, help="of tools/vocab_experiment.py")
-  parser.add_argument("--arms", nargs="+", default=list(vocab_experiment.GROWN)[:7], help="whose bases are looked at")
+  parser.add_argument("--arms", nargs="+", default=list(vocab_experiment.BANDS), help="whose bases are looked at")
   parser.add_argument("--output", type=pathlib.Path, required=True, help="the file to make")
   args = parser.parse_args(argv)
   jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1))
