@@ -66,7 +66,7 @@ NOISY = ("rows_gaussian", "rows_random")  # grown with other noise for each seed
 # Arm -> the base that it trains and train.stages.
 STAGED: dict[str, tuple[str, tuple]] = {
   "staged_rows": ("count_high", (("new_rows", "25%", 1e-3), ("all", "75%", 1e-3))),
-  "staged_three": ("count_high", (("new_rows", "20%", 1e-3), ("embeddings", "20%", 1e-3), ("all", "60%", 1e-3))),
+  "staged_three": ("count_high", (("new_rows", "20%", 1e-2), ("embeddings", "20%", 3e-3), ("all", "60%", 1e-3))),
 }
 
 

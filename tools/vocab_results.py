@@ -276,12 +276,13 @@ def draw(experiments: Sequence[Experiment], path: pathlib.Path) -> None:
         ax.plot(np.array(data.tokens) / 1e3, curves_SE.mean(axis=0), marker="o", markersize=3, color=colour, label=arm)
         ax.fill_between(np.array(data.tokens) / 1e3, curves_SE.min(axis=0), curves_SE.max(axis=0), color=colour, alpha=0.15, lw=0)
       ax.axhline(0.0, color=GREY, linewidth=0.8)
-      ax.set_yscale("symlog", linthresh=0.05)
+      if source == "domain":
+        ax.set_yscale("symlog", linthresh=0.05)  # the shock is ten times what is left at the end
       ax.set_title(f"{data.name}: {text}", fontsize=9)
       ax.set_xlabel("thousand tokens", fontsize=8)
       ax.set_ylabel("bits per byte less none", fontsize=8)
       ax.tick_params(labelsize=7)
-  made.legend(*grid[-1][0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=len(BANDS))
+  made.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=len(BANDS))
   made.savefig(path, dpi=80)
   plt.close(made)
 
