@@ -527,6 +527,16 @@ def did_you_mean(name: str, known: list[str]) -> str:
   return f" Did you mean {close[0]}?" if close else ""
 
 
+def completed(record: dict[str, Any]) -> ConfigDict:
+  """A config that a run of this version or an older one recorded, with the defaults of keys that were not there."""
+
+  def fill(values: dict[str, Any], defaults: Any) -> dict[str, Any]:
+    known = {name: fill(values.get(name, {}), value) for name, value in defaults.items() if isinstance(value, ConfigDict)}
+    return {name: value for name, value in defaults.items() if name not in known} | values | known
+
+  return ConfigDict(fill(record, default()))
+
+
 def unknown_key(key: str, known: list[str]) -> str:
   """The line for a key that does not exist."""
   return f"{key}: there is no such key.{did_you_mean(key, known)} cpt_jax/config.py lists them all."

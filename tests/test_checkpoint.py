@@ -111,6 +111,17 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_leaf_that_differs(t
   assert "missing: params.head" in text and "float32[2, 32, 64], expected float32[2, 32, 96]" in text
 
 
+def test_a_state_of_an_older_form_is_refused_with_the_way_out(tiny_spec, tmp_path):
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=9)
+  with jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])):
+    now = make_state(tiny_spec)
+    checkpoints.save(now._replace(opt_state=(now.opt_state,)), 0, meta={}, losses={})
+    checkpoints.wait()
+    with pytest.raises(ConfigError, match=r"extra: opt_state.0.mu.embedding\n(.*\n)*.*start.weights goes on with its parameters"):
+      checkpoints.restore(0, state.abstract(tiny_spec, make_tx(now.params)))
+  checkpoints.close()
+
+
 @pytest.mark.parametrize(
   "rules, kept",
   [

@@ -105,6 +105,10 @@ def test_a_run_trains_evaluates_and_exports(main, write_config, tmp_path, tiny_b
   assert [record["step"] for record in trained] == [5, 10, 15, 20] and set(trained[0]["source_loss"]) == {"general", "poetry"}
   ledger = [json.loads(line) for line in (workdir / "ledger.jsonl").read_text().splitlines()]
   assert sum(source["rows"] for source in ledger[-1]["sources"]) == 20 * 4
+  for i, source in enumerate(ledger[-1]["sources"]):
+    assert source["bytes"] == sum(record["sources"][i]["window"]["bytes"] for record in ledger) > 0
+  causal, _ = spec.flops_per_token(spec.from_hf(spec.load_hf_config(tiny_base)), 32)
+  assert [record["flops"] for record in records(workdir, "eval")] == pytest.approx([0, causal * 32 * 40, causal * 32 * 80])
   for part in ("general", "poetry", "bits", "checkpoint", str(workdir / "hf")):
     assert part in done.stdout, part
   exported = spec.load_hf_config(workdir / "hf")

@@ -1,5 +1,6 @@
 """The metric files, the meter and the evaluation's sums."""
 
+import dataclasses
 import json
 import math
 
@@ -161,6 +162,27 @@ def test_evaluation_divides_exact_sums_once():
   assert found.loss == pytest.approx(total / tokens.sum(), rel=1e-12)
   assert found.bits_per_byte == pytest.approx(total / math.log(2) / 12_340, rel=1e-12)
   assert (found.tokens, found.bytes, found.documents, found.target_bytes) == (tokens.sum(), 12_345, 3, 12_340)
+
+
+def test_losses_that_an_older_version_kept_are_divided_anew():
+  values = {"loss": 2.0, "bits_per_byte": 1.0, "tokens": 10, "bytes": 100, "documents": 4}
+  held = HeldOut([], num_tokens=10, num_bytes=100, num_target_bytes=80, num_documents=4, max_documents=1)
+  assert perplexity.recorded(values, held) == perplexity.SourceLoss(2.0, 1.25, 10, 100, 4, 80)
+  for unlike in (None, dataclasses.replace(held, num_bytes=99)):  # a source that was given up, or other documents
+    assert perplexity.recorded(values, unlike) == perplexity.SourceLoss(2.0, 1.0, 10, 100, 4, None)
+  now = perplexity.SourceLoss(2.0, 1.25, 10, 100, 4, 80)
+  assert perplexity.recorded(now._asdict(), dataclasses.replace(held, num_target_bytes=1)) == now
+
+
+def test_a_window_after_a_record_that_counts_no_bytes_says_so(tmp_path):
+  entry = {"source": "a", "rows": 2, "tokens": 20, "documents": 2, "epochs": 0.5}
+  (tmp_path / "ledger.jsonl").write_text(json.dumps({"step": 4, "sources": [entry]}) + "\n")
+  writer = metrics.Writer(tmp_path, start_step=4, evaluates_first=False, tensorboard=False)
+  for step, num_bytes in ((8, 90), (12, 130), (16, None)):
+    writer.ledger(step, [{**entry, "bytes": num_bytes}])
+  writer.close()
+  windows = [record["sources"][0]["window"]["bytes"] for record in journal.read(tmp_path / "ledger.jsonl")[1:]]
+  assert windows == [None, 40, None]
 
 
 def test_drift_is_relative_and_by_layer():

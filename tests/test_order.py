@@ -193,6 +193,18 @@ def test_the_same_again_or_a_longer_run_is_no_change(stores, changed):
     assert again.is_changed == (step == 12)
 
 
+def test_a_past_that_counted_no_bytes_is_read_and_what_it_cannot_say_is_not_made_up(stores):
+  first = make(stores, {"a": {}, "b": {}}, num_steps=10)
+  kept = json.loads(json.dumps(first.state(4)))
+  for reads in (kept["read"], *(segment["read"] for segment in kept["segments"])):
+    for read in reads.values():
+      del read["bytes"]
+  second = make(stores, {"a": {}}, num_steps=10, past=kept, start_step=4)
+  a, b = second.ledger(4)
+  assert b["source"] == "b" and b["bytes"] is None and b["tokens"] == first.read(4)["b"].tokens > 0  # given up
+  assert a["bytes"] == first.read(4)["a"].bytes > 0  # counted anew from its rows
+
+
 def test_a_change_taken_back_before_a_step_was_made_is_none(stores):
   first = make(stores, {"a": {}, "c": {}}, num_steps=10)
   second = go_on(stores, first, {"a": {}, "b": {}}, step=4, num_steps=10)

@@ -12,13 +12,14 @@ import time
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpt_jax import config as configs
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.data import batch as batches
-from cpt_jax.data import mixture, packing, pipeline, shuffle, sources
+from cpt_jax.data import mixture, packing, pipeline, shuffle, sources, tokenizer
 from cpt_jax.data.store import StoreWriter, open_store
 
 UNIQUE = 100  # document i of a store has the tokens i*100, i*100+1, ..: a token tells its document
@@ -246,6 +247,22 @@ def test_held_out_rows_are_whole_documents_each_target_once(tmp_path_factory, ma
     assert sum(d in row for row in rows) == -(-(int(lengths[d]) - 1) // 16)
 
 
+@pytest.mark.parametrize("kind", ["examples/base", "tests/fixtures/sentencepiece"])
+def test_bits_per_byte_divide_by_what_the_targets_spell(tmp_path, root, kind):
+  loaded = tokenizer.load(root / kind)
+  texts = [f"{word} {i}, \u4eba\u751f" for i, word in enumerate(["The", "a", "\u98ce", "\n\nOnce", "x1", "Emma"] * 5)]
+  with StoreWriter(tmp_path / "s", vocab_size=loaded.vocab_size, eos_id=loaded.eos_id) as writer:
+    for ids, text in zip(loaded.encode_batch(texts), texts, strict=True):
+      writer.add(ids, text=text)
+  held = loader([source(open_store(tmp_path / "s"), heldout_frac=0.5)], tokenizer=loaded).heldout_rows("a", max_tokens=10**6)
+  targets = [int(target) for batch in held.batches for target in batch.targets_BT[batch.weights_BT > 0]]
+  if kind == "examples/base":  # byte-level, without BOS: a character of a piece is a byte
+    piece_of = tokenizers.Tokenizer.from_file(str(loaded.path)).id_to_token
+    assert held.num_target_bytes == sum(len(piece_of(target)) for target in targets if target != loaded.eos_id) < held.num_bytes
+  else:  # every document begins with BOS, which spells nothing
+    assert held.num_target_bytes == held.num_bytes
+
+
 @settings(max_examples=12)
 @given(st.integers(1, 120), st.integers(2, 5))
 def test_by_bytes_the_same_documents_are_held_out_whatever_the_tokenizer(tmp_path_factory, max_bytes, shorter):
@@ -416,3 +433,4 @@ def test_the_loss_mask_of_a_store_reaches_batches_ledger_and_evaluation(tmp_path
   held = reader.heldout_rows("a", max_tokens=10**6)
   assert held.num_tokens == sum(int((b.weights_BT > 0).sum()) for b in held.batches)
   assert held.num_tokens == int((lengths[reader.sources[0].heldout_documents] - 3).sum())
+  assert held.num_target_bytes == held.num_bytes  # no first token counts, so no store counts its bytes

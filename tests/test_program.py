@@ -1,6 +1,7 @@
 """Compiled programs as text: loops, products, memory traffic, transfers between chips."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -329,10 +330,12 @@ def test_what_is_frozen_saves_the_flops_that_the_formula_says(tiny_spec, random_
   untied = dataclasses.replace(tiny_spec, tied=False)
   mesh = mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
-    tx = optimizer.make(transformer.abstract_params(untied), frozen=frozen)
+    params, to_all = transformer.abstract_params(untied), ((".*", 1.0),)
+    tx = optimizer.make(params, frozen=frozen)
+    leaves = optimizer.plan(params, decay_rules=to_all, rate_rules=to_all, layer_rates=(), frozen=frozen)
     settings = step.ModelSettings(jnp.dtype("float32"), "none", "plain", 0)
-    options = {"settings": settings, "source_weights": (1.0, 1.0), "microbatches": 1, "z_loss": 0.0, "frozen": frozen}
-    update = step.make_train_step(untied, tx, **options)
+    options = {"settings": settings, "source_weights": (1.0, 1.0), "microbatches": 1, "z_loss": 0.0}
+    update = step.make_train_step(untied, tx, **options, hold=functools.partial(optimizer.hold, leaves=leaves))
     batch = mesh_lib.to_global(mesh, random_batch(0, rows=rows, row_len=row_len))
     text = jax.jit(update).lower(state.abstract(untied, tx), batch, 1.0).compile().as_text()
   found = programs.Program(text)

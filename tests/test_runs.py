@@ -28,6 +28,11 @@ def test_a_run_directory_is_read_as_arrays(tiny_plan, tmp_path):
   assert (run.base("general"), run.final("general"), run.replay, run.num_tokens) == (3.0, 3.25, 0.25, 400)
   assert run.is_complete and run.seed == 2 and run.rate == 4e-3 and run.rates_S.max() == pytest.approx(4e-3)
   assert len(run.rates_S) == 16 and run.rates_S[-1] < 1e-3 and run.roles == {"general": "replay", "poetry": "domain"}
+  record = json.loads((tmp_path / "a" / "config.json").read_text())
+  del record["train"]["stages"], record["plan"]  # as an older version wrote it
+  (tmp_path / "a" / "config.json").write_text(json.dumps(record))
+  again = analysis.read_run(tmp_path / "a").config
+  assert again.train.stages == () and list(again.data.sources) == ["general", "poetry"] and again.plan.losses == ()
   write_run(tmp_path / "b" / "c", config, final=(3.25, 2.5), complete=False)
   assert [(r.path.name, r.is_complete) for r in analysis.read_runs(tmp_path)] == [("a", True), ("c", False)]
   for path in (tmp_path, tmp_path / "b"):

@@ -16,8 +16,8 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from cpt_jax import config as configs
+from cpt_jax import journal, trees
 from cpt_jax import mesh as mesh_lib
-from cpt_jax import trees
 from cpt_jax.config import ConfigError
 from cpt_jax.model import expansion, pretrained, transformer
 from cpt_jax.model import spec as spec_lib
@@ -188,6 +188,7 @@ def test_a_step_trains_its_stage_alone_and_every_mesh_agrees(grown_spec, random_
   with compiling.quickly():
     before = trees.paths(jax.device_get(transformer.init(grown_spec, jax.random.key(0))))
     found, norms = updates_of(grown_spec, batches, order=(0, 1, 2))
+    tables, whole = (updates_of(grown_spec, batches[:1], order=(stage,))[1][0] for stage in (1, 2))
     mesh = mesh_lib.make_mesh(data=2, fsdp=2, context=1, tensor=2)
     with jax.set_mesh(mesh):
       divided, divided_norms = updates_of(grown_spec, batches, functools.partial(mesh_lib.to_global, mesh), order=(0, 1, 2))
@@ -203,7 +204,7 @@ def test_a_step_trains_its_stage_alone_and_every_mesh_agrees(grown_spec, random_
       assert ((second[path] != first[path]) if path == "embedding" else (second[path] != first[path]).T)[:280].any()
     else:
       assert not changed.any() and not (second[path] != first[path]).any() and (third[path] != second[path]).any(), path
-  assert norms[0] < norms[1] < norms[2]  # of what is trained alone
+  assert norms[0] < 0.5 * tables and tables < whole and norms[1] < norms[2]  # of what is trained alone
   np.testing.assert_allclose(divided_norms, norms, rtol=1e-4)
   for (path, leaf), one in zip(trees.paths(divided[-1]).items(), jax.tree.leaves(found[-1]), strict=True):
     np.testing.assert_allclose(np.asarray(leaf, np.float32), np.asarray(one, np.float32), rtol=2e-4, atol=2e-5, err_msg=path)
@@ -384,7 +385,7 @@ def test_the_dry_run_says_what_each_stage_trains(staged_run, tmp_path, capsys):
   said = capsys.readouterr().out
   words = " ".join(said.split())
   assert "parameter groups (AdamW), stage 1 of 3, steps 0 to 3: new_rows, lr_peak 0.01" in words
-  assert "1, new rows" in words and "rests" in words and "stage 3: last update" in words
+  assert "embedding 640 1, new rows 0.1" in words and "rests" in words and "stage 3: last update" in words
 
 
 def test_a_base_that_was_not_grown_has_no_rows_to_train(staged_run, tmp_path):
@@ -397,6 +398,14 @@ def test_a_base_that_was_not_grown_has_no_rows_to_train(staged_run, tmp_path):
   c.start.hf = str(tmp_path / "base")
   with pytest.raises(ConfigError, match=r"the model has none .*start from what tools/grow_vocab.py wrote"):
     loop.open_inputs(c)
+
+
+def test_the_operations_of_a_stage_leave_out_what_it_does_not_compute(straight, staged_run):
+  spec = spec_lib.from_hf(spec_lib.load_hf_config(staged_run.start.hf))
+  full, _ = spec_lib.flops_per_token(spec, 32)
+  weights = 2.0 * (spec_lib.matmul_parameters(spec) - 320 * 32)  # the layers' gradients, in the first two stages
+  evals = {record["step"]: record["flops"] for record in journal.read(straight / "metrics.jsonl") if record["kind"] == "eval"}
+  assert evals == {0: 0, 6: 6 * 128 * (full - weights), 12: 12 * 128 * full - 8 * 128 * weights}
 
 
 # ---- growth in the middle ----

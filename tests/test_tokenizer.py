@@ -301,6 +301,7 @@ def test_special_tokens_open_a_document_with_no_bytes(fixtures, root):
     assert loaded.opening_bytes_V.shape == (loaded.vocab_size,)
     control = {loaded.eos_id, loaded.bos_id, loaded.unk_id, *loaded.special_ids} - {None}
     assert control and not loaded.opening_bytes_V[sorted(control)].any()
+    assert len(loaded.byte_ids) == 128 and (loaded.opening_bytes_V[sorted(loaded.byte_ids)] == 1).all()
   base = tokenizer.load(root / "examples" / "base")  # which adds no space
   (first, *_), (spaced, *_) = base.encode_contents(["The cat", " The cat"])
   assert (base.opening_bytes_V[first], base.opening_bytes_V[spaced]) == (3, 4)
@@ -308,7 +309,7 @@ def test_special_tokens_open_a_document_with_no_bytes(fixtures, root):
 
 def test_added_tokens_spell_themselves(copy):
   directory = copy()
-  extra = {"id": 300, "content": "caf\u00e9", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+  extra = {"id": 300, "content": "\u00e9t\u00e9", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
   change(directory / "tokenizer.json", lambda c: c["added_tokens"].append({**extra, "special": False}))
   loaded = tokenizer.load(directory)
-  assert loaded.encode_contents(["caf\u00e9"]) == [[300]] and loaded.opening_bytes_V[300] == 5
+  assert loaded.encode_contents(["\u00e9t\u00e9"]) == [[300]] and loaded.opening_bytes_V[300] == 5

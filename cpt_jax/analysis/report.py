@@ -70,7 +70,7 @@ def read_plan(folder: str | pathlib.Path) -> Plan:
 
 def recorded(run: Run) -> dict[str, tuple[float, float, float]]:
   """What the plan wrote into the run's config: source -> loss, low, high."""
-  return {name: (loss, low, high) for name, loss, low, high in run.config.plan.losses} if "plan" in run.config else {}
+  return {name: (loss, low, high) for name, loss, low, high in run.config.plan.losses}
 
 
 def rows(run: Run, predicted: dict[str, tuple[float, float, float]]) -> list[Row]:

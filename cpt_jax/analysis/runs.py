@@ -9,7 +9,6 @@ import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from cpt_jax import config as config_lib
 from cpt_jax import journal
@@ -68,7 +67,7 @@ def read_run(path: str | pathlib.Path) -> Run:
   path = pathlib.Path(path)
   if not (path / "config.json").is_file():
     raise ConfigError(f"{path}: not a run (no config.json); name the --workdir of a run")
-  config: Any = ConfigDict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+  config: Any = config_lib.completed(json.loads((path / "config.json").read_text(encoding="utf-8")))
   evals = [r for r in journal.read(path / "metrics.jsonl") if r["kind"] == "eval"]
   if not evals:
     raise ConfigError(f"{path}: no evaluation yet; let the run reach its first step")

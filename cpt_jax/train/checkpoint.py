@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import secrets
 import socket
 from collections.abc import Collection, Iterator
@@ -189,6 +190,8 @@ def _difference_lines(difference: trees.Diff) -> list[str]:
   lines = [f"  missing: {path}" for path in difference.missing] + [f"  extra: {path}" for path in difference.extra]
   if any(".mu." in line for line in difference.reshaped):
     lines.append("  (moments of another dtype: give optimizer.mu_dtype as it was then, or start.optimizer=reset)")
+  if any(re.match(r"  extra: opt_state\.\d", line) for line in lines):
+    lines.append("  (of a version whose optimizer state had another form; start.weights goes on with its parameters)")
   return lines + [f"  reshaped: {line}" for line in difference.reshaped]
 
 

@@ -262,6 +262,7 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
         stage = bisect.bisect(borders, now)
         if now in (first_step, *borders) and len(stages) > 1:
           console.say(console.stage(stage, stages))
+          meter.enters_stage(metrics.stage_flops(config, spec, stage))
         train_state, measured = train_step(stage)(train_state, to_device(batch, batch_rows), rates(now))
         report()  # of the step before, while this one runs
         meter.dispatched(now + 1, measured, num_positions=config_lib.tokens_per_step(config))

@@ -7,6 +7,7 @@ a future that was thrown away. Called by train.loop.
 import json
 import math
 import pathlib
+import re
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,13 +22,24 @@ from cpt_jax.data.store import write_atomically
 from cpt_jax.evals.perplexity import SourceLoss
 from cpt_jax.model.loss import Sums
 from cpt_jax.model.spec import ModelSpec, flops_per_token
+from cpt_jax.train import optimizer
 from cpt_jax.train.step import StepMetrics
 
 
 def training_flops(config: Any, spec: ModelSpec, step: int) -> float:
   """Floating point operations of a run's first `step` steps, padding counted, as the causal ones of `flops_per_token`."""
-  causal, _ = flops_per_token(spec, config.data.row_len, frozen=config.optimizer.frozen)
-  return causal * config_lib.tokens_per_step(config) * step
+  total = 0.0
+  for i, stage in enumerate(config_lib.stages(config)):
+    causal, _ = stage_flops(config, spec, i)
+    total += causal * config_lib.tokens_per_step(config) * (min(step, stage.end) - min(step, stage.first))
+  return total
+
+
+def stage_flops(config: Any, spec: ModelSpec, stage: int) -> tuple[float, float]:
+  """`flops_per_token` of one of train.stages: causal, palm."""
+  leaves = optimizer.from_config_plan(config, spec, stage=stage)
+  rest = [re.escape(path) for path, leaf in leaves.items() if leaf.trains is optimizer.Trains.NOTHING]
+  return flops_per_token(spec, config.data.row_len, frozen=rest)
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -149,6 +161,10 @@ class Meter:
     self._elapsed_secs = 0.0
     self._timed_positions = 0
 
+  def enters_stage(self, flops_per_token: tuple[float, float]) -> None:
+    """From here on a token takes so many operations: causal, palm."""
+    self._flops_per_token = flops_per_token
+
   def dispatched(self, step: int, metrics: StepMetrics, *, num_positions: int) -> None:
     """The step that will have finished `step` updates is on its way, with this many positions."""
     assert self._pending is None, "read() before the next step is dispatched"
@@ -248,7 +264,7 @@ def from_config(config: Any, names: tuple[str, ...], spec: ModelSpec, mesh: Any,
   return Meter(
     names,
     log_every=config.log.every,
-    flops_per_token=flops_per_token(spec, config.data.row_len, frozen=config.optimizer.frozen),
+    flops_per_token=stage_flops(config, spec, 0),
     peak_flops=None if peak is None else peak * mesh.devices.size,
     state=state,
   )

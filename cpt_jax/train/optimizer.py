@@ -233,20 +233,25 @@ class Group(NamedTuple):
   weight_decay: float
 
 
-def groups(params: Any, leaves: dict[str, Leaf], *, weight_decay: float) -> list[Group]:
-  """The leaves of a `plan`, gathered by what happens to them, in the order of the tree."""
+def groups(params: Any, leaves: dict[str, Leaf], *, weight_decay: float, new_rows: range | None = None) -> list[Group]:
+  """The leaves of a `plan`, gathered by what happens to them, in the order of the tree; of new rows theirs alone are counted."""
   gathered: dict[tuple[str, float], list[str]] = {}
   for path, leaf in leaves.items():
     key = _describe_rate(leaf), leaf.decay * weight_decay if leaf.trains is not Trains.NOTHING else 0.0
     gathered.setdefault(key, []).append(path)
   sizes = {path: math.prod(leaf.shape) for path, leaf in trees.paths(params).items()}
+  for path, leaf in leaves.items():
+    if leaf.trains is Trains.NEW_ROWS:
+      assert new_rows is not None  # or `plan` had refused
+      sizes[path] = sizes[path] // trees.paths(params)[path].shape[VOCAB_DIM[path]] * len(new_rows)
   return [Group(tuple(paths), sum(sizes[p] for p in paths), rate, decay) for (rate, decay), paths in gathered.items()]
 
 
 def from_config_groups(config: Any, spec: ModelSpec, *, stage: int = -1) -> list[Group]:
   """`groups` of a resolved config, for the dry run."""
   leaves = from_config_plan(config, spec, stage=stage)
-  return groups(transformer.abstract_params(spec), leaves, weight_decay=config.optimizer.weight_decay)
+  decay = config.optimizer.weight_decay
+  return groups(transformer.abstract_params(spec), leaves, weight_decay=decay, new_rows=spec.new_rows)
 
 
 def _rules_of(config: Any, spec: ModelSpec) -> dict[str, Any]:
