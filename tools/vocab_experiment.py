@@ -305,6 +305,8 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
     arm = arm_of(path.name)
     added, held, num_ids, flops = of_base(arm.base)
     evals = [record for record in journal.read(path / "metrics.jsonl") if record["kind"] == "eval"]
+    if (evals[0]["step"], evals[-1]["step"]) != (0, arm.steps):
+      raise ConfigError(f"{path}: evaluations are missing; remove the run, and make it again")
     ledger = {record["step"]: {one["source"]: one for one in record["sources"]} for record in journal.read(path / "ledger.jsonl")}
     stores = {source: store.open_store(folder / "stores" / arm.base / source) for source in held}
     for source, found in held.items():
