@@ -236,6 +236,7 @@ def test_one_process_waits_for_nobody():
 # ---- what they do ----
 
 
+@pytest.mark.slow
 def test_two_processes_do_the_run_of_one(fleet, tmp_path):
   short = ["--config.debug.stop_after=4", "--config.eval.every=4 steps"]
   assert fleet(tmp_path / "one", *short, num=1).codes() == [0]

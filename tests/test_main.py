@@ -122,6 +122,7 @@ def test_a_run_trains_evaluates_and_exports(main, write_config, tmp_path, tiny_b
   assert other.returncode == 78 and "schedule.lr_peak: 0.003 -> 0.001" in other.stderr and "Traceback" not in other.stderr
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_with_the_same_parameters(main, write_config, tmp_path, root):
   config_file = write_config(steps=400, every=7, name="killed")
   assert main(config_file, tmp_path / "whole").returncode == 0

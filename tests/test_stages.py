@@ -151,8 +151,8 @@ def grown_spec(tiny_hf_config):
   return spec_lib.from_hf(tiny_hf_config | {"true_vocab_size": 300, "base_vocab_size": 280, "tie_word_embeddings": False})
 
 
-def updates_of(spec, batches, place=lambda b: b, *, order):
-  """The state after each step of the stages in `order`."""
+def steps_of(spec):
+  """The state at the beginning, and the step of each stage."""
   stages = ("new_rows", "embeddings", "all")
   make = functools.partial(
     dict, decay_rules=((".*", 1.0),), rate_rules=((".*", 1.0),), layer_rates=(), frozen=(), stages=stages, new_rows=spec.new_rows
@@ -175,7 +175,12 @@ def updates_of(spec, batches, place=lambda b: b, *, order):
     )
     for i in range(3)
   ]
-  now, found, norms = state.create(params, tx[0]), [], []
+  return state.create(params, tx[0]), steps
+
+
+def updates_of(begin, steps, batches, place=lambda b: b, *, order):
+  """The state after each step of the stages in `order`, and what norm its gradient had."""
+  now, found, norms = begin, [], []
   for stage, batch in zip(order, batches, strict=True):
     now, metrics = steps[stage](now, place(batch), 1e-2)
     found.append(jax.device_get(now))
@@ -187,11 +192,13 @@ def test_a_step_trains_its_stage_alone_and_every_mesh_agrees(grown_spec, random_
   batches = [random_batch(seed, vocab_size=300) for seed in range(3)]
   with compiling.quickly():
     before = trees.paths(jax.device_get(transformer.init(grown_spec, jax.random.key(0))))
-    found, norms = updates_of(grown_spec, batches, order=(0, 1, 2))
-    tables, whole = (updates_of(grown_spec, batches[:1], order=(stage,))[1][0] for stage in (1, 2))
+    begin, steps = steps_of(grown_spec)
+    found, norms = updates_of(begin, steps, batches, order=(0, 1, 2))
+    tables, whole = (updates_of(begin, steps, batches[:1], order=(stage,))[1][0] for stage in (1, 2))
     mesh = mesh_lib.make_mesh(data=2, fsdp=2, context=1, tensor=2)
     with jax.set_mesh(mesh):
-      divided, divided_norms = updates_of(grown_spec, batches, functools.partial(mesh_lib.to_global, mesh), order=(0, 1, 2))
+      place = functools.partial(mesh_lib.to_global, mesh)
+      divided, divided_norms = updates_of(*steps_of(grown_spec), batches[:2], place, order=(0, 1))
   first, second, third = (trees.paths(now.params) for now in found)
   is_new = np.zeros(320, bool)
   is_new[280:300] = True
@@ -205,8 +212,8 @@ def test_a_step_trains_its_stage_alone_and_every_mesh_agrees(grown_spec, random_
     else:
       assert not changed.any() and not (second[path] != first[path]).any() and (third[path] != second[path]).any(), path
   assert norms[0] < 0.5 * tables and tables < whole and norms[1] < norms[2]  # of what is trained alone
-  np.testing.assert_allclose(divided_norms, norms, rtol=1e-4)
-  for (path, leaf), one in zip(trees.paths(divided[-1]).items(), jax.tree.leaves(found[-1]), strict=True):
+  np.testing.assert_allclose(divided_norms, norms[:2], rtol=1e-4)
+  for (path, leaf), one in zip(trees.paths(divided[-1]).items(), jax.tree.leaves(found[1]), strict=True):
     np.testing.assert_allclose(np.asarray(leaf, np.float32), np.asarray(one, np.float32), rtol=2e-4, atol=2e-5, err_msg=path)
 
 
@@ -347,10 +354,9 @@ def test_stages_follow_each_other_and_rest_what_they_do_not_train(straight):
   assert (at[12]["params.layers.wq"] != at[8]["params.layers.wq"]).any()
 
 
-@pytest.mark.parametrize("stops", [(3, 4, 5), (4, 8)])
-def test_a_run_stopped_at_before_and_behind_borders_is_the_same_run(stops, staged_run, straight, one_device, tmp_path, capsys):
+def test_a_run_stopped_before_on_and_behind_borders_is_the_same_run(staged_run, straight, one_device, tmp_path, capsys):
   with compiling.quickly():
-    for stop in (*stops, 0):
+    for stop in (3, 4, 9, 0):
       c = copy.deepcopy(staged_run)
       c.debug.stop_after = stop
       assert loop.run(c, tmp_path / "run") == loop.EXIT_DONE
