@@ -2,7 +2,7 @@
 
 Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_1b_1xh100.py --topology=h100:1x1
 It ends with:             verdict       fits: 62.91 of 71.20 GiB a chip (12% free); bound by
-                          compute; at most 73.4% MFU causal (80.6% palm), 88,292 tokens/s a chip
+                          compute; at most 73.4% MFU causal (80.6% palm), 88,291 tokens/s a chip
 
 Nothing is computed again and the layers stand one by one (model.scan=False): the fastest of docs/gpu.md, where an H200 made
 64,627 tokens/s with 8 rows. 8 parts of 8 rows make 262,144 tokens a step. An H200 (h200:1x1) has room for parts of 16.
