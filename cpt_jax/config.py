@@ -682,7 +682,7 @@ def _check_stage(key: str, entry: Any, problems: Problems) -> None:
     problems.add(
       f"{key}: {what!r}: choose one of {', '.join(STAGES)}, or give path patterns, ({what!r},).{did_you_mean(what, list(STAGES))}"
     )
-  elif not what or not all(isinstance(pattern, str) for pattern in what):
+  elif not (isinstance(what, (str, list, tuple)) and what and all(isinstance(pattern, str) for pattern in what)):
     problems.add(
       f"{key}: {what!r} names nothing to train; give one of {', '.join(STAGES)}, or path patterns, ('embedding:new', 'head')"
     )

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from orbax.checkpoint import v1 as ocp
+from test_optimizer import nest
 
 from cpt_jax import config as configs
 from cpt_jax import journal, trees
@@ -29,17 +30,6 @@ ROWS = range(5, 7)  # of the table's 8; the last is padding
 SHAPES = {"embedding": (8, 4), "layers.attn_norm": (3, 4), "layers.wq": (3, 4, 2, 2), "final_norm": (4,), "head": (4, 8)}
 RULES = {"decay_rules": ((r".*norm", 0.0), (r".*", 1.0)), "rate_rules": ((r"embedding", 0.5), (r".*", 1.0)), "layer_rates": ()}
 THREE = ("new_rows", ("head:new", "layers.*", "embedding"), "all")  # the table of inputs before that of outputs is whole
-
-
-def nest(flat: dict) -> dict:
-  tree = {}
-  for path, leaf in flat.items():
-    *branches, name = path.split(".")
-    branch = tree
-    for b in branches:
-      branch = branch.setdefault(b, {})
-    branch[name] = leaf
-  return tree
 
 
 def random_tree(seed: int) -> dict:
@@ -266,6 +256,7 @@ def test_without_stages_the_run_is_one():
     ((("new_row", "20%", 1e-3), ("all", "rest", 1e-4)), r"train.stages\[0\]: 'new_row': choose one of .*Did you mean new_rows"),
     ((("all", "20%"),), r"train.stages\[0\]: \('all', '20%'\) is no stage; write \(what is trained, how long, lr_peak\)"),
     (("all",), "is no stage"),
+    (((5, "20%", 1e-3), ("all", "rest", 1e-4)), "5 names nothing to train"),
     ((((), "20%", 1e-3), ("all", "rest", 1e-4)), "names nothing to train"),
     ((("all", "rest", 0.0),), "lr_peak=0.0: must be above 0"),
     ((("all", "half", 1e-3),), r"train.stages: 'half' is no duration.*may be as long as the 'rest'"),

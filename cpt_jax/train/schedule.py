@@ -65,9 +65,7 @@ class Fall:
 class Staged:
   """One schedule after the other; call it as a Schedule."""
 
-  parts: tuple[
-    tuple[int, "Schedule"], ...
-  ]  # (the step of the run at which it begins, the schedule, whose steps count from there)
+  parts: tuple[tuple[int, "Schedule"], ...]  # the step of the run at which each begins; its own steps count from there
 
   def __call__(self, step: Any) -> Any:
     """As a Schedule's."""
