@@ -137,6 +137,9 @@ def test_a_run_becomes_a_record(experiment, folder, root):
   found = record["heldout"]["domain"]
   assert (found["documents"], found["bytes"], found["changed"]) == (len(held["domain"]), sizes["domain"], 0)
   assert found["bytes"] - found["target_bytes"] == sum(len(first_piece(root, text)) for text in held["domain"])
+  (path / "metrics.jsonl").write_text(json.dumps(records[1]) + "\n")  # a run that lost its beginning
+  with pytest.raises(ConfigError, match="evaluations are missing; remove the run"):
+    experiment.collect(folder)
 
 
 def first_piece(root, text):
