@@ -67,8 +67,8 @@ def _run(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: Any) 
   stack = Stack(len(configs))
   opened = [inputs_lib.open_inputs(config, workdir) for config, workdir in zip(configs, workdirs, strict=True)]
   stack.check([inputs.loader for inputs in opened])
-  config, spec, tx, begin, loader = (getattr(opened[0], name) for name in ("config", "spec", "tx", "begin", "loader"))
-  num_steps = loader.end_step
+  first = opened[0]
+  config, spec, loader, num_steps = first.config, first.spec, first.loader, first.loader.end_step
 
   with contextlib.ExitStack() as claims, signals.stop_signals() as stop:
     for inputs, workdir in zip(opened, workdirs, strict=True):
@@ -111,15 +111,15 @@ def _run(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: Any) 
       return perplexity.evaluate(params, rows, eval_step=eval_step, to_device=to_device, parts=stack.parts)
 
     # ---- 5. start ----
-    _say_start(opened[0], workdirs[0], mesh)
+    _say_start(first, workdirs[0], mesh)
     recorders = Recorders(stack, opened, workdirs, mesh=mesh, heldout=heldout)
     params = recorders.load_base(evaluate)
     keeps = {"keep_optimizer": config.start.optimizer == "keep", "moments": config.start.moments}
-    train_state = stack.map(lambda params: start.initial_state(begin, params, spec, tx, **keeps))(params)
+    train_state = stack.map(lambda params: start.initial_state(first.begin, params, spec, first.tx, **keeps))(params)
     del params  # the step donates the state; the base lives on in a copy
 
     # ---- 6. loop ----
-    first_step = begin.step
+    first_step = first.begin.step
     last_step = max(first_step, min(num_steps, config.debug.stop_after or num_steps))
     eval_every, save_every = config_lib.steps_of(config, "eval.every"), config_lib.steps_of(config, "checkpoint.every")
     stages = config_lib.stages(config)
@@ -146,6 +146,8 @@ def _run(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: Any) 
           recorders.report(train_state)
           recorders.save(now, train_state, is_evaluated=eval_due)
         if decision is not None:
+          # ORDER: the checkpoint that it names is whole, then the decision is on disk, and only then anything follows from it.
+          recorders.wait()
           recorders.decided(decision)
         if stopping or now == last_step or decision is not None:
           break

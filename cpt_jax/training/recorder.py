@@ -87,11 +87,13 @@ class Recorder:
     self._need()
     self.checkpoints.save(state, now, meta=kept, losses=self.losses if is_evaluated else {})
 
-  def decided(self, decision: dict) -> None:
-    """Writes down what a guard has decided."""
-    # ORDER: the checkpoint that it names is whole, then the decision is on disk, and only then anything follows from it.
+  def wait(self) -> None:
+    """Until what was saved is on disk."""
     if self.checkpoints is not None:
       self.checkpoints.wait()
+
+  def decided(self, decision: dict) -> None:
+    """Writes down what a guard has decided."""
     self._note(decision)
     console.say(f"guard    {guard.words(decision)}. Written to {self.workdir / guard.FILE}")
 
@@ -138,7 +140,8 @@ class Recorders:
     mesh: jax.sharding.Mesh,
     heldout: Mapping[str, Any],  # source -> stream.pipeline.HeldOut
   ):
-    self._stack, self._bar = stack, None
+    self._stack = stack
+    self._bar: Any = None
     self._runs = [
       Recorder(inputs, workdir, mesh=mesh, heldout=heldout, saves=stack.is_alone)
       for inputs, workdir in zip(opened, workdirs, strict=True)
@@ -224,6 +227,11 @@ class Recorders:
   def decide(self, now: int) -> dict | None:
     """What a guard says must be done after `now` updates; never in a stack, which has no checkpoint to go back to."""
     return self._runs[0].watch.decide(now, self._runs[0].loader) if self._stack.is_alone else None
+
+  def wait(self) -> None:
+    """Until all that was saved is on disk."""
+    for run in self._runs:
+      run.wait()
 
   def decided(self, decision: dict) -> None:
     """Writes down what a guard has decided."""
