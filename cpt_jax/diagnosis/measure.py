@@ -4,6 +4,7 @@ Invariant: the base is evaluated as a run does it (stream.pipeline.evaluation_ro
 held-out documents where there are enough of them; nothing is loaded whole but the base and the stores' indices.
 """
 
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -148,11 +149,11 @@ def evaluate(base: Base, held: dict[str, Held], *, config: Any, on_batch: Callab
 
       def keep(params, batch, parts=parts):
         parts.append(eval_step(params, batch))
+        on_batch()
         return parts[-1]
 
-      (losses,) = perplexity.evaluate(
-        params, {name: rows}, eval_step=keep, to_device=lambda batch: mesh_lib.to_global(mesh, batch), on_batch=on_batch
-      )
+      to_device = functools.partial(mesh_lib.to_global, mesh)
+      (losses,) = perplexity.evaluate(params, {name: rows}, eval_step=keep, to_device=to_device)
       loss = losses[name]
       sums, tokens = zip(*[(float(part.loss), float(part.tokens)) for part in jax.device_get(parts)], strict=True)
       error = corpus.ratio_error(sums, tokens)

@@ -107,9 +107,8 @@ class Recorder:
       pretrained.save_params(params, inputs.spec, exported, source_dir=files, hf_config=inputs.hf_config)
     saved = str(self.workdir / "ckpt" / str(now)) if now in checkpoint.saved_steps(self.workdir) else ""
     read, decided = self.loader.ledger(now), guard.summary(self.workdir)
-    result = metrics.summary(now, self.base_losses, self.losses, read, saved, exported, decided)
-    if is_over:
-      result = metrics.with_predictions(result, config.plan.losses)
+    predicted = config.plan.losses if is_over else ()
+    result = metrics.summary(now, self.base_losses, self.losses, read, saved, exported, decided, predicted)
     if hosts.is_main():
       metrics.write_summary(self.workdir, result)
     console.summary(result)
