@@ -15,8 +15,7 @@ import rich.progress
 import rich.table
 import rich.text
 
-from cpt_jax.model import spec as spec_lib
-from cpt_jax.training import guard, step
+from cpt_jax.training import guard
 
 # Into a file or a pipe tables are written at a fixed width; rich would fold them to 80 columns.
 _IS_TERMINAL = sys.stdout.isatty()
@@ -194,25 +193,14 @@ def clock(seconds: float) -> str:
   return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
 
 
-def header(inputs: Any, workdir: Any, mesh: Any) -> None:
-  """What is about to run, as training.inputs.Inputs say it."""
-  config, spec, begin, loader = inputs.config, inputs.spec, inputs.begin, inputs.loader
+def header(config: Any, workdir: Any, spec: Any, mesh: Any, start: str, *, num_parameters: int) -> None:
+  """What is about to run."""
   shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-  parameters = count(spec_lib.num_parameters(spec))
   say(f"run      {workdir}")
-  say(f"model    {spec.family}, {parameters} parameters, {spec.num_layers} layers of width {spec.width}")
-  say(f"start    {begin.describe(optimizer=config.start.optimizer, moments=config.start.moments)}")
+  say(f"model    {spec.family}, {count(num_parameters)} parameters, {spec.num_layers} layers of width {spec.width}")
+  say(f"start    {start}")
   say(f"devices  {mesh.devices.size} x {mesh.devices.flat[0].device_kind}: {shape}")
   say(f"length   {config.train.length}, {config.train.batch_rows} rows of {config.data.row_len} a step")
-  if note := step.remat_note(config):
-    say(f"remat    {note}")
-  for line in guard.describe(config, loader):
-    say(f"guard    {line}")
-  for decision in inputs.decisions:
-    say(f"guard    decided before: {guard.words(decision)}")
-  if not guard.is_followed(inputs.asked, inputs.decisions):
-    say("guard    the config asks for other shares than it did then: they are taken as they stand, not as a guard changed them")
-  data_changes(loader, rate=float(inputs.rates(begin.step)))
 
 
 def stage(index: int, stages: Sequence[Any]) -> str:
@@ -237,6 +225,16 @@ def data_changes(loader: Any, *, rate: float) -> None:
       f"data     the run ends at step {loader.end_step} of {loader.num_steps}: {why}. The rate does not reach its last value; "
       f"train.length='{loader.end_step} steps' lets it"
     )
+
+
+def guards(config: Any, loader: Any, decisions: list[dict], asked: Any) -> None:
+  """A line for each guard that is on, and for what they have decided."""
+  for line in guard.describe(config, loader):
+    say(f"guard    {line}")
+  for decision in decisions:
+    say(f"guard    decided before: {guard.words(decision)}")
+  if not guard.is_followed(asked, decisions):
+    say("guard    the config asks for other shares than it did then: they are taken as they stand, not as a guard changed them")
 
 
 def summary(result: dict[str, Any]) -> None:

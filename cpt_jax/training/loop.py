@@ -18,6 +18,7 @@ from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError
 from cpt_jax.devices import hosts, signals
 from cpt_jax.devices import mesh as mesh_lib
+from cpt_jax.model import spec as spec_lib
 from cpt_jax.stream.batch import Batch
 from cpt_jax.training import checkpoint, console, guard, metrics, perplexity, recorder, start, step
 from cpt_jax.training import inputs as inputs_lib
@@ -102,7 +103,7 @@ def _run(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: Any) 
       return perplexity.evaluate(params, rows, eval_step=eval_step, to_device=to_device, parts=stack.parts)
 
     # ---- 5. start ----
-    console.header(first, workdirs[0], mesh)
+    _say_start(first, workdirs[0], mesh)
     runs = [recorder.Recorder(*of_run, mesh=mesh, heldout=heldout) for of_run in zip(opened, workdirs, strict=True)]
     watch, checkpoints = runs[0].watch, runs[0].checkpoints  # a stack saves nothing and has no guard that acts
     params = recorder.load_base(runs, stack, evaluate)
@@ -200,6 +201,17 @@ def _agree(inputs: inputs_lib.Inputs, workdir: pathlib.Path) -> None:
   hosts.agree(same | here)
   if hosts.is_main():  # the others have looked
     start.remove_void(workdir)
+
+
+def _say_start(inputs: inputs_lib.Inputs, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
+  """What is about to run."""
+  config, begin, loader = inputs.config, inputs.begin, inputs.loader
+  described = begin.describe(optimizer=config.start.optimizer, moments=config.start.moments)
+  console.header(config, workdir, inputs.spec, mesh, described, num_parameters=spec_lib.num_parameters(inputs.spec))
+  if note := step.remat_note(config):
+    console.say(f"remat    {note}")
+  console.guards(config, loader, inputs.decisions, inputs.asked)
+  console.data_changes(loader, rate=float(inputs.rates(begin.step)))
 
 
 def _after(decision: dict) -> int:
