@@ -1,0 +1,151 @@
+"""A recommendation -> two figures: the frontier of forgetting against learning, and how well held-out runs were predicted.
+
+Invariant: draws what it is given and fits nothing; needs the extra [plots].
+"""
+
+import os
+from typing import Any
+
+import numpy as np
+
+from cpt_jax.config import ConfigError
+from cpt_jax.planning import cells as cells_lib
+from cpt_jax.planning.recommend import Recommendation
+
+# Okabe and Ito's colours, told apart with any kind of colour vision.
+_BLUE, _ORANGE, _GREEN, _RED, _GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
+
+
+def frontier(plan: Recommendation, path: str | os.PathLike) -> None:
+  """General loss rise against domain loss: frontier, recommended setting, limit, and the runs of the nearest budget."""
+  figure, ax = _figure(7.2, 5.2)
+  rises, losses = [p.rise for p in plan.frontier], [p.domain_loss for p in plan.frontier]
+  measured = _measured(plan)
+  rates = sorted({rate for rate, *_ in measured})
+  colours = _colormap(len(rates))
+  for rate, colour in zip(rates, colours, strict=True):
+    of_rate = [(replay, rise, loss) for its_rate, replay, rise, loss in measured if its_rate == rate]
+    sizes = [25 + 200 * replay for replay, _, _ in of_rate]
+    ax.scatter(
+      [x[1] for x in of_rate],
+      [x[2] for x in of_rate],
+      s=sizes,
+      color=colour,
+      edgecolors="white",
+      linewidths=0.7,
+      label=f"rate {rate:.3g}",
+    )
+  ax.plot(rises, losses, color=_BLUE, linewidth=2, label=f"frontier at {_count(plan.tokens)} tokens, predicted", zorder=3)
+  for point in plan.frontier[:: max(1, len(plan.frontier) // 6)]:
+    text = f"{point.rate:.2g}, {point.replay:.0%}" if point.replay >= 0.1 else f"{point.rate:.2g}, {point.replay:.1%}"
+    ax.annotate(text, (point.rise, point.domain_loss), xytext=(5, 6), textcoords="offset points", fontsize=7, color=_BLUE)
+  ax.scatter([plan.best.rise], [plan.best.domain_loss], marker="*", s=260, color=_RED, edgecolors="black", zorder=5,
+             label=f"recommended: rate {plan.rate:.3g}, replay {plan.replay:.1%}")  # fmt: skip
+  if plan.general_loss_rise is not None:
+    ax.axvline(
+      plan.general_loss_rise, color=_GREY, linestyle="--", linewidth=1.2, label=f"limit, {plan.general_loss_rise:g} nats"
+    )
+  # Collapsed runs would squeeze the rest into a corner: the axes end where the frontier does, with room for what is near it.
+  span_x, span_y = _span(rises), _span(losses)
+  ax.set_xlim(min([*rises, 0.0]) - 0.1 * span_x, max([*rises, plan.general_loss_rise or 0.0]) + 0.25 * span_x)
+  ax.set_ylim(min(losses) - 0.12 * span_y, max(losses) + 0.35 * span_y)
+  ax.set_xlabel("rise of the general loss over the base (nats/token)")
+  ax.set_ylabel("domain loss (nats/token)")
+  budgets = sorted({cell.tokens for cell in plan.cells})
+  ax.set_title(
+    f"Forgetting against learning\nDots: runs of {_count(_nearest(budgets, plan.tokens))} tokens, larger with more replay. "
+    "On the line: rate, replay share",
+    fontsize=10,
+  )
+  ax.legend(fontsize=7.5, loc="upper right")
+  _save(figure, path)
+
+
+def fit_quality(plan: Recommendation, path: str | os.PathLike) -> None:
+  """For each source: every run's loss as predicted without its cell, less the measured one, and the law's name and error."""
+  sources = list(plan.choices)
+  figure, axes = _figure(4.6 * len(sources), 4.4, columns=len(sources))
+  for ax, source in zip(np.atleast_1d(axes), sources, strict=True):
+    choice = plan.choices[source]
+    error_n = choice.held_out_n - choice.loss_n
+    rates = np.unique(choice.fit.inputs["rate"])
+    for rate, colour in zip(rates, _colormap(len(rates)), strict=True):
+      is_rate = choice.fit.inputs["rate"] == rate
+      sizes = 25 + 200 * choice.fit.inputs["replay"][is_rate]
+      ax.scatter(
+        choice.loss_n[is_rate],
+        error_n[is_rate],
+        s=sizes,
+        color=colour,
+        edgecolors="white",
+        linewidths=0.7,
+        label=f"rate {rate:.3g}",
+      )
+    ax.axhline(0, color="black", linewidth=0.8)
+    if np.isfinite(choice.noise):
+      ax.axhspan(-choice.noise, choice.noise, color=_GREY, alpha=0.25, linewidth=0, label=f"seed noise, {choice.noise:.4f}")
+    mae = next(score.mae for score in choice.scores if score.law == choice.law and score.scheme == "cell")
+    ax.set_title(f"{source} ({choice.role}): {choice.law}\nmean error of held-out cells {mae:.4f} nats", fontsize=10)
+    ax.set_xlabel("measured loss (nats/token)")
+    ax.set_ylabel("predicted - measured (nats/token)")
+    ax.legend(fontsize=7.5)
+  _save(figure, path)
+
+
+def _measured(plan: Recommendation) -> list[tuple[float, float, float, float]]:
+  """(rate, replay, rise, domain loss) of the runs of the budget nearest the plan's."""
+  budget = _nearest(sorted({cell.tokens for cell in plan.cells}), plan.tokens)
+  general = cells_lib.sources_of(plan.cells, role=cells_lib.REPLAY)
+  domain = cells_lib.sources_of(plan.cells, role=cells_lib.DOMAIN)
+  return [
+    (
+      cell.rate,
+      cell.replay,
+      max(cell.losses[s] - cell.base[s] for s in general),
+      float(np.mean([cell.losses[s] for s in domain])),
+    )
+    for cell in plan.cells
+    if cell.tokens == budget and all(np.isfinite(loss) for loss in cell.losses.values())
+  ]
+
+
+def _nearest(budgets: list[int], tokens: float) -> int:
+  return min(budgets, key=lambda budget: abs(np.log(budget / tokens)))
+
+
+def _span(values: list[float]) -> float:
+  return max(max(values) - min(values), 0.01)
+
+
+def _count(number: float) -> str:
+  for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    if number >= size:
+      return f"{number / size:.3g}{letter}"
+  return f"{number:g}"
+
+
+def _colormap(num: int) -> list[Any]:
+  import matplotlib
+
+  return [matplotlib.colormaps["viridis"](x) for x in np.linspace(0.1, 0.9, num)]
+
+
+def _figure(width: float, height: float, *, columns: int = 1) -> tuple[Any, Any]:
+  try:
+    from matplotlib.backends import backend_agg
+    from matplotlib.figure import Figure
+  except ImportError as error:
+    raise ConfigError("figures need matplotlib, which is not installed: pip install 'cpt_jax[plots]'") from error
+  figure = Figure(
+    figsize=(width, height), layout="constrained"
+  )  # of no global state, so that a caller's own figures are left alone
+  backend_agg.FigureCanvasAgg(figure)
+  axes = figure.subplots(1, columns)
+  for ax in np.atleast_1d(axes):
+    ax.grid(color="0.9", linewidth=0.6)
+    ax.set_axisbelow(True)
+  return figure, axes
+
+
+def _save(figure: Any, path: str | os.PathLike) -> None:
+  figure.savefig(path, dpi=140)

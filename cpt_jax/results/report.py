@@ -1,0 +1,159 @@
+"""A run and the plan that it followed -> what was predicted beside what was measured: rows, and a figure.
+
+Invariant: a prediction is read from where the plan recorded it, never made anew. The figure needs the extra [plots].
+"""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cpt_jax.config import ConfigError
+from cpt_jax.results.runs import Run
+
+# Okabe and Ito's colours, told apart with any kind of colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+GREY = "#777777"
+
+
+class Row(NamedTuple):
+  """One source; losses in nats/token."""
+
+  source: str
+  role: str
+  base: float
+  predicted: float
+  low: float
+  high: float
+  measured: float
+
+  @property
+  def error(self) -> float:
+    """Measured less predicted."""
+    return self.measured - self.predicted
+
+  @property
+  def is_inside(self) -> bool:
+    """Does the interval hold the measured loss."""
+    return self.low <= self.measured <= self.high
+
+
+class Plan(NamedTuple):
+  """What a plan recorded."""
+
+  path: pathlib.Path
+  rate: float
+  replay: float
+  tokens: float
+  losses: dict[str, tuple[float, float, float]]  # source -> loss, low, high
+  frontier: list[tuple[float, float]]  # general loss rise and domain loss, nats
+  limit: float | None  # of the rise
+
+
+def read_plan(folder: str | pathlib.Path) -> Plan:
+  """Reads the plan.json that tools/plan.py wrote.
+
+  Raises:
+    ConfigError: it is not there.
+  """
+  path = pathlib.Path(folder) / "plan.json"
+  if not path.is_file():
+    raise ConfigError(f"--plan={folder}: no plan.json there; name the --output of tools/plan.py")
+  record = json.loads(path.read_text(encoding="utf-8"))
+  best = record["recommended"]
+  losses = {name: (p["loss"], p["low"], p["high"]) for name, p in best["losses"].items()}
+  frontier = [(point["rise"], point["domain_loss"]) for point in record["frontier"]]
+  return Plan(path, best["rate"], best["replay"], record["tokens"], losses, frontier, record["general_loss_rise"])
+
+
+def recorded(run: Run) -> dict[str, tuple[float, float, float]]:
+  """What the plan wrote into the run's config: source -> loss, low, high."""
+  return {name: (loss, low, high) for name, loss, low, high in run.config.plan.losses}
+
+
+def rows(run: Run, predicted: dict[str, tuple[float, float, float]]) -> list[Row]:
+  """A row for each source that was predicted and measured.
+
+  Raises:
+    ConfigError: none was.
+  """
+  both = [name for name in run.losses if name in predicted]
+  if not both:
+    raise ConfigError(
+      f"{run.path}: no prediction for its sources {', '.join(run.losses)}; the config of a plan records one (tools/plan.py), "
+      "and --plan=DIR names a plan"
+    )
+  return [Row(name, run.roles[name], run.base(name), *predicted[name], run.final(name)) for name in both]
+
+
+def differences(run: Run, plan: Plan) -> list[str]:
+  """Where the run did not do what the plan predicted for, in words."""
+  lines = []
+  asked = {
+    "schedule.lr_peak": (run.rate, plan.rate),
+    "replay share": (run.replay, plan.replay),
+    "tokens": (run.num_tokens, plan.tokens),
+  }
+  for what, (was, planned) in asked.items():
+    # A share is as exact as the rows of a run allow, and the last step of a run is a whole one.
+    if abs(was - planned) > 0.02 * abs(planned) + (0.005 if what == "replay share" else 0.0):
+      lines.append(f"{what}: {was:g} in the run, {planned:g} in the plan")
+  return lines
+
+
+def figure(run: Run, table: list[Row], plan: Plan | None, path: str | pathlib.Path) -> None:
+  """Losses over the run with what was predicted for its end; with a plan also where it came out beside the frontier."""
+  plt = pyplot()
+  columns = 1 if plan is None else 2
+  made, axes = plt.subplots(1, columns, figsize=(6.4 * columns, 4.6), squeeze=False, layout="constrained")
+  ax = axes[0][0]
+  steps_E = run.eval_steps_E
+  for row, colour in zip(table, COLOURS * len(table), strict=False):
+    ax.plot(steps_E, run.losses[row.source] - row.base, marker="o", color=colour, label=f"{row.source} ({row.role}), measured")
+    low, high = row.predicted - row.low, row.high - row.predicted
+    ax.errorbar(
+      [len(run.rates_S) * 1.03], [row.predicted - row.base], yerr=[[low], [high]], marker="D", capsize=5, color=colour, alpha=0.6,
+      label=f"{row.source}, predicted",
+    )  # fmt: skip
+  ax.axhline(0, color=GREY, linewidth=0.8)
+  ax.set_xlabel("step")
+  ax.set_ylabel("held-out loss less the base's, nats/token")
+  ax.set_title("learning and forgetting, and what was predicted for the end")
+  ax.legend(fontsize=8)
+  if plan is not None:
+    _frontier(axes[0][1], table, plan)
+  made.savefig(path, dpi=140)
+  plt.close(made)
+
+
+def _frontier(ax: Any, table: list[Row], plan: Plan) -> None:
+  def place(value: str) -> tuple[float, float]:
+    rise = max(getattr(row, value) - row.base for row in table if row.role == "replay")
+    return rise, float(np.mean([getattr(row, value) for row in table if row.role == "domain"]))
+
+  ax.plot(*zip(*plan.frontier, strict=True), color=COLOURS[0], label="frontier, predicted")
+  ax.plot(*place("predicted"), marker="*", markersize=15, linestyle="", color=COLOURS[1], label="the plan's choice, predicted")
+  ax.plot(*place("measured"), marker="X", markersize=11, linestyle="", color="black", label="this run, measured")
+  if plan.limit is not None:
+    ax.axvline(plan.limit, color=GREY, linestyle="--", label=f"limit, {plan.limit:g} nats")
+  ax.set_xlabel("general loss less the base's, nats/token")
+  ax.set_ylabel("domain loss, nats/token")
+  ax.set_title("where the run came out")
+  ax.legend(fontsize=8)
+
+
+def pyplot() -> Any:
+  """Matplotlib's, without a screen.
+
+  Raises:
+    ConfigError: it is not installed.
+  """
+  try:
+    import matplotlib
+  except ImportError:
+    raise ConfigError("figures need matplotlib: pip install 'cpt_jax[plots]'; or give --nofigure") from None
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  return plt
