@@ -148,7 +148,7 @@ def check_vocabulary(sources: Sequence[Source], vocab_size: int, problems: Probl
 def _knots(config, name: str) -> Knots:
   """A source's share over time, times in steps, not rounded."""
   entry = config.data.sources[name]
-  knots = [(when, float(shares.get(name, 0.0)), "hold") for when, shares in config.data.stages] or entry.share
+  knots = [(when, float(shares.get(name, 0.0)), "hold") for when, shares in config.data.shares] or entry.share
   return tuple((float(config_lib.steps_at(config, when)), share, curve) for when, share, curve in knots)
 
 

@@ -308,27 +308,17 @@ def identity(config: Any, run_dir: pathlib.Path) -> dict[str, str]:
   return {**keys, **code, "--workdir is claimed by": claimed}
 
 
-# Keys that may change between two starts of a run: they alter no row, no update and nothing that a checkpoint holds. Not
-# eval.tokens: the base was measured on those held-out documents.
-_FREE = ("log.", "checkpoint.", "debug.", "eval.every", "eval.batch_rows", "mesh.", "data.prefetch")
-_FREE += ("guard.", "plan.", "model.remat", "model.attention", "model.loss_chunk")
-# Those that may change what lies ahead; stream.order keeps the past as it was, or refuses.
-_FREE += ("train.length", "data.sources.", "data.stages", "data.on_bad", "data.max_bad")
-
-
 def check_same_run(saved: dict, config: dict) -> None:
   """Refuses to continue a run under a config that would have changed its past.
 
-  A key that an older version did not have stood for what is its default now.
+  What lies ahead may change: stream.order keeps the past as it was, or refuses.
 
   Raises:
     ConfigError: a line for each key that differs and matters.
   """
-  default, before, now = (_flat_json(c) for c in (json.loads(config_lib.default().to_json()), saved, config))
-  before = default | before
-  changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and not key.startswith(_FREE)]
+  changed = config_lib.changes(saved, config, allowed=("nothing", "ahead"))
   if changed:
-    lines = [f"  {key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}" for key in changed]
+    lines = [f"  {key}: {json.dumps(before)} -> {json.dumps(now)}" for key, (before, now) in changed.items()]
     raise ConfigError(
       "\n".join(
         ["this --workdir holds a run with another config:", *lines]

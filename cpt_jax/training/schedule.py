@@ -34,7 +34,7 @@ import numpy as np
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
 
-NAMES = config_lib.CHOICES["schedule.name"]
+NAMES = config_lib.KEYS["schedule.name"].choices
 
 
 @dataclasses.dataclass(frozen=True)

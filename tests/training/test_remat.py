@@ -15,7 +15,7 @@ from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec
 from cpt_jax.training import step
 
-CHOICES = config_lib.CHOICES["model.remat"]
+CHOICES = config_lib.KEYS["model.remat"].choices
 LADDER = [name for name in CHOICES if not name.endswith("_offload")]
 SPEC = ModelSpec("llama", 67, 64, 3, 4, 2, 16, 192, max_positions=512)
 ROWS, ROW_LEN = 2, 128
