@@ -93,11 +93,11 @@ class Loader:
     batch_rows: int,
     row_len: int,
     packing_policy: str,
-    cross_documents: bool = False,
-    split_positions: str = "restart",
-    seed: int = 0,
-    num_threads: int = 16,
-    eval_batch_rows: int | None = None,
+    cross_documents: bool,
+    split_positions: str,
+    seed: int,
+    num_threads: int,
+    eval_batch_rows: int,
     tokenizer: tokenizer_lib.Tokenizer | None = None,
     vocab_size: int | None = None,
     past: dict | None = None,
@@ -108,7 +108,7 @@ class Loader:
     self.names = tuple(source.name for source in sources)
     self.num_steps, self.batch_rows, self.row_len = num_steps, batch_rows, row_len
     self.cross_documents, self.split_positions, self.seed, self.num_threads = cross_documents, split_positions, seed, num_threads
-    self.start_step, self.eval_batch_rows = start_step, eval_batch_rows or batch_rows
+    self.start_step, self.eval_batch_rows = start_step, eval_batch_rows
     self._tokenizer, self._vocab_size = tokenizer, vocab_size
     self.settings = {
       "seed": seed,
@@ -254,7 +254,7 @@ class Loader:
     return [{"source": name, "role": roles.get(name, ""), **read[name]._asdict()} for name in names]
 
   def heldout_rows(
-    self, source_name: str, *, max_tokens: int, max_bytes: int = 0, batch_rows: int | None = None, rows: slice | None = None
+    self, source_name: str, *, max_tokens: int, max_bytes: int, batch_rows: int | None = None, rows: slice | None = None
   ) -> HeldOut:
     """Held-out documents of a source, in the order of their hashes, with at most `max_tokens` pairs together.
 
@@ -414,7 +414,13 @@ def evaluation_rows(
   firsts = [(int(store.tokens(i, 0, 1)[0]), bool(store.loss_mask(i, 0, 1)[0])) for i in documents.tolist()]
   unpredicted = [int(opening_bytes_V[token]) if counts else 0 for token, counts in firsts]
   plan = packing.plan(
-    lengths, row_len=row_len, policy="best_fit", documents=documents, shuffle=False, count_targets=packing.target_counter(store)
+    lengths,
+    row_len=row_len,
+    policy="best_fit",
+    cross_documents=False,
+    documents=documents,
+    shuffle=False,
+    count_targets=packing.target_counter(store),
   )
 
   def make(number: int) -> Batch:
@@ -422,7 +428,8 @@ def evaluation_rows(
     batch = packing.empty_batch(len(part), row_len)
     for b, row in enumerate(part):
       # Past the last row of the plan there is padding, which is a row without pieces.
-      packing.pack_row(batch, b, store, plan.pieces(row) if row < plan.num_rows else [], source=source)
+      pieces = plan.pieces(row) if row < plan.num_rows else []
+      packing.pack_row(batch, b, store, pieces, source=source, cross_documents=False, split_positions="restart")
     check(batch)
     return batch
 
@@ -475,6 +482,8 @@ def from_record(record: dict, step: int, *, tokenizer: tokenizer_lib.Tokenizer |
     cross_documents=settings["data.cross_documents"],
     split_positions=settings["data.split_positions"],
     seed=settings["seed"],
+    num_threads=config_lib.KEYS["data.prefetch"].default,
+    eval_batch_rows=settings["train.batch_rows"],
     tokenizer=tokenizer,
     past={**record, "segments": record["segments"][: len(known)], "read": {n: r._asdict() for n, r in begin.read.items()}},
     start_step=begin.start_step,
@@ -620,7 +629,7 @@ def _digest(content: list) -> str:
 
 
 def whole_documents(
-  documents: np.ndarray, lengths: np.ndarray, *, max_tokens: int, max_bytes: int = 0, doc_bytes: np.ndarray | None = None
+  documents: np.ndarray, lengths: np.ndarray, *, max_tokens: int, max_bytes: int, doc_bytes: np.ndarray | None = None
 ) -> np.ndarray:
   """Documents with at most `max_tokens` pairs together, in the order given; the smallest alone if none fits.
 

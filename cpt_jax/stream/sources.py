@@ -25,15 +25,16 @@ class Source:
 
   name: str
   store: TokenStore
+  _: dataclasses.KW_ONLY
   role: str  # "replay" or "domain"
   share: Knots  # (step, share, curve), see stream.quotas
   heldout_frac: float
-  at_end: str = "repeat"  # or "stop", "renormalise", "error": what happens when it was read `max_epochs` times
-  max_epochs: float = 0.0  # 0 = once; with "repeat" = no limit
-  loss_weight: float = 1.0  # of its tokens in the objective
-  min_tokens: int = 0  # of a training document; 0 = no limit
-  max_tokens: int = 0
-  length_shares: tuple[tuple[int, float], ...] = ()  # see stream.selection
+  at_end: str  # "repeat", "stop", "renormalise", "error": what happens when it was read `max_epochs` times
+  max_epochs: float  # 0 = once; with "repeat" = no limit
+  loss_weight: float  # of its tokens in the objective
+  min_tokens: int  # of a training document; 0 = no limit
+  max_tokens: int
+  length_shares: tuple[tuple[int, float], ...]  # see stream.selection
 
   @functools.cached_property
   def _split_hashes(self) -> np.ndarray:
@@ -63,6 +64,13 @@ class Source:
   def num_pairs(self, documents: np.ndarray) -> int:
     """(input, target) pairs of documents of the store: their tokens less one each."""
     return int(np.maximum(self.store.lengths[documents] - 1, 0).sum())
+
+
+def measured(name: str, store: TokenStore, *, heldout_frac: float) -> Source:
+  """A source of no run, whose held-out documents are looked at; the rest as a config has it by default."""
+  fields = ("at_end", "max_epochs", "loss_weight", "min_tokens", "max_tokens", "length_shares")
+  rest = {field: config_lib.FIELDS[field].default for field in fields}
+  return Source(name, store, role="", share=(), heldout_frac=heldout_frac, **rest)
 
 
 def mix64(values: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import itertools
 
 import compiling
+import factory
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,7 @@ ROWS, ROW_LEN = 2, 128
 
 
 def loss(params, tokens_BT, positions_BT, segments_BT, *, remat, dtype=jnp.float32, attention="blockwise", spec=SPEC):
-  hidden_BTD = transformer.apply(
+  hidden_BTD = factory.hidden(
     params, spec, tokens_BT, positions_BT, segments_BT, compute_dtype=dtype, remat=remat, attention=attention
   )
   return jnp.mean(jnp.square(hidden_BTD.astype(jnp.float32)) * (1 + jnp.arange(hidden_BTD.shape[-1]) % 3)[None, None])
