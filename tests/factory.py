@@ -35,8 +35,8 @@ def hidden(params, spec, tokens_BT, positions_BT, segments_BT, **changes):
 
 def source(name, store, **changes):
   """A domain source with share 1."""
-  fields = {name: field.default for name, field in config_lib.FIELDS.items() if name in sources.Source.__dataclass_fields__}
-  made = fields | changes
+  reading = ("role", "share", "at_end", "max_epochs", "loss_weight", "min_tokens", "max_tokens", "length_shares")
+  made = {field: config_lib.FIELDS[field].default for field in reading} | changes
   return sources.Source(name, store, **(made | {"share": config_lib.Share(made["share"])}))
 
 
