@@ -149,7 +149,7 @@ def evaluate(base: Base, held: dict[str, Held], *, config: Any, on_batch: Callab
         parts.append(eval_step(params, batch))
         return parts[-1]
 
-      loss = perplexity.evaluate(
+      (loss,) = perplexity.evaluate(
         params, {name: rows}, eval_step=keep, to_device=lambda batch: mesh_lib.to_global(mesh, batch), on_batch=on_batch
       )[name]
       sums, tokens = zip(*[(float(part.loss), float(part.tokens)) for part in jax.device_get(parts)], strict=True)
