@@ -33,11 +33,12 @@ def hidden(params, spec, tokens_BT, positions_BT, segments_BT, **changes):
   return transformer.apply(params, spec, tokens_BT, positions_BT, segments_BT, **(options | changes))
 
 
-def source(name, store, **changes):
-  """A domain source with share 1."""
-  reading = ("role", "share", "at_end", "max_epochs", "loss_weight", "min_tokens", "max_tokens", "length_shares")
-  made = {field: config_lib.FIELDS[field].default for field in reading} | changes
-  return sources.Source(name, store, **(made | {"share": config_lib.Share(made["share"])}))
+def source(name, store, *, share=1.0, **changes):
+  """A domain source; `share` is a number, or knots (step, share) or (step, share, curve)."""
+  knots = [(0, share)] if isinstance(share, float) else share
+  reading = ("role", "at_end", "max_epochs", "loss_weight", "min_tokens", "max_tokens", "length_shares")
+  fields = {field: config_lib.FIELDS[field].default for field in reading} | changes
+  return sources.Source(name, store, share=tuple((*knot, "linear")[:3] for knot in knots), **fields)
 
 
 def loader(found, **changes):

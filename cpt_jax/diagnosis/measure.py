@@ -53,7 +53,10 @@ def open_base(path: str, problems: Problems) -> Base | None:
     problems.add("--hf is empty: name the base, a Hugging Face directory (config.json, *.safetensors, tokenizer.json)")
     return None
   if not pathlib.Path(path).is_dir():
-    problems.add(f"--hf={path}: no such directory; name a Hugging Face directory (config.json, *.safetensors, tokenizer.json)")
+    problems.add(
+      f"--hf={path}: no such directory; name a Hugging Face directory (config.json, *.safetensors, tokenizer.json)."
+      f"{config_lib.from_hub(str(path))}"
+    )
     return None
   spec = tokenizer = None
   with problems.collect():

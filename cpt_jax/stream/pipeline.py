@@ -76,6 +76,8 @@ class Loader:
   permutation for each epoch, seeded by the source's name and `seed` alone: another source, or another order of the sources,
   changes no source's own order.
 
+  With `keep_plans` packing plans that had to be made are written beside the stores, for the next start.
+
   With `vocab_size` no batch holds an id that the model has no row for: an error names the store.
 
   `past` is the `state` of a checkpoint from which the run goes on at `start_step`; sources go on from the rows where they were,
@@ -103,6 +105,7 @@ class Loader:
     past: dict | None = None,
     start_step: int = 0,
     skip: Mapping[str, int] | None = None,
+    keep_plans: bool = True,
   ):
     self.sources = tuple(sources)
     self.names = tuple(source.name for source in sources)
@@ -122,7 +125,7 @@ class Loader:
       _check_past(past, self.settings)
     self.selections = [_select(source) for source in sources]
     self.plans = [
-      _plan(source, chosen, row_len=row_len, policy=packing_policy, cross_documents=cross_documents)
+      _plan(source, chosen, row_len=row_len, policy=packing_policy, cross_documents=cross_documents, keep=keep_plans)
       for source, chosen in zip(sources, self.selections, strict=True)
     ]
     self._shuffles = [
@@ -363,8 +366,9 @@ def from_config(
   past: dict | None = None,
   start_step: int = 0,
   skip: Mapping[str, int] | None = None,
+  keep_plans: bool = True,
 ) -> Loader:
-  """The loader of a resolved config; `vocab_size` (of the model; None = not checked), `past` to `skip` as for `Loader`.
+  """The loader of a resolved config; `vocab_size` (of the model; None = not checked), `past` to `keep_plans` as for `Loader`.
 
   Raises:
     ConfigError: a source that runs out where it must not, shares that are all 0 at some step, or a past that cannot go on.
@@ -386,6 +390,7 @@ def from_config(
     past=past,
     start_step=start_step,
     skip=skip,
+    keep_plans=keep_plans,
   )
   problems = Problems()
   loader.check_ends(problems)
@@ -594,7 +599,7 @@ def _select(source: Source) -> Selection:
     raise ConfigError(f"data.sources.{source.name}.{error}") from None
 
 
-def _plan(source: Source, chosen: Selection, *, row_len: int, policy: str, cross_documents: bool) -> packing.Plan:
+def _plan(source: Source, chosen: Selection, *, row_len: int, policy: str, cross_documents: bool, keep: bool) -> packing.Plan:
   key = {
     "store": source.store.fingerprint,
     "heldout_frac": source.heldout_frac,
@@ -614,7 +619,7 @@ def _plan(source: Source, chosen: Selection, *, row_len: int, policy: str, cross
     documents=chosen.documents,
     count_targets=packing.target_counter(source.store),
   )
-  return packing.load_or_make(source.store.path, key=key, make=make)
+  return packing.load_or_make(source.store.path, key=key, make=make, keep=keep)
 
 
 def _content(segment: order.Segment) -> dict:

@@ -102,7 +102,7 @@ def from_config(config, problems: Problems) -> list[Source]:
       name,
       store,
       role=entry.role,
-      share=_knots(config, name),
+      share=knots(config, name),
       heldout_frac=config.data.heldout_frac,
       length_shares=tuple((int(from_tokens), float(share)) for from_tokens, share in entry.length_shares),
       **{key: entry[key] for key in ("at_end", "max_epochs", "loss_weight", "min_tokens", "max_tokens")},
@@ -153,11 +153,11 @@ def check_vocabulary(sources: Sequence[Source], vocab_size: int, problems: Probl
       )
 
 
-def _knots(config, name: str) -> Knots:
+def knots(config, name: str) -> Knots:
   """A source's share over time, times in steps, not rounded."""
   entry = config.data.sources[name]
-  knots = [(when, float(shares.get(name, 0.0)), "hold") for when, shares in config.data.shares] or entry.share
-  return tuple((float(config_lib.steps_at(config, when)), share, curve) for when, share, curve in knots)
+  found = [(when, float(shares.get(name, 0.0)), "hold") for when, shares in config.data.shares] or entry.share
+  return tuple((float(config_lib.steps_at(config, when)), share, curve) for when, share, curve in found)
 
 
 def _tokenizer_fingerprint(config, problems: Problems) -> tuple[str, str] | None:

@@ -103,6 +103,11 @@ def choose_base(config: Any) -> Start:
     newest = _newest_step(start.resume, "start.resume")
     return Start("resume", start.resume, newest if start.optimizer == "keep" else 0, newest)
   if start.hf:
+    if not pathlib.Path(start.hf).is_dir():
+      raise ConfigError(
+        f"start.hf={start.hf}: no such directory; name one with config.json, *.safetensors and the tokenizer's files."
+        f"{config_lib.from_hub(start.hf)}"
+      )
     return Start("hf", start.hf)
   if start.weights:
     return Start("weights", start.weights, 0, _newest_step(start.weights, "start.weights"))

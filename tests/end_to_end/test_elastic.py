@@ -123,7 +123,7 @@ class Recount:
   """What a source's rows hold, from its store."""
 
   def __init__(self, path, name):
-    source = factory.source(name, open_store(path), role="", share=config_lib.Share(1.0), heldout_frac=0.2)
+    source = factory.source(name, open_store(path), role="", heldout_frac=0.2)
     documents = source.train_documents
     self.plan = factory.rows(source.store.lengths, row_len=32, policy="best_fit", documents=documents)
     self.order = Shuffle(self.plan.num_rows, name=name, seed=0)

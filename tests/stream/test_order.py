@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pipeline import assert_same, write
 
-from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.stream import batch as batches
 from cpt_jax.stream import pipeline
@@ -34,7 +33,7 @@ def make(stores, mixed, *, num_steps, batch_rows=5, past=None, start_step=0, **o
   found = []
   for name, fields in mixed.items():
     fields = {"role": "domain", "heldout_frac": 0.2, "share": 1.0, **fields}
-    found.append(factory.source(name, stores[name], **{**fields, "share": config_lib.Share(fields["share"])}))
+    found.append(factory.source(name, stores[name], **fields))
   options = {"row_len": 16, "packing_policy": "best_fit", "num_threads": 2, **options}
   return factory.loader(found, num_steps=num_steps, batch_rows=batch_rows, past=past, start_step=start_step, **options)
 

@@ -225,6 +225,7 @@ def test_rows_written_out():
 
   def rows(store, pieces, row_len, **options):
     batch = packing.empty_batch(2, row_len)
+    options = {"cross_documents": False, "split_positions": "restart"} | options
     packing.pack_row(batch, 1, store, pieces, source=1, **options)
     assert not any(a[0].any() for a in batch) and batch.source_B[1] == 1
     return [a[1].tolist() for a in batch[:5]]

@@ -45,7 +45,7 @@ class Opening:
 
 
 def source(store, *, name="a", share=1.0, role="domain", heldout_frac=0.2, max_epochs=0.0):
-  return factory.source(name, store, role=role, share=config_lib.Share(share), heldout_frac=heldout_frac, max_epochs=max_epochs)
+  return factory.source(name, store, role=role, share=share, heldout_frac=heldout_frac, max_epochs=max_epochs)
 
 
 def loader(found, **options):
@@ -181,7 +181,7 @@ def test_another_source_disturbs_nobodys_order(two, tmp_path):
 
 
 def test_a_source_without_a_share_is_evaluated_only(two):
-  reader = loader([two[0], sources.dataclasses.replace(two[1], share=config_lib.Share(0.0))])
+  reader = loader([two[0], sources.dataclasses.replace(two[1], share=((0, 0.0, "linear"),))])
   assert {int(s) for batch in reader.batches(0) for s in batch.source_B} == {0}
   assert reader.ledger(20)[1] == {
     "source": "en",

@@ -7,7 +7,6 @@ import sys
 import factory
 import pytest
 
-from cpt_jax import config as config_lib
 from cpt_jax.store import prepare
 from cpt_jax.store import tokenizer as tokenizer_lib
 from cpt_jax.store.store import open_store
@@ -24,8 +23,8 @@ def run(tmp_path_factory, fixtures):
 
   def loader(share, **options):
     found = [
-      factory.source("a", store, "domain", config_lib.Share(share), 0.1),
-      factory.source("b", store, "replay", config_lib.Share(1.0), 0.1),
+      factory.source("a", store, share=share, heldout_frac=0.1),
+      factory.source("b", store, role="replay", heldout_frac=0.1),
     ]
     return factory.loader(found, num_steps=9, batch_rows=4, row_len=64, packing_policy="best_fit", **options)
 
