@@ -94,5 +94,9 @@ def _read_flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-  environment.prepare(os.environ)  # before the config file, which may import jax
+  try:
+    environment.prepare(os.environ)  # before the config file, which may import jax
+  except config_lib.ConfigError as error:
+    print(error, file=sys.stderr)
+    sys.exit(EXIT_CONFIG)
   app.run(main, flags_parser=_read_flags)
