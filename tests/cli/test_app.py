@@ -71,7 +71,7 @@ def test_what_is_misspelt_is_told_with_what_was_meant(cpt, line, words):
   assert done.returncode == 78 and words in done.stderr and not done.stdout, done
 
 
-class Unexpected(Exception):
+class UnexpectedError(Exception):
   pass
 
 
@@ -100,8 +100,8 @@ def test_errors_have_their_codes(cpt, monkeypatch, error, code, words):
 def test_our_own_mistakes_keep_their_traceback(cpt, monkeypatch):
   from cpt_jax.cli import export
 
-  monkeypatch.setattr(export, "run", lambda args: (_ for _ in ()).throw(Unexpected()))
-  with pytest.raises(Unexpected):
+  monkeypatch.setattr(export, "run", lambda args: (_ for _ in ()).throw(UnexpectedError()))
+  with pytest.raises(UnexpectedError):
     cpt("export", "--run=r", "--output=o")
 
 
@@ -151,7 +151,7 @@ def test_both_forms_of_flags_and_changes_of_keys():
   ]  # fmt: skip
   with pytest.raises(ConfigError, match="there is no left"):
     read("left", "over")
-  with pytest.raises(ConfigError, match="there is no --config.a"):
+  with pytest.raises(ConfigError, match=r"there is no --config\.a"):
     read("--", "--config.a")
 
 

@@ -1,7 +1,7 @@
 """Preparation by datatrove: the same bytes as the local tool's, by every executor, with filters and deduplication on the way."""
 
-import importlib.util
 import gzip
+import importlib.util
 import json
 import os
 import pathlib
