@@ -9,8 +9,19 @@ import pytest
 
 # A module imports from its own layer or a lower one; inside a layer only what comes before it.
 LAYERS = [
-  ["exits", "shipped", "durations", "config", "journal", "trees"],
-  ["devices.environment", "devices.chips", "devices.hosts", "devices.mesh", "devices.launch", "devices.ssh"],
+  [
+    "exits",
+    "shipped",
+    "config.durations",
+    "config.errors",
+    "config.shares",
+    "config.keys",
+    "config.times",
+    "config.stages",
+    "config.check",
+  ]
+  + ["config.files", "config.describe", "journal", "trees"],
+  ["devices.environment", "devices.chips", "devices.hosts", "devices.mesh", "devices.signals", "devices.launch", "devices.ssh"],
   ["store.documents", "store.tokenizer", "store.corpus", "store.chat", "store.store", "store.decontaminate", "store.prepare"]
   + ["store.cluster", "store.machines", "store.integrity"],
   ["stream.batch", "stream.sources", "stream.selection", "stream.packing", "stream.shuffle", "stream.quotas", "stream.mixture"]
@@ -21,7 +32,8 @@ LAYERS = [
   + ["model.splash", "model.attention", "model.transformer", "model.loss", "model.hf_files", "model.expansion"]
   + ["model.pretrained"],
   ["training.perplexity", "training.drift", "training.schedule", "training.optimizer", "training.state", "training.step"]
-  + ["training.guard", "training.checkpoint", "training.start", "training.metrics", "training.console", "training.loop"],
+  + ["training.guard", "training.checkpoint", "training.start", "training.metrics", "training.console", "training.inputs"]
+  + ["training.stack", "training.recorder", "training.loop"],
   ["preview.hlo", "preview.buffers", "preview.memory", "preview.ahead", "preview.dry_run", "preview.program"]
   + ["preview.roofline", "preview.step_report", "preview.compiled"],
   ["results.runs", "results.tables", "results.report", "results.learning", "results.recovery", "results.export"]
@@ -30,7 +42,7 @@ LAYERS = [
   ["laws.fit", "laws.curves", "laws.annealing", "laws.cpt_law", "laws.separable", "laws.change", "laws.replay", "laws.domain"]
   + ["laws.dcpt", "laws.cmr", "laws.mixing", "laws.transfer"],
   ["planning.cells", "planning.choose", "planning.recommend", "planning.plots", "planning.trials", "planning.design"]
-  + ["planning.config_files", "planning.outcome", "planning.stacked", "planning.execute", "planning.tables"],
+  + ["planning.config_files", "planning.outcome", "planning.execute", "planning.tables"],
   ["library"],
   ["cli.manual", "cli.overrides", "cli.train", "cli.quickstart", "cli.prepare", "cli.report", "cli.export", "cli.show"]
   + ["cli.compile", "cli.launching", "cli.launch_tpu_vm", "cli.launch_xpk", "cli.launch_slurm", "cli.launch_ssh"]

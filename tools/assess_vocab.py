@@ -17,7 +17,7 @@ from absl import app, flags, logging
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a clone that is not installed
 
-from cpt_jax import durations
+from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.store import corpus, documents
 from cpt_jax.store import tokenizer as tokenizer_lib
@@ -63,7 +63,7 @@ def read_flags(problems: Problems) -> Request:
   budget_tokens = None
   if _BUDGET.value:
     try:
-      budget_tokens = durations.parse_tokens(_BUDGET.value)
+      budget_tokens = config_lib.parse_tokens(_BUDGET.value)
     except ValueError as error:
       problems.add(f"--budget={error}")
   domain_bytes = None if _DOMAIN_GB.value is None else _DOMAIN_GB.value * 1e9

@@ -22,7 +22,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a clone that is not installed
 
 from cpt_jax import config as config_lib
-from cpt_jax import durations
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.devices import environment
 from cpt_jax.diagnosis import verdict as diagnosis
@@ -72,7 +71,7 @@ def read_flags(problems: Problems) -> Request:
   budget_tokens = None
   if _BUDGET.value:
     try:
-      budget_tokens = durations.parse_tokens(_BUDGET.value)
+      budget_tokens = config_lib.parse_tokens(_BUDGET.value)
     except ValueError as error:
       problems.add(f"--budget={error}")
   if _BASE_PEAK_LR.value is not None and not 0 < _BASE_PEAK_LR.value < 1:

@@ -302,7 +302,7 @@ def grow_vocabulary() -> None:
   console.say(
     f"wrote {output}: {saved['vocab_size']:,} ids in {saved['rows']:,} rows{'' if request.model else ' (tokenizer only)'}"
   )
-  console.say(f"next: python tools/prepare_data.py --tokenizer {output} --input TEXT --output STORE, for every source of the run")
+  console.say(f"next: cpt prepare --tokenizer {output} --input TEXT --output STORE, for every source of the run")
 
 
 def main(argv: list[str]) -> int:

@@ -21,9 +21,8 @@ from cpt_jax.model import spec as spec_lib
 from cpt_jax.store import corpus
 from cpt_jax.store import store as stores
 from cpt_jax.store import tokenizer as tokenizer_lib
-from cpt_jax.stream import excerpts, pipeline
+from cpt_jax.stream import excerpts, pipeline, sources
 from cpt_jax.stream.excerpts import Excerpts
-from cpt_jax.stream.sources import Source
 from cpt_jax.training import perplexity, step
 
 # Of each source for what needs no model: enough that chance moves the distance by less than 0.01 bits (docs/diagnose.md).
@@ -54,7 +53,10 @@ def open_base(path: str, problems: Problems) -> Base | None:
     problems.add("--hf is empty: name the base, a Hugging Face directory (config.json, *.safetensors, tokenizer.json)")
     return None
   if not pathlib.Path(path).is_dir():
-    problems.add(f"--hf={path}: no such directory; name a Hugging Face directory (config.json, *.safetensors, tokenizer.json)")
+    problems.add(
+      f"--hf={path}: no such directory; name a Hugging Face directory (config.json, *.safetensors, tokenizer.json)."
+      f"{config_lib.from_hub(str(path))}"
+    )
     return None
   spec = tokenizer = None
   with problems.collect():
@@ -74,7 +76,7 @@ def open_store(name: str, path: str, base: Base | None, problems: Problems) -> s
     problems.add(f"--sources {name}: {error}")
     return None
   if store.num_tokens == 0 or not (store.lengths > 1).any():
-    problems.add(f"{here}: the store is empty; make it again from text (tools/prepare_data.py)")
+    problems.add(f"{here}: the store is empty; make it again from text (cpt prepare)")
     return None
   if base is None:
     return store
@@ -112,10 +114,10 @@ def hold_out(
   rows = -(-rows // jax.device_count()) * jax.device_count()
   opening_bytes_V = base.tokenizer.opening_bytes_V
   options: dict[str, Any] = dict(opening_bytes_V=opening_bytes_V, source=number, row_len=row_len, batch_rows=rows)
-  source = Source(name, store, role="", share=(), heldout_frac=heldout_frac)
+  source = sources.measured(name, store, heldout_frac=heldout_frac)
   candidates = source.heldout_documents
   if source.num_pairs(candidates):
-    chosen = pipeline.whole_documents(candidates, store.lengths, max_tokens=max_tokens)
+    chosen = pipeline.whole_documents(candidates, store.lengths, max_tokens=max_tokens, max_bytes=0)
     if len(chosen) >= MIN_DOCUMENTS and max_tokens / 2 <= source.num_pairs(chosen) <= max_tokens:
       doc_bytes = pipeline.document_bytes(store, chosen, base.tokenizer)
       rows_of = pipeline.evaluation_rows(store, chosen, lengths=store.lengths, doc_bytes=doc_bytes, **options)
@@ -150,7 +152,7 @@ def evaluate(base: Base, held: dict[str, Held], *, config: Any, on_batch: Callab
         parts.append(eval_step(params, batch))
         return parts[-1]
 
-      loss = perplexity.evaluate(
+      (loss,) = perplexity.evaluate(
         params, {name: rows}, eval_step=keep, to_device=lambda batch: mesh_lib.to_global(mesh, batch), on_batch=on_batch
       )[name]
       sums, tokens = zip(*[(float(part.loss), float(part.tokens)) for part in jax.device_get(parts)], strict=True)

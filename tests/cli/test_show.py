@@ -4,13 +4,12 @@ import json
 import subprocess
 import sys
 
+import factory
 import pytest
 
-from cpt_jax import config as config_lib
 from cpt_jax.store import prepare
 from cpt_jax.store import tokenizer as tokenizer_lib
 from cpt_jax.store.store import open_store
-from cpt_jax.stream import pipeline, sources
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +23,10 @@ def run(tmp_path_factory, fixtures):
 
   def loader(share, **options):
     found = [
-      sources.Source("a", store, "domain", config_lib.Share(share), 0.1),
-      sources.Source("b", store, "replay", config_lib.Share(1.0), 0.1),
+      factory.source("a", store, share=share, heldout_frac=0.1),
+      factory.source("b", store, role="replay", heldout_frac=0.1),
     ]
-    return pipeline.Loader(found, num_steps=9, batch_rows=4, row_len=64, packing_policy="best_fit", **options)
+    return factory.loader(found, num_steps=9, batch_rows=4, row_len=64, packing_policy="best_fit", **options)
 
   first = loader(1.0)
   second = loader(3.0, past=json.loads(json.dumps(first.state(3))), start_step=3)

@@ -77,8 +77,7 @@ def test_a_recipe_compiles_to_what_it_did_before(root, tmp_path, name):
   file = f"tests/golden/aot_{name}.json"
   wrong = differences(found, json.loads((root / file).read_text(encoding="utf-8")))
   assert not wrong, (
-    "\n".join(wrong[:40])
-    + f"\nIf that is meant: python tools/aot_compile.py --config={config} --topology={topology} --output={file}"
+    "\n".join(wrong[:40]) + f"\nIf that is meant: cpt compile --config={config} --topology={topology} --output={file}"
   )
   assert ("verdict       fits: " in said) == found["memory"]["fits"]
   if found["memory"]["fits"]:

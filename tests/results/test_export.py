@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import factory
 import jax
 import numpy as np
 import optax
@@ -15,7 +16,7 @@ from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model.spec import ModelSpec
 from cpt_jax.results import export
-from cpt_jax.training import checkpoint, state
+from cpt_jax.training import state
 
 SPEC = ModelSpec(
   family="llama",
@@ -44,7 +45,7 @@ def run(tmp_path_factory):
   with jax.set_mesh(mesh_lib.make_mesh(data=2, fsdp=2, context=1, tensor=1, devices=jax.devices()[:4])):
     abstract = transformer.abstract_params(SPEC)
     rng = np.random.default_rng(0)
-    checkpoints = checkpoint.Checkpoints(run_dir, keep_last=5)
+    checkpoints = factory.checkpoints(run_dir, keep_last=5)
     for step in (3, 7):
       values = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract)
       params = jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), values, abstract)
