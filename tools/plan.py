@@ -63,7 +63,7 @@ def plan() -> int:
   from cpt_jax.training import console
 
   there = execute.found_trials(config, trials_dir)
-  tables.design(designed, num_over=len(execute.measured(config, [t for t in designed.trials() if t in there], trials_dir)))
+  tables.design(designed, num_over=len(execute.finished(config, [t for t in designed.trials() if t in there], trials_dir)))
   if _DRY_RUN.value:
     console.say("dry run: nothing was trained. Without --dry_run this command goes on.")
     return 0
@@ -88,7 +88,7 @@ def plan() -> int:
 
   # ---- 3. fit: every trial that is there, also those that this design does not have ----
   wanted += [trial for trial in execute.found_trials(config, trials_dir) if trial not in wanted]
-  found = execute.measured(config, wanted, trials_dir)
+  found = execute.finished(config, wanted, trials_dir)
   tables.cells(found)
   tokens = outcome.trained_tokens(found, budget_tokens=designed.budget_tokens, tokens_per_step=designed.tokens_per_step)
   cells = outcome.cells_of(found)
@@ -116,7 +116,7 @@ def _sweep(config, designed, trials_dir: pathlib.Path):
 
   ladder = designed.sweep()
   if _COMMANDS.value:
-    found = execute.measured(config, ladder, trials_dir)
+    found = execute.finished(config, ladder, trials_dir)
     if not execute.is_swept(found, ladder):
       return found, _say_commands(execute.write_commands(config, ladder, trials_dir, slurm=_SLURM.value))
     return found, None
@@ -141,7 +141,7 @@ def _stack(config, trial) -> int:
 def _all_over(config, wanted, trials_dir: pathlib.Path) -> bool:
   from cpt_jax.planning import execute
 
-  return len(execute.measured(config, wanted, trials_dir)) == len(wanted)
+  return len(execute.finished(config, wanted, trials_dir)) == len(wanted)
 
 
 def _say_commands(files: list[pathlib.Path]) -> int:

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
   return 0
 
 
-def _say(run: runs.Run, table: list[report.Row], plan: report.Plan | None) -> None:
+def _say(run: runs.Run, table: list[report.Row], plan: report.Prediction | None) -> None:
   state = (
     "complete" if run.is_complete else f"at step {run.eval_steps_E[-1]} of {len(run.rates_S)}: what follows is not its end yet"
   )

@@ -15,8 +15,8 @@ def parser() -> manual.Parser:
     description="""
     Chooses pieces that shorten the text of a domain and adds them to a base: tokenizer, rows of the embedding and the head,
     config.json. Old ids, old rows and all other weights stay as they are, byte for byte. What growth changes in the
-    tokenisation of the domain, of general text and of protected text is measured and printed. Without weights beside the tokenizer
-    only the tokenizer grows.
+    tokenisation of the domain, of general text and of protected text is measured and printed. Without weights beside the
+    tokenizer only the tokenizer grows.
 
     Ask cpt vocab assess first whether it is worth it.
     """,

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.planning import config_files, stacked
-from cpt_jax.planning.outcome import Measured, is_stable
+from cpt_jax.planning.outcome import FinishedTrial, is_stable
 from cpt_jax.planning.trials import Trial, by_role, replay_share, trial_config
 from cpt_jax.results import runs
 from cpt_jax.store.store import write_atomically
@@ -172,7 +172,7 @@ def _groups(todo: Sequence[Trial], states: dict[Trial, str], folder: pathlib.Pat
   yield from waiting.values()
 
 
-def measured(config: Any, wanted: Sequence[Trial], folder: pathlib.Path) -> list[Measured]:
+def finished(config: Any, wanted: Sequence[Trial], folder: pathlib.Path) -> list[FinishedTrial]:
   """Those of the trials that are over."""
   found = []
   for trial in wanted:
@@ -180,24 +180,24 @@ def measured(config: Any, wanted: Sequence[Trial], folder: pathlib.Path) -> list
     state = state_of(path, trial_config(config, trial))
     if state in ("complete", "diverged"):
       message = json.loads((path / DIVERGED).read_text(encoding="utf-8"))["message"] if state == "diverged" else ""
-      found.append(Measured(trial, runs.read_run(path), message))
+      found.append(FinishedTrial(trial, runs.read_run(path), message))
   return found
 
 
 def sweep(
   config: Any, ladder: Sequence[Trial], folder: pathlib.Path, *, bar: "Progress", stack: int = 1
-) -> tuple[list[Measured], int]:
+) -> tuple[list[FinishedTrial], int]:
   """Goes up the ladder of rates until one is not stable: what was measured on the way, and the exit code of loop.run."""
-  found: list[Measured] = []
+  found: list[FinishedTrial] = []
   for at in range(0, len(ladder), stack):
     code = run_trials(config, ladder[at : at + stack], folder, bar=bar, stack=stack)
-    found = measured(config, ladder[: at + stack], folder)
+    found = finished(config, ladder[: at + stack], folder)
     if code != loop.EXIT_DONE or is_swept(found, ladder):
       return found, code
   return found, loop.EXIT_DONE
 
 
-def is_swept(found: Sequence[Measured], ladder: Sequence[Trial]) -> bool:
+def is_swept(found: Sequence[FinishedTrial], ladder: Sequence[Trial]) -> bool:
   """Was the lowest unstable rate found, with all below it, or the whole ladder climbed."""
   over = {m.trial for m in found}
   unstable = [i for i, trial in enumerate(ladder) if any(m.trial == trial and not is_stable(m, found) for m in found)]

@@ -38,7 +38,7 @@ def test_a_stack_equals_its_trials_made_one_by_one(config, one_device, tmp_path,
   with execute.Progress(TRIALS) as bar, monkeypatch.context() as patch:
     patch.setattr(stacked.drift, "by_layer", keep)
     assert execute.run_trials(config, TRIALS, tmp_path / "stack", bar=bar, stack=4) == loop.EXIT_DONE
-  together = execute.measured(config, TRIALS, tmp_path / "stack")
+  together = execute.finished(config, TRIALS, tmp_path / "stack")
   assert [bool(m.diverged) for m in together] == [False, False, True, False] and "not finite" in together[2].diverged
   assert not (tmp_path / "stack" / TRIALS[2].name / "summary.json").exists()
 
@@ -79,7 +79,7 @@ def test_random_parameters_are_each_trials_own(config, one_device, tmp_path):
   wanted = [Trial(1e-3, 0.25, 8, 0), Trial(1e-3, 0.25, 8, 1)]
   with execute.Progress(wanted) as bar:
     assert execute.run_trials(config, wanted, tmp_path, bar=bar, stack=2) == loop.EXIT_DONE
-  ours = [m.run for m in execute.measured(config, wanted, tmp_path)]
+  ours = [m.run for m in execute.finished(config, wanted, tmp_path)]
   assert ours[0].base("poetry") != ours[1].base("poetry")
   assert loop.run(trials.trial_config(config, wanted[1]), tmp_path / "alone") == loop.EXIT_DONE
   alone = runs.read_run(tmp_path / "alone")
