@@ -10,6 +10,8 @@ import sys
 from collections.abc import MutableMapping, Sequence
 from typing import NamedTuple, NoReturn
 
+from absl import logging
+
 from cpt_jax import exits
 
 
@@ -94,6 +96,8 @@ def _main(argv: list[str], environ: MutableMapping[str, str]) -> int:
   if args.help:
     print(parser.format_help(), end="")
     return exits.DONE
+  level = getattr(args, "verbosity", "-1")
+  logging.set_verbosity(int(level) if level.lstrip("-").isdigit() else level)  # the libraries' own diaries
   return command.run(args)
 
 
@@ -132,4 +136,5 @@ def overview(group: str = "") -> str:
 
 def entry(argv: Sequence[str] | None = None) -> NoReturn:
   """The program `cpt`."""
+  logging.use_absl_handler()
   sys.exit(main(sys.argv[1:] if argv is None else argv, environ=os.environ))

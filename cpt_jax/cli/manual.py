@@ -18,7 +18,17 @@ _WIDTH = 100
 class Parser(argparse.ArgumentParser):
   """The flags of one command; `summary` comes from the table of commands."""
 
-  def __init__(self, name: str, *, description: str, example: str, exit_codes: Sequence[int] = (), rest: str = ""):
+  def __init__(
+    self,
+    name: str,
+    *,
+    description: str,
+    example: str,
+    exit_codes: Sequence[int] = (),
+    rest: str = "",
+    overrides: bool = False,
+    more: Callable[[], dict[str, str]] = dict,
+  ):
     """Begins a page.
 
     Args:
@@ -27,9 +37,12 @@ class Parser(argparse.ArgumentParser):
       example: a command that works, and behind an empty line what it does.
       exit_codes: those beside 0, 78 and 74.
       rest: what stands behind `--`, for commands that hand it on (`args.rest`); empty for the others.
+      overrides: takes --config.key=value, all of which read() puts into `args.overrides`.
+      more: sections at the end of the page, title -> text as it is.
     """
     super().__init__(prog=f"cpt {name}", add_help=False, allow_abbrev=False)
     self.name, self.summary, self.about, self.example, self.rest = name, "", description, example, rest
+    self.overrides, self.more = overrides, more
     self.exit_codes = sorted({exits.DONE, exits.DISK, exits.CONFIG, *exit_codes})
     self.add_argument("--help", "-h", action="store_true", help="Shows this page.")
 
@@ -50,6 +63,7 @@ class Parser(argparse.ArgumentParser):
     ours = [f"-{arg}" if re.match(r"-[a-z][\w.]+", arg) else arg for arg in ours]  # -workdir=x, as absl's flags
     if any(arg in ("--help", "-h") for arg in ours):
       return argparse.Namespace(help=True)
+    changes, ours = _changes(ours) if self.overrides else ([], ours)
     args, unknown = self.parse_known_args(ours)
     if rest and not self.rest:
       unknown = rest
@@ -63,7 +77,7 @@ class Parser(argparse.ArgumentParser):
         )
         lines.append(f"{self.prog}: there is no {flag}.{meant}")
       raise ConfigError("\n".join([*lines, f"All flags: {self.prog} --help"]))
-    args.rest = rest
+    args.rest, args.overrides = rest, changes
     return args
 
   def error(self, message: str) -> NoReturn:
@@ -91,7 +105,7 @@ class Parser(argparse.ArgumentParser):
       "EXAMPLE": example,
       "EXIT CODES": "\n".join(codes),
     }
-    return "\n\n".join(f"{title}\n{textwrap.indent(text, '    ')}" for title, text in sections.items()) + "\n"
+    return "\n\n".join(f"{title}\n{textwrap.indent(text, '    ')}" for title, text in (sections | self.more()).items()) + "\n"
 
   def _synopsis(self) -> str:
     parts = [_invocations(action)[0].replace(" ", "=") for action in self._actions if action.required]
@@ -141,3 +155,19 @@ def _wrap(text: str, indent: int) -> str:
 
 def _paragraphs(text: str) -> str:
   return "\n\n".join(_wrap(" ".join(part.split()), 0) for part in textwrap.dedent(text).strip().split("\n\n"))
+
+
+def _changes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+  """The --config.key=value of a command line, each one word, and the rest of it."""
+  found, others = [], []
+  waiting = ""  # a key whose value may be the next word
+  for word in argv:
+    if waiting and not word.startswith("--"):
+      found[-1], waiting = f"{waiting}={word}", ""
+    elif re.match(r"--(no)?config\.", word):
+      found.append(word)
+      waiting = "" if "=" in word or word.startswith("--no") else word
+    else:
+      others.append(word)
+      waiting = ""
+  return found, others
