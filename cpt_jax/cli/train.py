@@ -39,7 +39,9 @@ def parser() -> manual.Parser:
   p.add_argument(
     "--wait_secs", type=manual.at_least(1), default=300, metavar="N", help="How long to wait for the others at the start."
   )
-  p.add_argument("--verbosity", default="-1", metavar="N", help="0 shows the diaries of the libraries too; -1, the default, none.")
+  p.add_argument(
+    "--verbosity", default="-1", metavar="N", help="0 shows the diaries of the libraries too; -1, the default, none."
+  )
   return p
 
 

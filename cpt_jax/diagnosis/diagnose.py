@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cpt_jax import config as config_lib
-from cpt_jax import durations
+from cpt_jax import durations, shipped
 from cpt_jax.config import Problems
 from cpt_jax.diagnosis import measure, verdict
 from cpt_jax.diagnosis.measure import Base
@@ -25,7 +25,6 @@ from cpt_jax.store import store as stores
 from cpt_jax.stream.sources import least_heldout_frac, too_few_documents
 from cpt_jax.training import checkpoint
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent  # where configs/ lies
 TOKENS = 50_000  # of each source that the base is evaluated on, at most
 
 
@@ -243,7 +242,7 @@ def _command(
   """The command that says what the run on (general, source) would do, ready to be given."""
   practice = verdict.PRACTICES[one.practice]
   learnt = "language" if one.practice == "language" else "domain"
-  recipe = config_lib.load_file(str(ROOT / practice.config))
+  recipe = config_lib.load_file(str(shipped.root() / practice.config))
   row_len = base.spec.max_positions if one.practice == "long" else min(recipe.data.row_len, base.spec.max_positions)
   general, source = pair.values()
   keys: dict[str, Any] = {
