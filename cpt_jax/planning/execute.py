@@ -117,7 +117,7 @@ def _trial_of(config: Any, record: Any, path: pathlib.Path) -> Trial:
   return Trial(float(record.schedule.lr_peak), round(replay_share(record), 12), steps, int(record.seed) - config.seed)
 
 
-def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, bar: "Progress", stack: int = 1) -> int:
+def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, bar: "TrialsBar", stack: int = 1) -> int:
   """Makes the trials that are not there yet; returns the exit code of loop.run: done, or stopped by a signal.
 
   Up to `stack` trials of one length are trained at once, which begin again if they are stopped.
@@ -151,7 +151,7 @@ def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, ba
   return loop.EXIT_DONE
 
 
-def _alone(config: Any, path: pathlib.Path, *, bar: "Progress") -> tuple[int, list[str]]:
+def _alone(config: Any, path: pathlib.Path, *, bar: "TrialsBar") -> tuple[int, list[str]]:
   try:
     return loop.run(config, path, bar=bar), [""]
   except FloatingPointError as error:
@@ -185,7 +185,7 @@ def finished(config: Any, wanted: Sequence[Trial], folder: pathlib.Path) -> list
 
 
 def sweep(
-  config: Any, ladder: Sequence[Trial], folder: pathlib.Path, *, bar: "Progress", stack: int = 1
+  config: Any, ladder: Sequence[Trial], folder: pathlib.Path, *, bar: "TrialsBar", stack: int = 1
 ) -> tuple[list[FinishedTrial], int]:
   """Goes up the ladder of rates until one is not stable: what was measured on the way, and the exit code of loop.run."""
   found: list[FinishedTrial] = []
@@ -232,7 +232,7 @@ def write_commands(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *
   return written
 
 
-class Progress:
+class TrialsBar:
   """How far all trials are: one bar on a terminal, a line for each finished trial, with the time left.
 
   Time is counted in steps. It has the methods of console.TrainProgress, for the trial that is running.
@@ -292,7 +292,7 @@ class Progress:
   def close(self) -> None:
     """Of a trial; the bar goes on."""
 
-  def __enter__(self) -> "Progress":
+  def __enter__(self) -> "TrialsBar":
     return self
 
   def __exit__(self, *_: Any) -> None:

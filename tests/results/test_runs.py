@@ -74,7 +74,7 @@ def trained(monkeypatch):
 
 
 def run_all(config, wanted, folder, **options):
-  with execute.Progress(wanted) as bar:
+  with execute.TrialsBar(wanted) as bar:
     return execute.run_trials(config, wanted, folder, bar=bar, **options)
 
 
@@ -189,7 +189,7 @@ def test_a_sweep_ends_at_the_first_rate_that_is_not_stable(tiny_plan, trained, t
   ladder = [Trial(rate, 0.25, 8, 0) for rate in (1e-3, 1e-2, 2.0, 4.0, 8.0)]
   for stack, made in ((1, 3), (2, 4)):
     folder = tmp_path / str(stack)
-    with execute.Progress(ladder) as bar:
+    with execute.TrialsBar(ladder) as bar:
       found, code = execute.sweep(tiny_plan, ladder, folder, bar=bar, stack=stack)
     assert code == loop.EXIT_DONE and len(found) == made and outcome.highest_stable(found) == 1e-2
 

@@ -253,7 +253,7 @@ def regrets(data: MeasuredRuns) -> list[Record]:
     except ConfigError as error:
       rows.append({"limit": limit, "why": str(error), "best": min(allowed, default=None)})
       continue
-    predictor = recommend.fit_sources(list(map(cell, data.grid)), tokens=data.tokens)
+    predicted_by = predictor_lib.fit_sources(list(map(cell, data.grid)), tokens=data.tokens)
     points = [(place, predictor.point("", *place, limit=limit)) for place in places]
     chosen = min((p for p in points if p[1] is not None and p[1].is_allowed), key=lambda p: p[1].domain_loss)[0]
     best = min(allowed, key=lambda place: _mean_change(data, domain, place))
