@@ -10,7 +10,7 @@ import pytest
 # A module imports from its own layer or a lower one; inside a layer only what comes before it.
 LAYERS = [
   ["durations", "config", "journal", "trees"],
-  ["devices.environment", "devices.chips", "devices.hosts", "devices.mesh"],
+  ["devices.environment", "devices.chips", "devices.hosts", "devices.mesh", "devices.signals"],
   ["store.documents", "store.tokenizer", "store.corpus", "store.chat", "store.store", "store.decontaminate", "store.prepare"]
   + ["store.cluster"],
   ["stream.batch", "stream.sources", "stream.selection", "stream.packing", "stream.shuffle", "stream.quotas", "stream.mixture"]
@@ -21,7 +21,8 @@ LAYERS = [
   + ["model.splash", "model.attention", "model.transformer", "model.loss", "model.hf_files", "model.expansion"]
   + ["model.pretrained"],
   ["training.perplexity", "training.drift", "training.schedule", "training.optimizer", "training.state", "training.step"]
-  + ["training.guard", "training.checkpoint", "training.start", "training.metrics", "training.console", "training.loop"],
+  + ["training.guard", "training.checkpoint", "training.start", "training.metrics", "training.console", "training.inputs"]
+  + ["training.stack", "training.recorder", "training.loop"],
   ["preview.hlo", "preview.buffers", "preview.memory", "preview.ahead", "preview.dry_run", "preview.program"]
   + ["preview.roofline", "preview.step_report"],
   ["results.runs", "results.report", "results.recovery"],
@@ -29,7 +30,7 @@ LAYERS = [
   ["laws.fit", "laws.curves", "laws.annealing", "laws.cpt_law", "laws.separable", "laws.change", "laws.replay", "laws.domain"]
   + ["laws.dcpt", "laws.cmr", "laws.mixing", "laws.transfer"],
   ["planning.cells", "planning.choose", "planning.recommend", "planning.plots", "planning.trials", "planning.design"]
-  + ["planning.config_files", "planning.outcome", "planning.stacked", "planning.execute", "planning.tables"],
+  + ["planning.config_files", "planning.outcome", "planning.execute", "planning.tables"],
   ["main"],
 ]
 # Rooms that a notebook or a machine without devices opens quickly: none of these libraries is imported there when they are.

@@ -133,9 +133,9 @@ def _run(config, wanted, trials_dir: pathlib.Path) -> int:
 
 
 def _stack(config, trial) -> int:
-  from cpt_jax.planning import stacked, trials
+  from cpt_jax.planning import execute, trials
 
-  return _STACK.value or stacked.how_many(trials.trial_config(config, trial))
+  return _STACK.value or execute.how_many(trials.trial_config(config, trial))
 
 
 def _all_over(config, wanted, trials_dir: pathlib.Path) -> bool:

@@ -153,7 +153,7 @@ def evaluate(base: Base, held: dict[str, Held], *, config: Any, progress: Progre
         parts.append(eval_step(params, batch))
         return parts[-1]
 
-      loss = perplexity.evaluate(
+      (loss,) = perplexity.evaluate(
         params,
         {name: rows},
         eval_step=keep,

@@ -17,21 +17,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.planning import config_files, stacked
+from cpt_jax.model import spec as spec_lib
+from cpt_jax.planning import config_files
 from cpt_jax.planning.outcome import FinishedTrial, is_stable
 from cpt_jax.planning.trials import Trial, by_role, replay_share, trial_config
+from cpt_jax.preview import memory
 from cpt_jax.results import runs
 from cpt_jax.store.store import write_atomically
-from cpt_jax.training import checkpoint, console, loop, metrics, start
+from cpt_jax.training import checkpoint, console, loop, metrics, start, step
+from cpt_jax.training import inputs as inputs_lib
+from cpt_jax.training.stack import ONE_DEVICE
 
 DIVERGED = "diverged.json"
 # Keys in which a trial may differ from what would be made now: none changes an update or the last evaluation.
 _FREE = ("log.", "checkpoint.", "debug.", "eval.every", "eval.batch_rows", "mesh.", "data.prefetch", "plan.")
 _FREE += ("model.remat", "model.attention", "model.loss_chunk", "data.on_bad", "data.max_bad")
+# Bytes of a parameter while it is trained: itself, two moments, its gradient, its update, all float32.
+_BYTES_PER_PARAMETER = 5 * 4
+_MEMORY_FRAC = 0.7  # of a device's memory that a stack may take by this arithmetic; chosen by hand
 
 
 def state_of(path: pathlib.Path, config: Any) -> str:
@@ -136,10 +144,10 @@ def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, ba
   for together in _groups(todo, states, folder, stack=stack):
     with bar.running(together), console.muted():
       paths = [folder / trial.name for trial in together]
-      if len(together) == 1:
-        code, diverged = _alone(configs[together[0]], paths[0], bar=bar)
-      else:
-        code, diverged = stacked.run_stack([configs[trial] for trial in together], paths, bar=bar)
+      try:
+        code, diverged = loop.run_stack([configs[trial] for trial in together], paths, bar=bar)
+      except FloatingPointError as error:  # all of them
+        code, diverged = loop.EXIT_DONE, error.args
       if code != loop.EXIT_DONE:
         return code
       for path, message in zip(paths, diverged, strict=True):
@@ -151,11 +159,20 @@ def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, ba
   return loop.EXIT_DONE
 
 
-def _alone(config: Any, path: pathlib.Path, *, bar: "TrialsBar") -> tuple[int, list[str]]:
-  try:
-    return loop.run(config, path, bar=bar), [""]
-  except FloatingPointError as error:
-    return loop.EXIT_DONE, [str(error)]
+def how_many(config: Any) -> int:
+  """Trials of this config that one device holds at once: as many as its memory has room for; 1 on a CPU, which gains little.
+
+  By arithmetic: parameters, moments, gradients and updates in float32, and the activations that preview.memory counts, in
+  _MEMORY_FRAC of the memory that the device says it has.
+  """
+  has = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+  if not has or "bytes_limit" not in has:
+    return 1
+  inputs = inputs_lib.open_inputs(config)
+  itemsize = step.settings_from_config(inputs.config).compute_dtype.itemsize
+  activations = memory.kept_bytes(inputs.config, inputs.spec, ONE_DEVICE, itemsize)
+  one = spec_lib.num_parameters(inputs.spec) * _BYTES_PER_PARAMETER + activations
+  return max(1, int(_MEMORY_FRAC * has["bytes_limit"] / one))
 
 
 def _groups(todo: Sequence[Trial], states: dict[Trial, str], folder: pathlib.Path, *, stack: int) -> Iterator[list[Trial]]:

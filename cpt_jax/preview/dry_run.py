@@ -17,6 +17,7 @@ from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.preview import memory
 from cpt_jax.training import console, guard, loop, optimizer, schedule, state, step
+from cpt_jax.training import inputs as inputs_lib
 
 
 def describe(config: Any, workdir: pathlib.Path) -> int:
@@ -25,10 +26,11 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
   Raises:
     ConfigError: what the run itself would refuse.
   """
-  inputs = loop.open_inputs(config, workdir)
-  config, spec = inputs.config, inputs.spec
+  resolved = inputs_lib.resolve(config)
+  config, spec = resolved.config, resolved.spec
   sizes, assumed = _mesh_sizes(config)
-  loop.check_mesh(sizes, spec, config)
+  inputs_lib.check_mesh(sizes, spec, config)  # before any text is read
+  inputs = inputs_lib.open_texts(resolved, workdir)
   num_steps = config_lib.num_steps(config)
 
   console.say(f"run      {workdir}")
@@ -64,7 +66,7 @@ def _mesh_sizes(config: Any) -> tuple[dict[str, int], str]:
   return mesh_lib.axis_sizes(**config.mesh, num_devices=fixed), f", taking the {fixed} that mesh.* names" if asks else ""
 
 
-def _data(inputs: loop.Inputs, num_steps: int) -> None:
+def _data(inputs: inputs_lib.Inputs, num_steps: int) -> None:
   config, summaries = inputs.config, inputs.loader.describe()
   positions = num_steps * config_lib.tokens_per_step(config)
   console.table(
@@ -126,7 +128,7 @@ def _placement(abstract: state.TrainState) -> None:
   console.table("parameters and where they live", ["leaf", "shape", "sharding", "per device"], rows, left=3)
 
 
-def _memory(inputs: loop.Inputs, abstract: state.TrainState, sizes: dict[str, int]) -> None:
+def _memory(inputs: inputs_lib.Inputs, abstract: state.TrainState, sizes: dict[str, int]) -> None:
   """The classes of the step as it is compiled for this mesh; by arithmetic where it cannot be."""
   config = inputs.config
   if note := step.remat_note(config):
@@ -165,7 +167,7 @@ def _memory(inputs: loop.Inputs, abstract: state.TrainState, sizes: dict[str, in
     console.say(f"         does NOT fit: a device has {console.size(has)}. Try {memory.what_to_change(found, config)}")
 
 
-def _compiled(inputs: loop.Inputs, sizes: dict[str, int]) -> tuple[memory.Memory | str, str]:
+def _compiled(inputs: inputs_lib.Inputs, sizes: dict[str, int]) -> tuple[memory.Memory | str, str]:
   """The classes and the devices that the step was compiled for, or why it was not."""
   needed, devices = math.prod(sizes.values()), jax.devices()
   platform = devices[0].platform
@@ -208,7 +210,7 @@ def _arithmetic(config: Any, spec: spec_lib.ModelSpec, abstract: state.TrainStat
   )
 
 
-def _events(inputs: loop.Inputs, num_steps: int) -> None:
+def _events(inputs: inputs_lib.Inputs, num_steps: int) -> None:
   config = inputs.config
   every_eval, every_save = (config_lib.steps_of(config, key) for key in ("eval.every", "checkpoint.every"))
   often = f"before the first step, every {every_eval} steps, at the end"

@@ -8,6 +8,7 @@ import json
 import pathlib
 import secrets
 import shutil
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +18,11 @@ from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model.spec import ModelSpec, from_hf, load_hf_config
-from cpt_jax.training import guard
+from cpt_jax.training import drift, guard, perplexity
 from cpt_jax.training import optimizer as optimizer_lib
 from cpt_jax.training import state as state_lib
 from cpt_jax.training.checkpoint import Checkpoints, read_meta, saved_steps
+from cpt_jax.training.perplexity import SourceLoss
 from cpt_jax.training.state import TrainState
 
 
@@ -187,23 +189,34 @@ def base_params(base: Start, spec: ModelSpec, *, seed: int) -> Any:
   return params
 
 
+def bases(base: Start, spec: ModelSpec, seeds: Sequence[int]) -> list[tuple[Any, Any]]:
+  """`base_params` for each of these seeds, and a copy to measure drift from; where no seed matters all have the same."""
+  own = seeds if base.kind == "scratch" else seeds[:1]
+  found = [base_params(base, spec, seed=seed) for seed in own]
+  copies = [None if params is None else drift.keep_base(params) for params in found]
+  return list(zip(found, copies, strict=True)) * (len(seeds) // len(own))
+
+
+def kept_losses(meta: Mapping[str, Any], heldout: Mapping[str, Any], *, replaced: Collection[str]) -> dict[str, SourceLoss]:
+  """The base's losses that a checkpoint keeps, but for sources that were `replaced`: those were other documents."""
+  kept = meta.get("base_losses", {}).items()
+  return {name: perplexity.recorded(values, heldout.get(name)) for name, values in kept if name not in replaced}
+
+
 def initial_state(
   start: Start,
   params: Any,
   spec: ModelSpec,
   optimizer: optax.GradientTransformation,
-  checkpoints: Checkpoints,
   *,
   keep_optimizer: bool,
   moments: str = "",
 ) -> TrainState:
   """The state before the first update of this process; `params` are those of the base, `moments` as in start.moments."""
-  if start.kind == "run":
-    return checkpoints.restore(start.checkpoint, state_lib.abstract(spec, optimizer))
-  if start.kind == "resume" and keep_optimizer:
-    other = Checkpoints(start.path)
-    state = other.restore(start.checkpoint, state_lib.abstract(spec, optimizer))
-    other.close()
+  if start.kind == "run" or (start.kind == "resume" and keep_optimizer):
+    kept = Checkpoints(start.path)
+    state = kept.restore(start.checkpoint, state_lib.abstract(spec, optimizer))
+    kept.close()
     return state
   if start.kind == "hf" and moments:
     before = Checkpoints(moments)

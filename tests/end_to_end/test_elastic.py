@@ -22,7 +22,8 @@ from cpt_jax.store import tokenizer as tokenizer_lib
 from cpt_jax.store.store import open_store
 from cpt_jax.stream import packing, pipeline, sources
 from cpt_jax.stream.shuffle import Shuffle
-from cpt_jax.training import checkpoint, loop
+from cpt_jax.training import checkpoint
+from cpt_jax.training import inputs as inputs_lib
 
 CONFIG = """
 from cpt_jax import config
@@ -245,7 +246,7 @@ def test_a_source_that_joins_is_compared_with_the_base(main, write_config, place
   with pytest.raises(ConfigError, match=r"train\.length=9 steps: the run in .* is at step 10 already"):
     config = config_lib.load_file(str(after / "config.py"))
     config.train.length, config.data.sources.added.share = "9 steps", 0.1
-    loop.open_inputs(config, workdir)
+    inputs_lib.open_inputs(config, workdir)
 
 
 def test_a_run_that_a_source_stops_is_exported_and_complete(main, write_config, tmp_path):

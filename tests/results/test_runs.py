@@ -12,7 +12,7 @@ from run_dirs import write_run
 from cpt_jax import config as config_lib
 from cpt_jax import main
 from cpt_jax.config import ConfigError
-from cpt_jax.planning import execute, outcome, stacked, trials
+from cpt_jax.planning import execute, outcome, trials
 from cpt_jax.planning.trials import Trial
 from cpt_jax.results import runs
 from cpt_jax.training import loop
@@ -47,29 +47,22 @@ def test_a_run_directory_is_read_as_arrays(tiny_plan, tmp_path):
 
 @pytest.fixture
 def trained(monkeypatch):
-  """loop.run and stacked.run_stack that write what a run leaves, at once; lists what they were asked for."""
+  """loop.run_stack that writes what its runs leave, at once; lists what it was asked for."""
   trained = types.SimpleNamespace(asked=[], stop_at=None)
-
-  def run(config, workdir, *, bar):
-    trained.asked.append([workdir.name])
-    if config.schedule.lr_peak > 1:
-      write_run(workdir, config, final=(3.0, 4.0), complete=False)
-      raise FloatingPointError("step 3: loss sum nan, gradient norm nan")
-    if trained.stop_at is not None and len(trained.asked) > trained.stop_at:
-      write_run(workdir, config, final=(3.1, 3.9), steps=4, complete=False)
-      return loop.EXIT_PREEMPTED
-    write_run(workdir, config, final=(3.1, 3.5))
-    (workdir / "ckpt" / "8").mkdir(parents=True)
-    return loop.EXIT_DONE
 
   def run_stack(made, workdirs, *, bar):
     trained.asked.append([workdir.name for workdir in workdirs])
+    stopped = trained.stop_at is not None and len(trained.asked) > trained.stop_at
+    diverged = ["nan" if config.schedule.lr_peak > 1 else "" for config in made]
     for config, workdir in zip(made, workdirs, strict=True):
-      write_run(workdir, config, final=(3.1, 3.5), complete=config.schedule.lr_peak < 1)
-    return loop.EXIT_DONE, ["nan" if config.schedule.lr_peak > 1 else "" for config in made]
+      write_run(workdir, config, final=(3.1, 3.5), complete=config.schedule.lr_peak < 1 and not stopped)
+      if len(made) == 1:
+        (workdir / "ckpt" / "8").mkdir(parents=True, exist_ok=True)
+    if all(diverged):
+      raise FloatingPointError(*diverged)
+    return loop.EXIT_PREEMPTED if stopped else loop.EXIT_DONE, diverged
 
-  monkeypatch.setattr(loop, "run", run)
-  monkeypatch.setattr(stacked, "run_stack", run_stack)
+  monkeypatch.setattr(loop, "run_stack", run_stack)
   return trained
 
 

@@ -23,7 +23,8 @@ from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import expansion, pretrained, transformer
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.preview import dry_run
-from cpt_jax.training import checkpoint, loop, optimizer, schedule, start, state, step
+from cpt_jax.training import inputs as inputs_lib
+from cpt_jax.training import loop, optimizer, schedule, start, state, step
 from cpt_jax.vocab import initialise
 from cpt_jax.vocab.initialise import OldRows, replaced
 
@@ -395,7 +396,7 @@ def test_a_base_that_was_not_grown_has_no_rows_to_train(staged_run, tmp_path):
   (tmp_path / "base" / "config.json").write_text(json.dumps(hf_config | {"base_vocab_size": 0}))
   c.start.hf = str(tmp_path / "base")
   with pytest.raises(ConfigError, match=r"the model has none .*start from what tools/grow_vocab.py wrote"):
-    loop.open_inputs(c)
+    inputs_lib.open_inputs(c)
 
 
 def test_the_operations_of_a_stage_leave_out_what_it_does_not_compute(straight, staged_run):
@@ -426,13 +427,11 @@ def test_moments_of_what_was_there_survive_growth(staged_run, straight, one_devi
   c.start.hf, c.start.moments = str(grow(straight / "hf", tmp_path / "grown")), str(straight)
   c.data.sources.domain.store = str(tmp_path / "store")
   c.optimizer.mu_dtype = "bfloat16"  # another one than then
-  inputs = loop.open_inputs(c, tmp_path / "run")
+  inputs = inputs_lib.open_inputs(c, tmp_path / "run")
   spec = inputs.spec
   assert spec.new_rows == range(300, 330)
   params = start.base_params(inputs.base, spec, seed=0)
-  own = checkpoint.Checkpoints(tmp_path / "run")
-  begun = start.initial_state(inputs.begin, params, spec, inputs.tx, own, keep_optimizer=True, moments=c.start.moments)
-  own.close()
+  begun = start.initial_state(inputs.begin, params, spec, inputs.tx, keep_optimizer=True, moments=c.start.moments)
   found, before = trees.paths(jax.device_get(begun)), whole_state(straight, 12)
   assert int(begun.step) == 0
   for path, leaf in before.items():
@@ -458,7 +457,7 @@ def test_moments_that_do_not_belong_are_refused(staged_run, straight, tiny_hf_co
     for key, value in keys.items():
       c.start[key] = value
     with pytest.raises(ConfigError, match=message):
-      loop.open_inputs(c)
+      inputs_lib.open_inputs(c)
 
   refused("only with start.hf", moments=str(straight), hf="", weights=str(straight))
   refused("no checkpoint there", moments=str(tmp_path))

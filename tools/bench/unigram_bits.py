@@ -16,7 +16,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))  
 
 from cpt_jax.config import ConfigError
 from cpt_jax.stream.sources import Source
-from cpt_jax.training import console, loop
+from cpt_jax.training import console
+from cpt_jax.training import inputs as inputs_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose sources are measured.")
 
@@ -38,7 +39,7 @@ def unigram_loss(counts_V: np.ndarray, targets: np.ndarray) -> float:
 def main(argv: list[str]) -> int:
   """Prints a row for each source."""
   try:
-    inputs = loop.open_inputs(_CONFIG.value)
+    inputs = inputs_lib.open_inputs(_CONFIG.value)
   except ConfigError as error:
     print(error, file=sys.stderr)
     return error.exit_code

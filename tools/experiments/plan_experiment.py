@@ -26,6 +26,7 @@ from cpt_jax.laws import fit as fit_lib
 from cpt_jax.laws.curves import Curve
 from cpt_jax.planning import cells as cells_lib
 from cpt_jax.planning import choose, recommend
+from cpt_jax.planning.predictor import fit_sources
 from cpt_jax.planning.cells import Cell
 from cpt_jax.planning.trials import replay_share
 from cpt_jax.results import runs as runs_lib
@@ -253,8 +254,8 @@ def regrets(data: MeasuredRuns) -> list[Record]:
     except ConfigError as error:
       rows.append({"limit": limit, "why": str(error), "best": min(allowed, default=None)})
       continue
-    predicted_by = predictor_lib.fit_sources(list(map(cell, data.grid)), tokens=data.tokens)
-    points = [(place, predictor.point("", *place, limit=limit)) for place in places]
+    fitted = fit_sources(list(map(cell, data.grid)), tokens=data.tokens)
+    points = [(place, fitted.point("", *place, limit=limit)) for place in places]
     chosen = min((p for p in points if p[1] is not None and p[1].is_allowed), key=lambda p: p[1].domain_loss)[0]
     best = min(allowed, key=lambda place: _mean_change(data, domain, place))
     rows.append(
