@@ -44,7 +44,7 @@ def parser() -> manual.Parser:
   )  # fmt: skip
   p.add_argument(
     "--resamples", type=int, default=100, metavar="N",
-    help="Resampled data sets for the 90% intervals, 100 by default; 0 = no intervals.",
+    help="Resampled data sets for the intervals of parameters, 100 by default; 0 = no intervals.",
   )  # fmt: skip
   p.add_argument("--starts", type=int, default=48, metavar="N", help="Points from which each fit is searched; 48 by default.")
   p.add_argument("--seed", type=int, default=0, help="Of starts and resamples.")

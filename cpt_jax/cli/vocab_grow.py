@@ -66,6 +66,6 @@ def run(args: argparse.Namespace) -> int:
   from cpt_jax.diagnosis import vocab_tables
   from cpt_jax.model.growth import grow_base
 
-  flags = {name: value for name, value in vars(args).items() if name not in ("help", "rest")}
+  flags = {name: value for name, value in vars(args).items() if name not in ("help", "rest", "overrides")}
   vocab_tables.growth(grow_base(flags.pop("hf"), **flags))
   return exits.DONE

@@ -231,7 +231,7 @@ def write_commands(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *
     made, path = trial_config(config, trial), folder / trial.name
     if state_of(path, made) in ("missing", "begun"):
       file = folder / "configs" / f"{trial.name}.py"
-      config_files.write(made, file, about=f"The trial {trial.name} of a plan, made by tools/plan.py --commands.")
+      config_files.write(made, file, about=f"The trial {trial.name} of a plan, made by cpt plan --commands.")
       lines.append(shlex.join(["python", "-m", "cpt_jax.main", f"--config={file}", f"--workdir={path}"]))
   written = [folder / "commands.txt"]
   write_atomically(written[0], "".join(f"{line}\n" for line in lines).encode())

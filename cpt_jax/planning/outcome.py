@@ -118,8 +118,8 @@ def write_config(config: Any, path: pathlib.Path, plan: Recommendation) -> None:
   """OUTPUT/config.py."""
   said = "; ".join(f"{name} {p.loss:.4f} ({p.low:.4f} to {p.high:.4f})" for name, p in plan.losses.items())
   about = (
-    f"The run that tools/plan.py recommends: {plan.objective}.\n\n"
-    f"Predicted final losses in nats per token: {said}.\nRun: python -m cpt_jax.main --config={path}"
+    f"The run that cpt plan recommends: {plan.objective}.\n\n"
+    f"Predicted final losses in nats per token: {said}.\nRun: cpt train --config={path}"
   )
   config_files.write(config, path, about=about)
 

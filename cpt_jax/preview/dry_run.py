@@ -28,7 +28,7 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
   """
   resolved = inputs_lib.resolve(config)
   config, spec = resolved.config, resolved.spec
-  sizes, assumed = _mesh_sizes(config)
+  sizes, assumed = mesh_sizes(config)
   inputs_lib.check_mesh(sizes, spec, config)  # before any text is read
   inputs = inputs_lib.open_texts(resolved, workdir)
   num_steps = config_lib.num_steps(config)
@@ -56,7 +56,7 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
   return loop.EXIT_DONE
 
 
-def _mesh_sizes(config: Any) -> tuple[dict[str, int], str]:
+def mesh_sizes(config: Any) -> tuple[dict[str, int], str]:
   """The mesh of the run; where -1 asks for the devices of a machine that this one is not, one along that axis."""
   fixed = math.prod(size for size in config.mesh.values() if size != -1)
   asks = -1 in config.mesh.values()

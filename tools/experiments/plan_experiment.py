@@ -26,8 +26,8 @@ from cpt_jax.laws import fit as fit_lib
 from cpt_jax.laws.curves import Curve
 from cpt_jax.planning import cells as cells_lib
 from cpt_jax.planning import choose, recommend
-from cpt_jax.planning.predictor import fit_sources
 from cpt_jax.planning.cells import Cell
+from cpt_jax.planning.predictor import fit_sources
 from cpt_jax.planning.trials import replay_share
 from cpt_jax.results import runs as runs_lib
 from cpt_jax.training import console
