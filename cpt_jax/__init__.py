@@ -1,14 +1,13 @@
 """Continual pretraining of language models in JAX: planned, exact and measured.
 
-Everything here is what the commands of `cpt` use themselves, and is imported when it is first named: `import cpt_jax` is quick and
-does not start jax.
+Everything here is what the commands of `cpt` use themselves, and is imported when it is first named: `import cpt_jax` is quick
+and does not start jax.
 
   run = cpt_jax.train("configs/quickstart.py", "runs/quickstart")
   print(run.losses)
 """
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
   from cpt_jax.results.tables import open_run as open_run
   from cpt_jax.store.prepare import prepare as prepare
 
+__version__ = "0.2.0"  # here alone: the wheel takes it from this line
 _HOMES = {
   "prepare": "store.prepare",
   "diagnose": "diagnosis.diagnose",
@@ -38,13 +38,8 @@ __all__ = [*_HOMES, "config", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-  if name == "__version__":
-    try:
-      value: Any = importlib.metadata.version("cpt_jax")
-    except importlib.metadata.PackageNotFoundError:  # a clone that is not installed
-      value = "0+clone"
-  elif name == "config":
-    value = importlib.import_module("cpt_jax.config")
+  if name == "config":
+    value: Any = importlib.import_module("cpt_jax.config")
   elif name in _HOMES:
     value = getattr(importlib.import_module(f"cpt_jax.{_HOMES[name]}"), name)
   else:

@@ -20,13 +20,19 @@ MEANINGS = {
 }
 
 
+class SavedError(Exception):
+  """A person has ended what goes on from there when the same command is given again."""
+
+  exit_code = STOPPED
+
+
 def explain(error: BaseException) -> tuple[str, int] | None:
   """What to say and to end with; None for an error that is nobody's but the program's.
 
   >>> explain(FileNotFoundError(2, "No such file or directory", "texts/a.txt"))
   ('texts/a.txt: No such file or directory. Mend the path or the disk and give the same command: what was saved is good.', 74)
   """
-  code = getattr(error, "exit_code", None)  # of config.ConfigError and its kinds
+  code = getattr(error, "exit_code", None)  # of config.ConfigError and its kinds, and SavedError
   if code is not None:
     return str(error), code
   if isinstance(error, KeyboardInterrupt):

@@ -98,7 +98,12 @@ def _main(argv: list[str], environ: MutableMapping[str, str]) -> int:
     return exits.DONE
   level = getattr(args, "verbosity", "-1")
   logging.set_verbosity(int(level) if level.lstrip("-").isdigit() else level)  # the libraries' own diaries
-  return command.run(args)
+  try:
+    return command.run(args)
+  except OSError as error:
+    if error.filename is None:  # a full disk says no more than that
+      error.filename = getattr(args, "output", None) or getattr(args, "workdir", None)
+    raise
 
 
 def find(argv: list[str]) -> tuple[Command | None, list[str]]:

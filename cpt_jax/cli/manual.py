@@ -93,7 +93,11 @@ class Parser(argparse.ArgumentParser):
 
   def format_help(self) -> str:
     """The manual page."""
-    options = [f"{name}\n{_wrap(action.help or '', 4)}" for action in self._actions for name in [", ".join(_invocations(action))]]
+    options = [
+      f"{name}\n{_wrap((action.help or '').replace('%%', '%'), 4)}"
+      for action in self._actions
+      for name in [", ".join(_invocations(action))]
+    ]
     command, _, meaning = self.example.strip().partition("\n\n")
     example = textwrap.dedent(command) + (f"\n\n{_paragraphs(meaning)}" if meaning else "")
     codes = [f"{code:<4}{exits.MEANINGS[code]}" for code in self.exit_codes]

@@ -12,8 +12,8 @@ def parser() -> manual.Parser:
     "quickstart",
     description="""
     Continues a model of 2.4 million parameters, which came with this package, on Song poetry, while it reads English again so
-    that it does not forget it. Needs no network and about two minutes on two cores. It is `cpt train --config=configs/quickstart.py`,
-    and writes store/quickstart and runs/quickstart in the current directory.""",
+    that it does not forget it. Needs no network and about two minutes on two cores. It is
+    `cpt train --config=configs/quickstart.py`, and writes store/quickstart and runs/quickstart in the current directory.""",
     example="""
     cpt quickstart
 

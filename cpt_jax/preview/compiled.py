@@ -1,33 +1,17 @@
 """A config and a topology -> its training step compiled for chips that are not there: memory, FLOPs, transfers, roofline.
 
 Invariant: needs no chip, no weights and no data; what the compiler says and what is arithmetic stand apart (docs/scaling.md).
-
-Exit codes: 0 it fits, 1 it does not, 78 a config or a topology that cannot be, or a compiler that is not installed.
 """
 
 import importlib.metadata
-import json
-import os
 import pathlib
-import sys
 from typing import Any
 
-from absl import app, flags
-from ml_collections import config_flags
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clone that is not installed
-
-from cpt_jax import config as config_lib
-from cpt_jax.devices import chips, environment
-from cpt_jax.preview import step_report
+from cpt_jax.devices import chips
+from cpt_jax.preview import ahead, step_report
 from cpt_jax.preview.roofline import Place
+from cpt_jax.training import console
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A config; --config.key=value changes a key. Sources may be missing.")
-_TOPOLOGY = flags.DEFINE_string("topology", "", "v5p:4x4x4 (a slice), 2*v5e:16x16 (two slices), h100:32x8 (hosts x GPUs).")
-_OUTPUT = flags.DEFINE_string("output", "", "Where to write the record as JSON.")
-_HLO = flags.DEFINE_string("hlo", "", "Where to write the optimized program's text.")
-
-EXIT_TOO_LARGE = 1
 _MEMORY_WORDS = {
   "update": "new parameters and moments",
   "kept": "activations of all layers, kept for the backward pass",
@@ -36,39 +20,12 @@ _MEMORY_WORDS = {
 }
 
 
-def main(argv: list[str]) -> int:
-  """Compiles, prints, writes; returns the exit code."""
-  try:
-    if len(argv) > 1 or not flags.FLAGS["config"].present or not _TOPOLOGY.value:
-      raise config_lib.ConfigError(f"name a config and a topology: {__doc__.splitlines()[3].split(': ', 1)[1]}")
-    topology = chips.parse_topology(_TOPOLOGY.value)
-    kind = "tpu" if topology.chip.platform == "tpu" else "gpu"
-    environment.prepare_ahead(os.environ, kind, gpu_model=topology.chip.kinds[0])  # before anything imports jax
-    record = compile_record(_CONFIG.value, topology, name=str(_config_file()))
-  except config_lib.ConfigError as error:
-    print(error, file=sys.stderr)
-    return error.exit_code
-  show(record)
-  if _OUTPUT.value:
-    path = pathlib.Path(_OUTPUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"record        {path}")
-  return 0 if record["memory"]["fits"] else EXIT_TOO_LARGE
-
-
-def _config_file() -> pathlib.Path:
-  return pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
-
-
-def compile_record(config: Any, topology: chips.Topology, *, name: str) -> dict[str, Any]:
-  """The step of a config on a topology, as `preview.step_report` describes it.
+def compile_record(config: Any, topology: chips.Topology, *, name: str, hlo: str = "") -> dict[str, Any]:
+  """The step of a config on a topology, as `preview.step_report` describes it; its optimized program's text goes into `hlo`.
 
   Raises:
     ConfigError: what a run would refuse, or a compiler that is not installed.
   """
-  from cpt_jax.preview import ahead
-
   target = ahead.open_target(config, topology)
   config, spec = target.config, target.spec
   job = step_report.Job(
@@ -91,8 +48,8 @@ def compile_record(config: Any, topology: chips.Topology, *, name: str) -> dict[
     verdict = {"needed_bytes": compiled.needed_bytes, "usable_bytes": compiled.limit_bytes, "fits": False}
     verdict |= {"refused": compiled.message, "state_bytes": state_bytes}
     return record | {"memory": verdict, "advice": step_report.advice(job, state_bytes=state_bytes)}
-  if _HLO.value:
-    pathlib.Path(_HLO.value).write_text(compiled.text, encoding="utf-8")
+  if hlo:
+    pathlib.Path(hlo).write_text(compiled.text, encoding="utf-8")
   needed = compiled.memory._asdict()
   host = needed.pop("host")
   needed.pop("donated")  # in the others already
@@ -113,8 +70,6 @@ def _versions(topology: chips.Topology) -> dict[str, str]:
 
 def show(record: dict[str, Any]) -> None:
   """The record as tables."""
-  from cpt_jax.training import console
-
   topology = chips.parse_topology(record["topology"])
   mesh = " x ".join(f"{axis} {size}" for axis, size in record["mesh"].items())
   console.say(f"config        {record['config']}")
@@ -131,7 +86,7 @@ def show(record: dict[str, Any]) -> None:
     rows += [["needed", f"{memory['needed_bytes'] / 2**30:.2f}"], ["usable", f"{memory['usable_bytes'] / 2**30:.2f}"]]
     console.table("memory of one chip, when the step needs most", ["what", "GiB"], rows)
     _show_flops(record)
-    _show_transfers(record, console)
+    _show_transfers(record)
     _show_roofline(record, topology)
   for line in record.get("notes", []):
     console.say(f"note: {line}")
@@ -155,8 +110,6 @@ def verdict(record: dict[str, Any]) -> str:
 
 
 def _show_flops(record: dict[str, Any]) -> None:
-  from cpt_jax.training import console
-
   flops = record["flops_per_chip"]
   rows = [["the model's, causal half of attention", flops["model_causal"]], ["the model's, full square", flops["model_palm"]]]
   rows += [[f"the program's, {phase}", value] for phase, value in flops["program"].items()]
@@ -168,7 +121,7 @@ def _show_flops(record: dict[str, Any]) -> None:
   )
 
 
-def _show_transfers(record: dict[str, Any], console: Any) -> None:
+def _show_transfers(record: dict[str, Any]) -> None:
   rows = [
     [entry["phase"], f"{entry['turns']:g}", entry["op"], " x ".join(entry["axes"]), entry["chips"], entry["count_per_turn"]]
     + [console.size(entry["bytes_per_turn"]), console.size(entry["turns"] * entry["bytes_per_turn"])]
@@ -184,8 +137,6 @@ def _show_transfers(record: dict[str, Any], console: Any) -> None:
 
 
 def _show_roofline(record: dict[str, Any], topology: chips.Topology) -> None:
-  from cpt_jax.training import console
-
   roof, chip = record["roofline"], topology.chip
   links, network = ("NVLink", "network of hosts") if chip.platform == "cuda" else ("ICI", "network of slices")
   rows = [
@@ -208,10 +159,3 @@ def _show_roofline(record: dict[str, Any], topology: chips.Topology) -> None:
       )
     ],
   )
-
-
-if __name__ == "__main__":
-  from absl import logging
-
-  logging.set_verbosity(logging.WARNING)
-  app.run(main)

@@ -1,28 +1,16 @@
-"""A run's record and a step -> what the model saw in it: each row's source, epoch and documents, decoded. Needs no device.
+"""A run and a step -> the texts in the rows of its batch, as the model was given them.
 
-Invariant: prints the rows that training read (the same loader, from the run's own record), or refuses if a store has changed.
-
-Exit codes: 0 done, 78 no such run or step, or a store that is not what it was.
+Invariant: reads the run's own record of its data and its stores, never the config as it is now; every row is a function of its
+number alone.
 """
 
 import json
 import pathlib
-import sys
 from typing import Any
-
-from absl import app, flags
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clone that is not installed
 
 from cpt_jax.config import ConfigError
 from cpt_jax.store import tokenizer as tokenizer_lib
 from cpt_jax.stream import pipeline
-
-_RUN = flags.DEFINE_string("run", "", "Directory of the run.")
-_STEP = flags.DEFINE_integer("step", None, "The step, from 0: its batch makes the update from `step` to `step` + 1.")
-_ROWS = flags.DEFINE_list("rows", [], "Rows of the batch to show, e.g. 0,5; all by default.")
-_CHARS = flags.DEFINE_integer("chars", 300, "Characters of each document's text to show, from both ends; 0 = all.")
-_JSON = flags.DEFINE_bool("json", False, "One JSON object a row, with the whole text, instead of text for people.")
 
 
 def rows_of(run: pathlib.Path, step: int, chosen: list[int]) -> list[dict[str, Any]]:
@@ -71,44 +59,24 @@ def _row(loader: pipeline.Loader, tokenizer: tokenizer_lib.Tokenizer, step: int,
   }
 
 
-def _lines(row: dict[str, Any], *, chars: int, row_len: int) -> list[str]:
-  lines = [
+def row_len_of(run: pathlib.Path) -> int:
+  """Positions of a row."""
+  return json.loads((run / "segments.json").read_text(encoding="utf-8"))["settings"]["data.row_len"]
+
+
+def lines(row: dict[str, Any], *, chars: int, row_len: int) -> list[str]:
+  """A row for people; of each document `chars` characters from both ends, 0 = all."""
+  found = [
     f"row {row['row']}: {row['source']}, its row {row['source_row']:,}, epoch {row['epoch']}; {row['filled']} of {row_len} "
     f"positions filled, {row['targets']} targets"
   ]
   for d in row["documents"]:
     part = "whole" if (d["from"], d["to"]) == (0, d["of"]) else f"tokens {d['from']:,} to {d['to'] - 1:,} of {d['of']:,}"
     masked = "" if d["targets"] == d["to"] - d["from"] - 1 else f", {d['targets']} targets"
-    lines += [f"  document {d['document']:,} ({part}{masked})", f"    {_cut(d['text'], chars)!r}"]
-  return lines
+    found += [f"  document {d['document']:,} ({part}{masked})", f"    {_cut(d['text'], chars)!r}"]
+  return found
 
 
 def _cut(text: str, chars: int) -> str:
   half = chars // 2
   return text if not chars or len(text) <= chars else f"{text[:half]} [...] {text[-half:]}"
-
-
-def main(argv: list[str]) -> int:
-  """Exit code, after printing the rows or what is wrong."""
-  try:
-    if len(argv) > 1 or not _RUN.value or _STEP.value is None:
-      raise ConfigError("name a run and a step: python tools/show_batch.py --run runs/quickstart --step 17")
-    if not all(b.isdigit() for b in _ROWS.value):
-      raise ConfigError(f"--rows={','.join(_ROWS.value)}: numbers of rows, e.g. 0,5")
-    found = rows_of(pathlib.Path(_RUN.value), _STEP.value, [int(b) for b in _ROWS.value])
-  except ConfigError as error:
-    print(error, file=sys.stderr)
-    return error.exit_code
-  if _JSON.value:
-    for row in found:
-      print(json.dumps(row, ensure_ascii=False))
-    return 0
-  row_len = json.loads((pathlib.Path(_RUN.value) / "segments.json").read_text(encoding="utf-8"))["settings"]["data.row_len"]
-  print(f"step {_STEP.value} of {_RUN.value}: {len(found)} rows")
-  for row in found:
-    print("\n".join(_lines(row, chars=_CHARS.value, row_len=row_len)))
-  return 0
-
-
-if __name__ == "__main__":
-  app.run(main)
