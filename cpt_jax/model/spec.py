@@ -75,9 +75,9 @@ class ModelSpec:
   # Sliding window of each layer: a position sees itself and the window - 1 before it; 0 = all. () = all layers see all.
   windows: tuple[int, ...] = ()
   init_std: float = 0.02
-  # Ids from here on are padding rows, which no softmax may count; 0 = none. Written by tools/grow_vocab.py.
+  # Ids from here on are padding rows, which no softmax may count; 0 = none. Written by cpt vocab grow.
   true_vocab_size: int = 0
-  # Ids from here on belong to pieces that were added; 0 = none was. Written by tools/grow_vocab.py.
+  # Ids from here on belong to pieces that were added; 0 = none was. Written by cpt vocab grow.
   base_vocab_size: int = 0
 
   @property

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cpt_jax import config as config_lib
-from cpt_jax import exits
+from cpt_jax import exits, shipped
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.planning import design as design_lib
 from cpt_jax.planning import execute, outcome, plots, recommend, tables, trials
@@ -106,7 +106,9 @@ def plan(
     raise ConfigError("--output is empty: name the directory of the plan, e.g. --output=plan")
   if importlib.util.find_spec("matplotlib") is None:  # said before the trials, not after them
     raise ConfigError("a plan ends with figures: pip install 'cpt_jax[plots]'")
-  config = config_lib.resolve(config_lib.load_file(str(config)) if isinstance(config, (str, os.PathLike)) else config)
+  if isinstance(config, (str, os.PathLike)):
+    config = shipped.complete(config_lib.load_file(shipped.find(os.fspath(config))))
+  config = config_lib.resolve(config)
   output = pathlib.Path(output)
   objective = _objective(config, weights, general_loss_rise)
 
