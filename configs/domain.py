@@ -2,7 +2,7 @@
 
 Run:   cpt prepare --input 'texts/en/*.jsonl.gz' --tokenizer path/to/base --output store/en
        cpt prepare --input 'texts/law/*.jsonl.gz' --tokenizer path/to/base --output store/law
-       python tools/diagnose.py --hf path/to/base --sources general=store/en,domain=store/law    # is it one? where to begin?
+       cpt diagnose --hf path/to/base --sources general=store/en,domain=store/law    # is it one? where to begin?
        python -m cpt_jax.main --config=configs/domain.py --config.start.hf=path/to/base --workdir=runs/law --dry_run
        and the same without --dry_run
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from cpt_jax import config as config
-  from cpt_jax.diagnosis import diagnose as diagnose
+  from cpt_jax.diagnosis.diagnose import diagnose as diagnose
   from cpt_jax.library import evaluate as evaluate
   from cpt_jax.library import load_model as load_model
   from cpt_jax.library import save_model as save_model
   from cpt_jax.library import train as train
-  from cpt_jax.planning import plan as plan
+  from cpt_jax.planning.planner import plan as plan
   from cpt_jax.results.export import export as export
   from cpt_jax.results.tables import open_run as open_run
   from cpt_jax.store.prepare import prepare as prepare
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"  # here alone: the wheel takes it from this line
 _HOMES = {
   "prepare": "store.prepare",
-  "diagnose": "diagnosis",
-  "plan": "planning",
+  "diagnose": "diagnosis.diagnose",
+  "plan": "planning.planner",
   "train": "library",
   "evaluate": "library",
   "export": "results.export",

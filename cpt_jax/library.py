@@ -18,6 +18,7 @@ from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.diagnosis import measure, verdict
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
+from cpt_jax.progress import Progress
 from cpt_jax.results import tables
 from cpt_jax.training import checkpoint, loop
 
@@ -97,7 +98,8 @@ def evaluate(
   assert base is not None
   options: dict[str, Any] = dict(max_tokens=max_tokens, heldout_frac=heldout_frac, row_len=measure.row_len(base, row_len))
   held = {name: measure.hold_out(name, i, store, base, **options) for i, (name, store) in enumerate(opened.items()) if store}
-  return measure.evaluate(base, held, config=config_lib.default(), on_batch=lambda: None)
+  with Progress() as progress:
+    return measure.evaluate(base, held, config=config_lib.default(), progress=progress)
 
 
 def load_model(path: str | os.PathLike) -> tuple[Any, spec_lib.ModelSpec]:

@@ -9,18 +9,8 @@ import pytest
 
 # A module imports from its own layer or a lower one; inside a layer only what comes before it.
 LAYERS = [
-  [
-    "exits",
-    "shipped",
-    "config.durations",
-    "config.errors",
-    "config.shares",
-    "config.keys",
-    "config.times",
-    "config.stages",
-    "config.check",
-  ]
-  + ["config.files", "config.describe", "journal", "trees"],
+  ["exits", "shipped", "progress", "hub", "config.durations", "config.errors", "config.shares", "config.keys", "config.times"]
+  + ["config.stages", "config.check", "config.files", "config.describe", "journal", "trees"],
   ["devices.environment", "devices.chips", "devices.hosts", "devices.mesh", "devices.signals", "devices.launch", "devices.ssh"],
   ["store.documents", "store.tokenizer", "store.corpus", "store.chat", "store.store", "store.decontaminate", "store.prepare"]
   + ["store.cluster", "store.machines", "store.integrity"],
@@ -30,24 +20,26 @@ LAYERS = [
   + ["vocab.changes", "vocab.texts", "vocab.grow", "vocab.assess", "vocab.similarity", "vocab.initialise"],
   ["model.spec", "model.rope", "model.layers", "model.visible", "model.blockwise", "model.flash", "model.cudnn"]
   + ["model.splash", "model.attention", "model.transformer", "model.loss", "model.hf_files", "model.expansion"]
-  + ["model.pretrained"],
+  + ["model.pretrained", "model.growth"],
   ["training.perplexity", "training.drift", "training.schedule", "training.optimizer", "training.state", "training.step"]
   + ["training.guard", "training.checkpoint", "training.start", "training.metrics", "training.console", "training.inputs"]
   + ["training.stack", "training.recorder", "training.loop"],
   ["preview.hlo", "preview.buffers", "preview.memory", "preview.ahead", "preview.dry_run", "preview.program"]
   + ["preview.roofline", "preview.step_report", "preview.compiled"],
-  ["results.runs", "results.tables", "results.report", "results.learning", "results.recovery", "results.export"]
-  + ["results.batches"],
-  ["diagnosis.verdict", "diagnosis.measure"],
+  ["results.runs", "results.report", "results.tables", "results.learning", "results.export", "results.recovery"]
+  + ["results.recovery_tables", "results.batches"],
+  ["diagnosis.verdict", "diagnosis.measure", "diagnosis.diagnose", "diagnosis.tables", "diagnosis.vocab_tables"],
   ["laws.fit", "laws.curves", "laws.annealing", "laws.cpt_law", "laws.separable", "laws.change", "laws.replay", "laws.domain"]
-  + ["laws.dcpt", "laws.cmr", "laws.mixing", "laws.transfer"],
-  ["planning.cells", "planning.choose", "planning.recommend", "planning.plots", "planning.trials", "planning.design"]
-  + ["planning.config_files", "planning.outcome", "planning.execute", "planning.tables"],
+  + ["laws.dcpt", "laws.mixing", "laws.fit_curves", "laws.tables"],
+  ["planning.cells", "planning.choose", "planning.predictor", "planning.recommend", "planning.plots"]
+  + ["planning.trials", "planning.design", "planning.config_files", "planning.outcome", "planning.execute", "planning.tables"]
+  + ["planning.planner"],
   ["library"],
-  ["cli.manual", "cli.overrides", "cli.train", "cli.quickstart", "cli.prepare", "cli.report", "cli.export", "cli.show"]
-  + ["cli.compile", "cli.launching", "cli.launch_tpu_vm", "cli.launch_xpk", "cli.launch_slurm", "cli.launch_ssh"]
-  + ["cli.app", "cli.__main__"],
-  ["main"],
+  ["cli.manual", "cli.overrides", "cli.launching"],
+  [f"cli.{name}" for name in ("prepare", "diagnose", "vocab_assess", "vocab_grow", "vocab_compare", "plan", "train", "report")]
+  + [f"cli.{name}" for name in ("export", "show", "fit_laws", "compile", "quickstart")]
+  + [f"cli.launch_{name}" for name in ("slurm", "ssh", "tpu_vm", "xpk")],
+  ["cli.app", "cli.__main__", "main"],
 ]
 # Rooms that a notebook or a machine without devices opens quickly: none of these libraries is imported there when they are.
 NEVER = {

@@ -32,7 +32,7 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
   """
   resolved = inputs_lib.resolve(config)
   config, spec = resolved.config, resolved.spec
-  sizes, assumed = _mesh_sizes(config)
+  sizes, assumed = mesh_sizes(config)
   inputs_lib.check_mesh(sizes, spec, config)  # before any text is read
   missing = inputs_lib.unprepared(config)
   inputs = None if missing else inputs_lib.open_texts(resolved, workdir, writes=False)
@@ -67,7 +67,7 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
   return loop.EXIT_DONE
 
 
-def _mesh_sizes(config: Any) -> tuple[dict[str, int], str]:
+def mesh_sizes(config: Any) -> tuple[dict[str, int], str]:
   """The mesh of the run; where -1 asks for the devices of a machine that this one is not, one along that axis."""
   fixed = math.prod(size for size in config.mesh.values() if size != -1)
   asks = -1 in config.mesh.values()

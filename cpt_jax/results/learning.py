@@ -50,7 +50,7 @@ def figure(run: tables.OpenRun, path: str | pathlib.Path) -> None:
   plt.close(made)
 
 
-def say(run: runs.Run, predicted: list[report.Row], plan: report.Plan | None) -> None:
+def say(run: runs.Run, predicted: list[report.Row], plan: report.Prediction | None) -> None:
   """Prints the table: with `predicted` rows what was predicted and measured, without any what was learnt."""
   at = f"at step {run.eval_steps_E[-1]} of {len(run.rates_S)}: what follows is not its end yet"
   console.say(f"run           {run.path}, {'complete' if run.is_complete else at}")

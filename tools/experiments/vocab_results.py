@@ -102,7 +102,7 @@ class Experiment:
     return float(np.mean(bits)), float(np.std(bits, ddof=1)) if len(bits) > 1 else float("nan")
 
 
-def measured(record: Record) -> recovery.Measured:
+def measured(record: Record) -> recovery.EvaluatedRun:
   """A record as what recovery reads from a run directory."""
   tokens = np.array(record["tokens"], np.float64)
   spent = {"tokens": tokens, "bytes": np.array(record["bytes"], np.float64), "flops": tokens * record["flops_per_token"]}
@@ -111,7 +111,7 @@ def measured(record: Record) -> recovery.Measured:
     for name, held in record["heldout"].items()
   }
   path = pathlib.Path(f"{record['arm']}-seed{record['seed']}-steps{record['steps']}")
-  return recovery.Measured(path, np.array(record["eval_steps"]), spent, sources, ())
+  return recovery.EvaluatedRun(path, np.array(record["eval_steps"]), spent, sources, ())
 
 
 # ---- tables ----
