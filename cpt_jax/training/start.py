@@ -15,6 +15,7 @@ import jax
 import optax
 
 from cpt_jax import config as config_lib
+from cpt_jax import hub
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model.spec import ModelSpec, from_hf, load_hf_config
@@ -105,8 +106,8 @@ def choose_base(config: Any) -> Start:
   if start.hf:
     if not pathlib.Path(start.hf).is_dir():
       raise ConfigError(
-        f"start.hf={start.hf}: no such directory; name one with config.json, *.safetensors and the tokenizer's files."
-        f"{config_lib.from_hub(start.hf)}"
+        f"start.hf={start.hf}: no such directory; name one with config.json, *.safetensors and the tokenizer's files"
+        f"{hub.how_to_get(start.hf)}"
       )
     return Start("hf", start.hf)
   if start.weights:

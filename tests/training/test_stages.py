@@ -27,7 +27,7 @@ from cpt_jax.preview import dry_run
 from cpt_jax.training import inputs as inputs_lib
 from cpt_jax.training import loop, optimizer, schedule, start, state, step
 from cpt_jax.vocab import initialise
-from cpt_jax.vocab.initialise import Sources, replaced
+from cpt_jax.vocab.initialise import OldRows, replaced
 
 ROWS = range(5, 7)  # of the table's 8; the last is padding
 SHAPES = {"embedding": (8, 4), "layers.attn_norm": (3, 4), "layers.wq": (3, 4, 2, 2), "final_norm": (4,), "head": (4, 8)}
@@ -417,7 +417,7 @@ def test_the_operations_of_a_stage_leave_out_what_it_does_not_compute(straight, 
 def grow(directory, output, *, num_old=300, vocab_size=330, rows=384):
   model = expansion.open_model(directory, vocab_size=num_old)
   pieces = replaced([[10 + i, 11 + i] for i in range(vocab_size - num_old)])
-  new = expansion.make_rows(initialise.mean, lambda old_VD: Sources(old_VD, pieces), num_padding=rows - vocab_size)
+  new = expansion.make_rows(initialise.mean, lambda old_VD: OldRows(old_VD, pieces), num_padding=rows - vocab_size)
   output.mkdir()
   for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
     if (model.directory / name).exists():
