@@ -76,6 +76,8 @@ class Parser(argparse.ArgumentParser):
           did_you_mean(flag, known) if flag.startswith("-") else " Flags look like --name=value; quote patterns like '*.txt'."
         )
         lines.append(f"{self.prog}: there is no {flag}.{meant}")
+      if self.rest:
+        lines.append(f"{self.rest[0].upper()}{self.rest[1:]} come after --, as in: {self.prog} ... -- --config=configs/domain.py")
       raise ConfigError("\n".join([*lines, f"All flags: {self.prog} --help"]))
     args.rest, args.overrides = rest, changes
     return args

@@ -71,7 +71,8 @@ def run(args: Namespace) -> int:
     print(integrity.verify(args.verify))
     return exits.DONE
   missing = [f"--{name}" for name in ("input", "tokenizer", "output") if not getattr(args, name)]
-  if missing:
+  uses_datatrove = bool(args.executor or args.filters or args.dedup or args.dry_run)
+  if missing and not uses_datatrove:
     parser().error(f"{' and '.join(missing)} missing")
   inputs, fields = [shipped.find(path) for path in args.input], args.decontaminate_field or ["text"]
   contamination = None
@@ -81,7 +82,7 @@ def run(args: Namespace) -> int:
   how = {name: getattr(args, name) for name in names} | {"tokenizer": shipped.find(args.tokenizer)}
   how["max_document_bytes"] = int(args.max_document_mb * (1 << 20))
   try:
-    if args.executor or args.filters or args.dedup or args.dry_run:
+    if uses_datatrove:
       of_machines = {name: getattr(args, name) for name in machines.Asked._fields} | {"executor": args.executor or "local"}
       task = machines.Task(**how | {"text_field": args.text_field or args.records})
       asked = machines.Asked(**of_machines)

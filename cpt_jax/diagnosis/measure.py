@@ -23,9 +23,8 @@ from cpt_jax.progress import Progress
 from cpt_jax.store import corpus
 from cpt_jax.store import store as stores
 from cpt_jax.store import tokenizer as tokenizer_lib
-from cpt_jax.stream import excerpts, pipeline
+from cpt_jax.stream import excerpts, pipeline, sources
 from cpt_jax.stream.excerpts import Excerpts
-from cpt_jax.stream.sources import Source
 from cpt_jax.training import perplexity, step
 
 # Of each source for what needs no model: enough that chance moves the distance by less than 0.01 bits (docs/diagnose.md).
@@ -115,10 +114,10 @@ def hold_out(
   rows = -(-rows // jax.device_count()) * jax.device_count()
   opening_bytes_V = base.tokenizer.opening_bytes_V
   options: dict[str, Any] = dict(opening_bytes_V=opening_bytes_V, source=number, row_len=row_len, batch_rows=rows)
-  source = Source(name, store, role="", share=(), heldout_frac=heldout_frac)
+  source = sources.measured(name, store, heldout_frac=heldout_frac)
   candidates = source.heldout_documents
   if source.num_pairs(candidates):
-    chosen = pipeline.whole_documents(candidates, store.lengths, max_tokens=max_tokens)
+    chosen = pipeline.whole_documents(candidates, store.lengths, max_tokens=max_tokens, max_bytes=0)
     if len(chosen) >= MIN_DOCUMENTS and max_tokens / 2 <= source.num_pairs(chosen) <= max_tokens:
       doc_bytes = pipeline.document_bytes(store, chosen, base.tokenizer)
       rows_of = pipeline.evaluation_rows(store, chosen, lengths=store.lengths, doc_bytes=doc_bytes, **options)

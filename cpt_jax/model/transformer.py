@@ -41,8 +41,8 @@ def _policy(remat: str) -> Callable[..., Any]:
   )
 
 
-def kept_bytes(spec: ModelSpec, remat: str, *, itemsize: int, tensor: int = 1) -> float:
-  """Bytes that a position keeps of each layer on each of `tensor` devices, by config.py; `itemsize` of the compute dtype.
+def kept_bytes(spec: ModelSpec, remat: str, *, itemsize: int, tensor: int) -> float:
+  """Bytes that a position keeps of each layer on each of `tensor` devices, as model.remat says; `itemsize` of the compute dtype.
 
   "none" keeps a little more where queries and keys have norms or biases.
   """
@@ -158,14 +158,14 @@ def apply(
   segments_BT: jax.Array,
   *,
   compute_dtype: Any,
-  remat: str = "none",
-  attention: str = "auto",
+  remat: str,
+  attention: str,
+  scan: bool,
   max_documents: int | None = None,
-  scan: bool = True,
 ) -> jax.Array:
   """Hidden states after the final norm, [B, T, D] in `compute_dtype`.
 
-  `remat`: as config.py lists them; `attention`, `max_documents`: as `attention.attend`. Norms, softmax and rotations: float32.
+  `remat`: as config.KEYS lists them; `attention`, `max_documents`: as `attention.attend`. Norms, softmax and rotations: float32.
   """
   tokens_BT, positions_BT, segments_BT = (mesh_lib.constrain(x, "batch", "seq") for x in (tokens_BT, positions_BT, segments_BT))
   rotation = rope.tables(spec, positions_BT)

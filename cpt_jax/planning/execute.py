@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
@@ -34,9 +33,6 @@ from cpt_jax.training import inputs as inputs_lib
 from cpt_jax.training.stack import ONE_DEVICE
 
 DIVERGED = "diverged.json"
-# Keys in which a trial may differ from what would be made now: none changes an update or the last evaluation.
-_FREE = ("log.", "checkpoint.", "debug.", "eval.every", "eval.batch_rows", "mesh.", "data.prefetch", "plan.")
-_FREE += ("model.remat", "model.attention", "model.loss_chunk", "data.on_bad", "data.max_bad")
 # Bytes of a parameter while it is trained: itself, two moments, its gradient, its update, all float32.
 _BYTES_PER_PARAMETER = 5 * 4
 _MEMORY_FRAC = 0.7  # of a device's memory that a stack may take by this arithmetic; chosen by hand
@@ -68,23 +64,9 @@ def record_of(config: Any) -> dict[str, Any]:
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-  """A line for each key that makes another run of it. A key that a record does not know yet had its default."""
-  before, now = _flat(found), _flat(wanted)
-  return [
-    f"  {key}: {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}"
-    for key in sorted(before | now)
-    if not key.startswith(_FREE) and not _is_close(before.get(key), now.get(key))
-  ]
-
-
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
-  """Dotted key -> value, with the default of each key that is not there."""
-  flat = {}
-  trees = [("", config_lib.default()), *((f"data.sources.{name}.", config_lib.source()) for name in record["data"]["sources"])]
-  for prefix, tree in (*trees, ("", ConfigDict(record))):
-    plain = ConfigDict(json.loads(tree.to_json()))
-    flat |= {prefix + key: config_lib.get(plain, key) for key in config_lib.leaf_keys(plain)}
-  return json.loads(json.dumps(flat))
+  """A line for each key that makes another run of it."""
+  changed = config_lib.changes(found, wanted, allowed=("nothing",))
+  return [f"  {key}: {json.dumps(a)} -> {json.dumps(b)}" for key, (a, b) in changed.items() if not _is_close(a, b)]
 
 
 def _is_close(a: Any, b: Any) -> bool:
@@ -104,7 +86,7 @@ def found_trials(config: Any, folder: pathlib.Path) -> list[Trial]:
   """
   problems, trials = Problems(), []
   for file in sorted(folder.glob("*/config.json")):
-    record = ConfigDict(json.loads(file.read_text(encoding="utf-8")))
+    record = config_lib.completed(json.loads(file.read_text(encoding="utf-8")))
     with problems.collect():
       trial = _trial_of(config, record, file.parent)
       state_of(file.parent, trial_config(config, trial))

@@ -59,7 +59,7 @@ class OpenRun:
   @functools.cached_property
   def losses(self) -> Table:
     """Held-out nats per token: `step`, `tokens` trained on by then, and a column for each source."""
-    read = {entry["step"]: sum(source["tokens"] for source in entry["sources"]) for entry in self._ledger}
+    read = {0: 0} | {entry["step"]: sum(source["tokens"] for source in entry["sources"]) for entry in self._ledger}
     names = self._names(*(entry["sources"] for entry in self._evaluations))
     table = {"step": [e["step"] for e in self._evaluations], "tokens": [read.get(e["step"], math.nan) for e in self._evaluations]}
     for name in names:

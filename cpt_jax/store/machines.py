@@ -35,9 +35,12 @@ class Asked(NamedTuple):
   sbatch: tuple[str, ...] = ()
 
 
-def check(asked: Asked, *, records: str, dry_run: bool) -> None:
+def check(inputs: list[str], asked: Asked, task: Task, *, dry_run: bool) -> None:
   """Raises a ConfigError that lists all that is wrong."""
-  problems = Problems()
+  problems, records = Problems(), task.records
+  given = {"input": inputs, "tokenizer": task.tokenizer, "output": task.output}
+  if missing := [f"--{name}" for name, value in given.items() if not value]:
+    problems.add(f"{' and '.join(missing)} missing, e.g. --input='texts/*.jsonl' --tokenizer=path/to/base --output=store/name")
   for name in (name for name in asked.filters if name not in FILTERS):
     problems.add(f"--filters: {name!r} is none of {', '.join(FILTERS)}.{did_you_mean(name, list(FILTERS))}")
   if "c4" in asked.filters and records != "text":
@@ -74,7 +77,7 @@ def prepare(
   Raises:
     ConfigError: settings; DataError: bad records; OSError: the disk.
   """
-  check(asked, records=task.records, dry_run=dry_run)
+  check(inputs, asked, task, dry_run=dry_run)
   from cpt_jax.store import cluster
 
   machines = cluster.Machines(

@@ -27,15 +27,16 @@ class Source:
 
   name: str
   store: TokenStore
+  _: dataclasses.KW_ONLY
   role: str  # "replay" or "domain"
   share: Knots  # (step, share, curve), see stream.quotas
   heldout_frac: float
-  at_end: str = "repeat"  # or "stop", "renormalise", "error": what happens when it was read `max_epochs` times
-  max_epochs: float = 0.0  # 0 = once; with "repeat" = no limit
-  loss_weight: float = 1.0  # of its tokens in the objective
-  min_tokens: int = 0  # of a training document; 0 = no limit
-  max_tokens: int = 0
-  length_shares: tuple[tuple[int, float], ...] = ()  # see stream.selection
+  at_end: str  # "repeat", "stop", "renormalise", "error": what happens when it was read `max_epochs` times
+  max_epochs: float  # 0 = once; with "repeat" = no limit
+  loss_weight: float  # of its tokens in the objective
+  min_tokens: int  # of a training document; 0 = no limit
+  max_tokens: int
+  length_shares: tuple[tuple[int, float], ...]  # see stream.selection
 
   @functools.cached_property
   def _split_hashes(self) -> np.ndarray:
@@ -67,6 +68,13 @@ class Source:
     return int(np.maximum(self.store.lengths[documents] - 1, 0).sum())
 
 
+def measured(name: str, store: TokenStore, *, heldout_frac: float) -> Source:
+  """A source of no run, whose held-out documents are looked at; the rest as a config has it by default."""
+  fields = ("at_end", "max_epochs", "loss_weight", "min_tokens", "max_tokens", "length_shares")
+  rest = {field: config_lib.FIELDS[field].default for field in fields}
+  return Source(name, store, role="", share=(), heldout_frac=heldout_frac, **rest)
+
+
 def mix64(values: np.ndarray) -> np.ndarray:
   """Scrambles uint64s one-to-one (splitmix64, doi 10.1145/2660193.2660195), so that any hash will do, a counter too."""
   z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
@@ -83,7 +91,7 @@ def from_config(config, problems: Problems) -> list[Source]:
     key = f"data.sources.{name}"
     if entry.text and not os.path.exists(entry.store):
       problems.add(
-        f"{key}.store={entry.store!r}: not made yet; make it from {key}.text with tools/prepare_data.py --input {entry.text!r} "
+        f"{key}.store={entry.store!r}: not made yet; make it from {key}.text with cpt prepare --input {entry.text!r} "
         f"--tokenizer {config.data.tokenizer or config.start.hf} --output {entry.store}"
       )
       continue
@@ -96,7 +104,7 @@ def from_config(config, problems: Problems) -> list[Source]:
       name,
       store,
       role=entry.role,
-      share=_knots(config, name),
+      share=knots(config, name),
       heldout_frac=config.data.heldout_frac,
       length_shares=tuple((int(from_tokens), float(share)) for from_tokens, share in entry.length_shares),
       **{key: entry[key] for key in ("at_end", "max_epochs", "loss_weight", "min_tokens", "max_tokens")},
@@ -111,7 +119,7 @@ def check(source: Source, problems: Problems) -> bool:
   """Can the source be split, evaluated and (if its share says so) trained on."""
   key, store = f"data.sources.{source.name}", source.store
   if store.num_documents == 0 or store.num_tokens == 0:
-    problems.add(f"{key}.store={str(store.path)!r}: the store is empty; give tools/prepare_data.py text to read")
+    problems.add(f"{key}.store={str(store.path)!r}: the store is empty; give cpt prepare text to read")
     return False
   sizes = f"{store.num_documents} documents of {str(store.path)!r}"
   pairs = np.maximum(store.lengths - 1, 0)
@@ -170,11 +178,11 @@ def check_vocabulary(sources: Sequence[Source], vocab_size: int, problems: Probl
       )
 
 
-def _knots(config, name: str) -> Knots:
+def knots(config, name: str) -> Knots:
   """A source's share over time, times in steps, not rounded."""
   entry = config.data.sources[name]
-  knots = [(when, float(shares.get(name, 0.0)), "hold") for when, shares in config.data.stages] or entry.share
-  return tuple((float(config_lib.steps_at(config, when)), share, curve) for when, share, curve in knots)
+  found = [(when, float(shares.get(name, 0.0)), "hold") for when, shares in config.data.shares] or entry.share
+  return tuple((float(config_lib.steps_at(config, when)), share, curve) for when, share, curve in found)
 
 
 def _tokenizer_fingerprint(config, problems: Problems) -> tuple[str, str] | None:

@@ -90,17 +90,19 @@ def check_mesh(sizes: Mapping[str, int], spec: spec_lib.ModelSpec, config: Any) 
   problems.raise_if_any()
 
 
-def open_texts(resolved: Resolved, workdir: pathlib.Path | None = None) -> Inputs:
+def open_texts(resolved: Resolved, workdir: pathlib.Path | None = None, *, writes: bool = True) -> Inputs:
   """Opens the stores, and prepares those that name their text and are not there.
 
-  A run that has saved steps in `workdir` goes on from them; without one it is a new run.
+  A run that has saved steps in `workdir` goes on from them; without one it is a new run. Without `writes` nothing is written,
+  and there must be no `unprepared` stores.
 
   Raises:
     ConfigError: everything that is wrong with them, a line each.
   """
   config, problems = resolved.config, Problems()
   with hosts.main_first("data"):  # the others find its stores and packing plans, or make their own on their own disks
-    _prepare_missing_stores(config)
+    if writes:
+      _prepare_missing_stores(config)
     opened = sources.from_config(config, problems)
     sources.check_vocabulary(opened, resolved.spec.num_ids, problems)
     problems.raise_if_any()
@@ -118,15 +120,19 @@ def open_texts(resolved: Resolved, workdir: pathlib.Path | None = None) -> Input
       past=past,
       start_step=begin.step,
       skip=guard.rows_to_skip(decisions, step=begin.step),
+      keep_plans=writes,
     )
   return Inputs(*resolved, begin, loader, decisions, asked={source.name: source.share for source in opened})
 
 
+def unprepared(config: Any) -> dict[str, Any]:
+  """The entries of the sources that name their text and whose store is not finished yet, by name."""
+  entries = config.data.sources.items()
+  return {name: entry for name, entry in entries if entry.text and not (pathlib.Path(entry.store) / store.MANIFEST).exists()}
+
+
 def _prepare_missing_stores(config: Any) -> None:
-  """Tokenises the text of each source whose store is not finished yet."""
-  for name, entry in config.data.sources.items():
-    if not entry.text or (pathlib.Path(entry.store) / store.MANIFEST).exists():
-      continue
+  for name, entry in unprepared(config).items():
     console.say(f"data.sources.{name}: preparing {entry.text} into {entry.store}")
     report = prepare.prepare(
       [entry.text],

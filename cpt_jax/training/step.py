@@ -36,8 +36,8 @@ class ModelSettings(NamedTuple):
   remat: str
   attention: str
   loss_chunk: int
+  scan: bool
   max_documents: int | None = None  # in a row; None = not known
-  scan: bool = True
 
 
 # Each chunk reads and writes the head's float32 gradient once more: 8 bytes for 6 operations times the chunk's positions, so with
@@ -53,7 +53,7 @@ def settings_from_config(config: Any, *, max_documents: int | None = None) -> Mo
   if dtype == "auto":
     dtype = "float32" if platform == "cpu" else "bfloat16"
   remat, chunk = transformer.on_platform(c.remat, platform), c.loss_chunk or _LOSS_CHUNK.get(platform, 4096)
-  return ModelSettings(jnp.dtype(dtype), remat, c.attention, chunk, max_documents, c.scan)
+  return ModelSettings(jnp.dtype(dtype), remat, c.attention, chunk, c.scan, max_documents)
 
 
 def remat_note(config: Any) -> str:
@@ -111,9 +111,9 @@ def make_train_step(
   settings: ModelSettings,
   source_weights: Sequence[float],
   microbatches: int,
+  accumulate_dtype: str,
   z_loss: float,
   hold: Callable[[Any], Any] = lambda params: params,
-  accumulate_dtype: str = "float32",
 ) -> TrainStep:
   """The update `train_step(state, batch, rate)` as a pure function; the caller jits it and donates the state.
 

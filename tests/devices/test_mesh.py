@@ -6,6 +6,7 @@ import itertools
 import math
 
 import compiling
+import factory
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def batch() -> Batch:
 @functools.partial(jax.jit, static_argnames=("remat", "chunk", "attention"))
 def loss_and_gradient(params, batch, *, remat, chunk, attention):
   def objective(params):
-    hidden_BTD = transformer.apply(
+    hidden_BTD = factory.hidden(
       params,
       SPEC,
       batch.tokens_BT,

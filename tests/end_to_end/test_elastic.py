@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import factory
 import jax
 import numpy as np
 import oracle
@@ -20,7 +21,7 @@ from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.store import tokenizer as tokenizer_lib
 from cpt_jax.store.store import open_store
-from cpt_jax.stream import packing, pipeline, sources
+from cpt_jax.stream import pipeline
 from cpt_jax.stream.shuffle import Shuffle
 from cpt_jax.training import checkpoint
 from cpt_jax.training import inputs as inputs_lib
@@ -122,9 +123,9 @@ class Recount:
   """What a source's rows hold, from its store."""
 
   def __init__(self, path, name):
-    source = sources.Source(name, open_store(path), role="", share=config_lib.Share(1.0), heldout_frac=0.2)
+    source = factory.source(name, open_store(path), role="", heldout_frac=0.2)
     documents = source.train_documents
-    self.plan = packing.plan(source.store.lengths, row_len=32, policy="best_fit", documents=documents)
+    self.plan = factory.rows(source.store.lengths, row_len=32, policy="best_fit", documents=documents)
     self.order = Shuffle(self.plan.num_rows, name=name, seed=0)
 
   def row(self, nth):
@@ -217,8 +218,8 @@ def base_loss(place, record, name) -> float:
   model = spec_lib.from_hf(spec_lib.load_hf_config(place / "base"))
   params = transformer.init(model, jax.random.key(0))
   total, count = 0.0, 0.0
-  for batch in reader.heldout_rows(name, max_tokens=300).batches:
-    hidden = transformer.apply(params, model, batch.tokens_BT, batch.positions_BT, batch.segments_BT, compute_dtype="float32")
+  for batch in reader.heldout_rows(name, max_tokens=300, max_bytes=0).batches:
+    hidden = factory.hidden(params, model, batch.tokens_BT, batch.positions_BT, batch.segments_BT, compute_dtype="float32")
     logits = np.asarray(transformer.logits(params, model, hidden), np.float64)
     losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, batch.targets_BT[..., None], -1)[..., 0]
     total, count = total + (losses * batch.weights_BT).sum(), count + batch.weights_BT.sum()

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 
+import factory
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -330,11 +331,11 @@ def test_what_is_frozen_saves_the_flops_that_the_formula_says(tiny_spec, random_
   mesh = mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
     params, to_all = transformer.abstract_params(untied), ((".*", 1.0),)
-    tx = optimizer.make(params, frozen=frozen)
-    leaves = optimizer.plan(params, decay_rules=to_all, rate_rules=to_all, layer_rates=(), frozen=frozen)
-    settings = step.ModelSettings(jnp.dtype("float32"), "none", "plain", 0)
+    tx = factory.optimizer(params, frozen=frozen)
+    leaves = optimizer.plan(params, decay_rules=to_all, rate_rules=to_all, layer_rates=(), frozen=frozen, stages=("all",))
+    settings = step.ModelSettings(jnp.dtype("float32"), "none", "plain", 0, True)
     options = {"settings": settings, "source_weights": (1.0, 1.0), "microbatches": 1, "z_loss": 0.0}
-    update = step.make_train_step(untied, tx, **options, hold=functools.partial(optimizer.hold, leaves=leaves))
+    update = factory.train_step(untied, tx, **options, hold=functools.partial(optimizer.hold, leaves=leaves))
     batch = mesh_lib.to_global(mesh, random_batch(0, rows=rows, row_len=row_len))
     text = jax.jit(update).lower(state.abstract(untied, tx), batch, 1.0).compile().as_text()
   found = program.Program(text)
@@ -348,9 +349,9 @@ def test_the_real_step_on_cpu_has_the_flops_of_the_formula_and_moves_its_paramet
   mesh = mesh_lib.make_mesh(data=2, fsdp=4, context=1, tensor=1)
   rows, row_len = 8, 16
   with jax.set_mesh(mesh):
-    tx = optimizer.make(transformer.abstract_params(tiny_spec))
-    settings = step.ModelSettings(jnp.dtype("float32"), "none", "plain", 0)
-    update = step.make_train_step(tiny_spec, tx, settings=settings, source_weights=(1.0, 1.0), microbatches=1, z_loss=0.0)
+    tx = factory.optimizer(transformer.abstract_params(tiny_spec))
+    settings = step.ModelSettings(jnp.dtype("float32"), "none", "plain", 0, True)
+    update = factory.train_step(tiny_spec, tx, settings=settings, source_weights=(1.0, 1.0), microbatches=1, z_loss=0.0)
     batch = mesh_lib.to_global(mesh, random_batch(0, rows=rows, row_len=row_len))
     text = jax.jit(update).lower(state.abstract(tiny_spec, tx), batch, 1.0).compile().as_text()
   found = program.Program(text)

@@ -2,13 +2,13 @@
 
 import json
 
+import factory
 import numpy as np
 import pytest
 from scipy import stats
 
 from cpt_jax.config import ConfigError
 from cpt_jax.store import prepare, store
-from cpt_jax.stream import sources
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def folder(experiment, root, tmp_path):
 def test_what_is_held_out_is_what_a_run_holds_out(experiment, folder):
   texts = list(experiment.read(folder / "domain.jsonl.gz"))
   opened = store.open_store(folder / "stores" / "none" / "domain")
-  source = sources.Source("domain", opened, "domain", ((0, 1.0, "linear"),), experiment.HELDOUT_FRAC)
+  source = factory.source("domain", opened, heldout_frac=experiment.HELDOUT_FRAC)
   expected = [texts[i] for i in source.heldout_documents]
   assert 2 < len(expected) < 20
   training, heldout = experiment.split([*texts, texts[0]], heldout_bytes=10**6)

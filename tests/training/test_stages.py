@@ -6,6 +6,7 @@ import functools
 import json
 
 import compiling
+import factory
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -58,7 +59,8 @@ def three_stages(mu_dtype):
   """The beginning, and the update of each stage of THREE."""
   numbers = dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.3, clip_norm=0.7)
   made = [
-    optimizer.make(random_tree(0), **numbers, **RULES, mu_dtype=mu_dtype, stages=THREE, stage=i, new_rows=ROWS) for i in range(3)
+    factory.optimizer(random_tree(0), **numbers, **RULES, mu_dtype=mu_dtype, stages=THREE, stage=i, new_rows=ROWS)
+    for i in range(3)
   ]
   return made[0].init, [jax.jit(one.update) for one in made]
 
@@ -116,7 +118,9 @@ def test_what_no_stage_trains_is_frozen_and_frozen_wins():
     "layers.wq": ("NOTHING", True),
     "final_norm": ("NOTHING", True),
   }
-  kept = optimizer.make(random_tree(0), **RULES, frozen=("layers.wq",), stages=("embeddings", ("layers.*",))).init(random_tree(0))
+  kept = factory.optimizer(random_tree(0), **RULES, frozen=("layers.wq",), stages=("embeddings", ("layers.*",))).init(
+    random_tree(0)
+  )
   assert set(kept.mu) == {"embedding", "head", "layers.attn_norm"}
 
 
@@ -135,7 +139,7 @@ def test_what_no_stage_trains_is_frozen_and_frozen_wins():
 )
 def test_stages_that_train_nothing_are_refused(stages, more, message):
   with pytest.raises(ConfigError, match=message):
-    optimizer.make(random_tree(0), **RULES, stages=stages, **{"new_rows": ROWS, **more})
+    factory.optimizer(random_tree(0), **RULES, stages=stages, **{"new_rows": ROWS, **more})
 
 
 @pytest.fixture(scope="module")
@@ -149,13 +153,13 @@ def steps_of(spec):
   make = functools.partial(
     dict, decay_rules=((".*", 1.0),), rate_rules=((".*", 1.0),), layer_rates=(), frozen=(), stages=stages, new_rows=spec.new_rows
   )
-  settings = step.ModelSettings(jnp.dtype("float32"), "none", "plain", 0)
+  settings = step.ModelSettings(jnp.dtype("float32"), "none", "plain", 0, True)
   params = transformer.init(spec, jax.random.key(0))
-  tx = [optimizer.make(params, **make(), stage=i, eps=1e-3) for i in range(3)]
+  tx = [factory.optimizer(params, **make(), stage=i, eps=1e-3) for i in range(3)]
   leaves = [optimizer.plan(params, **make(), stage=i) for i in range(3)]
   steps = [
     jax.jit(
-      step.make_train_step(
+      factory.train_step(
         spec,
         tx[i],
         settings=settings,
@@ -236,9 +240,9 @@ def test_borders_and_rates_are_those_of_each_stage_as_a_run():
   ]
   rates = schedule.from_config(c)
   found = rates(np.arange(100))
-  one = schedule.make("constant", num_steps=33, warmup_steps=10, lr_peak=2e-3, lr_start=2e-4)
-  two = schedule.make("rewarm", num_steps=34, warmup_steps=4, lr_peak=1e-3, lr_start=1e-4, lr_final=1e-5)
-  three = schedule.make("rewarm", num_steps=33, warmup_steps=4, lr_peak=4e-4, lr_start=4e-5, lr_final=4e-6)
+  one = factory.schedule("constant", num_steps=33, warmup_steps=10, lr_peak=2e-3, lr_start=2e-4)
+  two = factory.schedule("rewarm", num_steps=34, warmup_steps=4, lr_peak=1e-3, lr_start=1e-4, lr_final=1e-5)
+  three = factory.schedule("rewarm", num_steps=33, warmup_steps=4, lr_peak=4e-4, lr_start=4e-5, lr_final=4e-6)
   np.testing.assert_allclose(found, np.concatenate([one(np.arange(33)), two(np.arange(34)), three(np.arange(33))]), rtol=1e-6)
   assert all(isinstance(rates(i), np.float32) and rates(i) == found[i] for i in (0, 32, 33, 99))
   rows = schedule.table(rates, num_steps=100)

@@ -4,6 +4,7 @@ import json
 import pathlib
 import tracemalloc
 
+import factory
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -202,7 +203,7 @@ def test_old_tokens_have_the_logits_they_had(base, tmp_path, random_batch):
   for directory in (base, tmp_path / "out"):
     spec = spec_lib.from_hf(spec_lib.load_hf_config(directory))
     params = pretrained.load_params(directory, spec, transformer.abstract_params(spec))
-    hidden_BTD = transformer.apply(
+    hidden_BTD = factory.hidden(
       params, spec, batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT, compute_dtype=jnp.float32
     )
     head_DV = np.asarray(transformer.head(params, spec, dtype=jnp.float32))

@@ -64,7 +64,8 @@ def _scorer(spec: spec_lib.ModelSpec, num_old: int) -> Callable[..., jax.Array]:
   def run(params: Any, tokens_BS: jax.Array) -> jax.Array:
     inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
     positions_BT = jnp.broadcast_to(jnp.arange(ROW_LEN)[None], inputs_BT.shape)
-    hidden_BTD = transformer.apply(params, spec, inputs_BT, positions_BT, jnp.ones_like(inputs_BT), compute_dtype=jnp.float32)
+    how = dict(compute_dtype=jnp.float32, remat="none", attention="auto", scan=True)
+    hidden_BTD = transformer.apply(params, spec, inputs_BT, positions_BT, jnp.ones_like(inputs_BT), **how)
     logits_BTV = transformer.logits(params, spec, hidden_BTD)
     ids_BTV = jnp.arange(spec.vocab_size)[None, None]
     picked_BT = jnp.where(ids_BTV == targets_BT[..., None], logits_BTV, 0.0).sum(-1)

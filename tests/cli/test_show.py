@@ -1,16 +1,15 @@
-"""tools/show_batch.py: the rows that a run read, from its record alone, also of a past that was mixed otherwise."""
+"""`cpt show`: the rows that a run read, from its record alone, also of a past that was mixed otherwise."""
 
 import json
 import subprocess
 import sys
 
+import factory
 import pytest
 
-from cpt_jax import config as config_lib
 from cpt_jax.store import prepare
 from cpt_jax.store import tokenizer as tokenizer_lib
 from cpt_jax.store.store import open_store
-from cpt_jax.stream import pipeline, sources
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +23,10 @@ def run(tmp_path_factory, fixtures):
 
   def loader(share, **options):
     found = [
-      sources.Source("a", store, "domain", config_lib.Share(share), 0.1),
-      sources.Source("b", store, "replay", config_lib.Share(1.0), 0.1),
+      factory.source("a", store, share=share, heldout_frac=0.1),
+      factory.source("b", store, role="replay", heldout_frac=0.1),
     ]
-    return pipeline.Loader(found, num_steps=9, batch_rows=4, row_len=64, packing_policy="best_fit", **options)
+    return factory.loader(found, num_steps=9, batch_rows=4, row_len=64, packing_policy="best_fit", **options)
 
   first = loader(1.0)
   second = loader(3.0, past=json.loads(json.dumps(first.state(3))), start_step=3)
@@ -37,16 +36,11 @@ def run(tmp_path_factory, fixtures):
   return directory / "run", first, second
 
 
-def show(root, run_dir, *more):
-  command = [sys.executable, str(root / "tools/show_batch.py"), f"--run={run_dir}", *more]
-  return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.parametrize("step", [1, 6])
-def test_it_shows_what_the_run_read(run, root, fixtures, step):
+def test_it_shows_what_the_run_read(run, cpt, fixtures, step):
   run_dir, first, second = run
   reader = first if step < 3 else second
-  shown = show(root, run_dir, f"--step={step}", "--json")
+  shown = cpt("show", f"--run={run_dir}", f"--step={step}", "--json")
   assert shown.returncode == 0, shown.stderr
   rows = [json.loads(line) for line in shown.stdout.splitlines()]
   assert [row["row"] for row in rows] == [0, 1, 2, 3]
@@ -59,18 +53,17 @@ def test_it_shows_what_the_run_read(run, root, fixtures, step):
       inside = batch.segments_BT[0] == segment
       ids = [*batch.tokens_BT[0][inside].tolist(), int(batch.targets_BT[0][inside][-1])]
       assert document["text"] == tokenizer.decode(ids) and document["to"] - document["from"] == len(ids)
-  people = show(root, run_dir, f"--step={step}", "--rows=2", "--chars=20")
+  people = cpt("show", f"--run={run_dir}", f"--step={step}", "--rows=2", "--chars=20")
   assert people.returncode == 0 and f"row 2: {rows[2]['source']}" in people.stdout and "row 1:" not in people.stdout
   assert f"epoch {rows[2]['epoch']}" in people.stdout and f"document {rows[2]['documents'][0]['document']}" in people.stdout
 
 
 def test_it_needs_no_device(run, root):
   code = (
-    "import sys; sys.argv = ['show_batch', '--run', sys.argv[1], '--step=1']\n"
-    f"sys.path.insert(0, {str(root / 'tools')!r})\nimport show_batch\nfrom absl import flags\nflags.FLAGS(sys.argv)\n"
-    "assert show_batch.main(sys.argv[:1]) == 0\nfrom jax._src import xla_bridge\nassert not xla_bridge._backends"
+    "import sys\nfrom cpt_jax.cli import app\nassert app.main(['show', '--run', sys.argv[1], '--step=1']) == 0\n"
+    "from jax._src import xla_bridge\nassert not xla_bridge._backends"
   )
-  done = subprocess.run([sys.executable, "-c", code, str(run[0])], capture_output=True, text=True, timeout=120)
+  done = subprocess.run([sys.executable, "-c", code, str(run[0])], capture_output=True, text=True, timeout=120, cwd=root)
   assert done.returncode == 0, done.stderr
 
 
@@ -79,10 +72,10 @@ def test_it_needs_no_device(run, root):
   [
     (["--step=9"], "the run has the steps 0 to 8"),
     (["--step=1", "--rows=7"], "rows 0 to 3"),
-    ([], "name a run and a step"),
+    ([], "required: --step"),
     (["--step=1", "--run=nowhere"], "segments.json is missing"),
   ],
 )
-def test_what_cannot_be_shown_is_said(run, root, flags, message):
-  shown = show(root, run[0], *flags)
+def test_what_cannot_be_shown_is_said(run, cpt, flags, message):
+  shown = cpt("show", f"--run={run[0]}", *flags)
   assert shown.returncode == 78 and message in shown.stderr and "Traceback" not in shown.stderr

@@ -1,4 +1,4 @@
-"""tools/launch: what a host is given is what the launcher was given, and processes are started and stopped together."""
+"""`cpt launch`: what a host is given is what the launcher was given, and processes are started and stopped together."""
 
 import json
 import os
@@ -32,7 +32,7 @@ SRUN = '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n'
 TOOLS = {
   "ssh": ["--hosts=one,me@two,three"],
   "slurm": ["--nodes=2", "--name=my run", "--sbatch=comment=it's"],
-  "tpu_vm": ["--tpu=pod", "--zone=us-east5-a"],
+  "tpu-vm": ["--tpu=pod", "--zone=us-east5-a"],
   "xpk": ["--cluster=c", "--workload=w", "--tpu_type=v5p-64", "--image=i", "--num_slices=2"],
 }
 
@@ -64,7 +64,8 @@ def launch(root, place):
   def start(tool, *arguments, path=None, popen=subprocess.run, **more):
     environ = {**os.environ, "PATH": f"{place / 'bin'}:{os.environ['PATH']}" if path is None else path}
     environ.pop("MARK", None)
-    return popen([sys.executable, root / "tools" / "launch" / f"{tool}.py", *arguments], env=environ, text=True, **more)
+    command = [sys.executable, "-m", "cpt_jax.cli", "launch", tool, *arguments]
+    return popen(command, env=environ, text=True, cwd=root, **more)
 
   return start
 
@@ -102,8 +103,9 @@ def test_a_host_is_given_what_the_launcher_was_given(launch, place, tool):
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_print_says_what_would_be_run_and_runs_nothing(launch, place, tool):
-  done = launch(tool, "--print", *given(place, tool), path="/nowhere", capture_output=True)
+def test_print_says_what_would_be_run_and_runs_nothing(cpt, monkeypatch, place, tool):
+  monkeypatch.setenv("PATH", "/nowhere")
+  done = cpt("launch", tool, "--print", *given(place, tool))
   assert done.returncode == 0, output(done)
   words = shlex.split(done.stdout, comments=True)
   hosts = [shlex.split(word) for word in words if "cpt_jax.main " in word] or [words]
@@ -113,7 +115,7 @@ def test_print_says_what_would_be_run_and_runs_nothing(launch, place, tool):
     assert found[: len(options(place))] == options(place)
     assert "MARK=it's $HOME" in host and str(place) in host
   reasons = [line for line in done.stdout.splitlines() if line.startswith("#   ")]
-  assert any("LIBTPU_INIT_ARGS" in line for line in reasons) == (tool in ("tpu_vm", "xpk"))
+  assert any("LIBTPU_INIT_ARGS" in line for line in reasons) == (tool in ("tpu-vm", "xpk"))
   assert any("JAX_OPTIMIZATION_LEVEL=O1" in line for line in reasons) == (tool in ("ssh", "slurm"))
 
 
@@ -131,7 +133,7 @@ def test_a_job_that_is_stopped_goes_back_into_the_queue(launch, place):
     ("ssh", ["--hosts=a,b"], "name a config behind --"),
     ("ssh", ["--hosts=a,b", "--", "--config=configs/quikstart.py"], "configs/quikstart.py: no such file. Did you mean"),
     ("ssh", ["--hosts=a,b", "--", "--config=/nowhere/c.py"], "/nowhere/c.py: no such file"),
-    ("tpu_vm", ["--tpu=a", "--", "--config=configs/quickstart.py", "--config.train.lenght=3"], "Did you mean train.length"),
+    ("tpu-vm", ["--tpu=a", "--", "--config=configs/quickstart.py", "--config.train.lenght=3"], "Did you mean train.length"),
     ("ssh", ["--", "--config=configs/quickstart.py"], "either --hosts=a,b or --hosts_file=FILE"),
     ("ssh", ["--hosts=a,b,a", "--", "--config=configs/quickstart.py"], "host 'a' is named 2 times"),
     ("ssh", ["--hosts=a,-oProxyCommand=x", "--", "--config=configs/quickstart.py"], "host '-oProxyCommand=x': write a name"),
@@ -143,9 +145,9 @@ def test_a_job_that_is_stopped_goes_back_into_the_queue(launch, place):
       "--num_processes=2: the launcher sees to it",
     ),
     ("slurm", ["--", "--config=configs/quickstart.py"], "--nodes"),
-    ("ssh", ["--hosts=a", "--config=configs/quickstart.py"], "The run's own options come after --"),
+    ("ssh", ["--hosts=a", "--config=configs/quickstart.py"], "The options of cpt train come after --"),
     (
-      "tpu_vm",
+      "tpu-vm",
       ["--tpu=a", "--", "--config=configs/quickstart.py"],
       "gcloud is not on the PATH: it is part of the Google Cloud CLI",
     ),
@@ -154,13 +156,14 @@ def test_a_job_that_is_stopped_goes_back_into_the_queue(launch, place):
     ("ssh", ["--hosts=a", "--", "--config=configs/quickstart.py"], "ssh is not on the PATH: install OpenSSH"),
   ],
 )
-def test_mistakes_are_named(launch, tool, arguments, message):
-  done = launch(tool, *arguments, path="/nowhere", capture_output=True)
+def test_mistakes_are_named(cpt, monkeypatch, tool, arguments, message):
+  monkeypatch.setenv("PATH", "/nowhere")
+  done = cpt("launch", tool, *arguments)
   assert done.returncode == 78 and re.search(message, done.stderr) and "Traceback" not in done.stderr, output(done)
 
 
-def test_a_config_that_only_the_pod_has_is_not_missed_here(launch):
-  done = launch("tpu_vm", "--print", "--tpu=a", "--", "--config=/only/there.py", "--config.any.key=1", capture_output=True)
+def test_a_config_that_only_the_pod_has_is_not_missed_here(cpt):
+  done = cpt("launch", "tpu-vm", "--print", "--tpu=a", "--", "--config=/only/there.py", "--config.any.key=1")
   assert done.returncode == 0 and "--config=/only/there.py" in done.stdout, output(done)
 
 
