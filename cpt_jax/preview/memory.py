@@ -96,15 +96,20 @@ def _class(buffer: buffers.Buffer, shapes: set[tuple[int, ...]], num_layers: int
 
 
 def of_step(config: Any, spec: ModelSpec, *, source_weights: Sequence[float]) -> Memory:
-  """Compiles the step of a resolved config (of the stage that trains most) for the mesh that is set."""
+  """Compiles the step of a resolved config for the mesh that is set."""
+  traced, train_state = trace_step(config, spec, source_weights=source_weights)
+  return of_compiled(traced.lower().compile(), train_state, is_scanned=config.model.scan)
+
+
+def trace_step(config: Any, spec: ModelSpec, *, source_weights: Sequence[float]) -> tuple[Any, state.TrainState]:
+  """The step of a run with this config (of the stage that trains most) for the mesh that is set, and its state's shapes."""
   mesh = mesh_lib.current()
   assert mesh is not None, "set a mesh first"
   train_state = state.abstract(spec, optimizer.from_config(config, spec))
   stage = optimizer.largest_stage(config, spec)
   train_step = jax.jit(step.from_config(config, spec, source_weights=source_weights, stage=stage), donate_argnums=0)
   rate = jax.ShapeDtypeStruct((), jnp.float32)
-  compiled = train_step.lower(train_state, abstract_batch(config, mesh), rate).compile()
-  return of_compiled(compiled, train_state, is_scanned=config.model.scan)
+  return train_step.trace(train_state, abstract_batch(config, mesh), rate), train_state
 
 
 def abstract_batch(config: Any, mesh: Any) -> Batch:

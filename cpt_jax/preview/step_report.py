@@ -36,6 +36,26 @@ class Job(NamedTuple):
     return self.batch_rows / self.microbatches / (self.mesh["data"] * self.mesh["fsdp"])
 
 
+def from_config(config: Any, spec: ModelSpec, *, topology: Topology, mesh: Mapping[str, int]) -> Job:
+  """The job of a resolved config."""
+  return Job(
+    topology=topology,
+    mesh=mesh,
+    spec=spec,
+    batch_rows=config.train.batch_rows,
+    microbatches=config.train.microbatches,
+    row_len=config.data.row_len,
+    remat=config.model.remat,
+    loss_chunk=config.model.loss_chunk,
+  )
+
+
+def heading(job: Job) -> dict[str, Any]:
+  """What is compiled, and for what."""
+  record = {"topology": str(job.topology), "chips": job.topology.num_chips, "mesh": dict(job.mesh)}
+  return record | {name: getattr(job, name) for name in ("batch_rows", "microbatches", "row_len", "remat")}
+
+
 def memory(needed: Mapping[str, int], job: Job) -> dict[str, Any]:
   """The verdict on the bytes that one chip must find, by class."""
   usable, total = job.topology.chip.usable_bytes, sum(needed.values())
