@@ -11,6 +11,7 @@ import pytest
 LAYERS = [
   ["durations", "config", "journal", "trees"],
   ["devices.environment", "devices.chips", "devices.hosts", "devices.mesh"],
+  ["launch.command", "launch.tpu_vm", "launch.xpk", "launch.slurm", "launch.ssh"],
   ["store.documents", "store.tokenizer", "store.corpus", "store.chat", "store.store", "store.decontaminate", "store.prepare"]
   + ["store.cluster"],
   ["stream.batch", "stream.sources", "stream.selection", "stream.packing", "stream.shuffle", "stream.quotas", "stream.mixture"]

@@ -2,8 +2,6 @@
 
 Invariant: when one process ends badly, at ctrl-c, and when this program is gone, every process gets a SIGTERM; the run then saves
 and ends (exit code 75), and the same command goes on from there.
-
-Exit codes: that of the first process that failed, 78 wrong settings.
 """
 
 import contextlib
@@ -16,46 +14,34 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from typing import IO
 
-import command
-from absl import flags
-
 from cpt_jax.config import ConfigError, Problems
-
-_HOSTS = flags.DEFINE_list("hosts", [], "Hosts as ssh knows them, the first one is process 0: a,b or me@a,me@b.")
-_HOSTS_FILE = flags.DEFINE_string("hosts_file", None, "A file with a host a line instead; # begins a comment.")
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "HOST:PORT at which the others find the first host, if not its name and --port."
-)
-_PORT = flags.DEFINE_integer("port", 8476, "A port that is free on the first host.", lower_bound=1, upper_bound=65535)
-_SSH_OPTION = flags.DEFINE_multi_string("ssh_option", [], "Another of ssh's -o options, e.g. Port=2222; repeatable.")
-_GRACE_SECS = flags.DEFINE_integer(
-  "grace_secs", 120, "So long the others may take to save and end, after one has ended badly.", lower_bound=0
-)
+from cpt_jax.launch import command
 
 # ORDER: the signal before the wait. The shell's background jobs read nothing, so its own input is kept as 3; ssh closes it when
 # this program closes its end or is gone.
 _TIED = "exec 3<&0; {{ {run}; }} & child=$!; (cat <&3; kill -TERM $child) >/dev/null 2>&1 & wait $child"
 
 
-def hosts() -> list[str]:
-  """Of --hosts or --hosts_file.
+def read_hosts(names: Sequence[str], hosts_file: str) -> list[str]:
+  """The hosts as ssh knows them, named or else in a file with one a line, where # begins a comment; the first is process 0.
 
   Raises:
     ConfigError: none, or names that ssh would take for something else, or one twice.
   """
-  if bool(_HOSTS.value) == bool(_HOSTS_FILE.value):
+  if bool(names) == bool(hosts_file):
     raise ConfigError("name the hosts: either --hosts=a,b or --hosts_file=FILE with one a line")
-  found = [name.strip() for name in _HOSTS.value]
-  if _HOSTS_FILE.value:
+  found = [name.strip() for name in names]
+  if hosts_file:
     try:
-      lines = pathlib.Path(_HOSTS_FILE.value).read_text(encoding="utf-8").splitlines()
+      lines = pathlib.Path(hosts_file).read_text(encoding="utf-8").splitlines()
     except OSError as error:
-      raise ConfigError(f"--hosts_file={_HOSTS_FILE.value}: {error.strerror}") from None
+      raise ConfigError(f"--hosts_file={hosts_file}: {error.strerror}") from None
     found = [name for line in lines if (name := line.partition("#")[0].strip())]
     if not found:
-      raise ConfigError(f"--hosts_file={_HOSTS_FILE.value}: there is no host in it")
+      raise ConfigError(f"--hosts_file={hosts_file}: there is no host in it")
   problems = Problems()
   for name in found:
     if not re.fullmatch(r"([\w.-]+@)?[\w.:\[\]][\w.:\[\]-]*", name):
@@ -66,18 +52,17 @@ def hosts() -> list[str]:
   return found
 
 
-def commands(run: command.Run, names: list[str]) -> list[list[str]]:
-  """ssh's arguments for each host."""
-  where = _COORDINATOR.value or f"{names[0].rpartition('@')[2]}:{_PORT.value}"
+def commands(run: command.Run, names: Sequence[str], *, coordinator: str, ssh_options: Sequence[str]) -> list[list[str]]:
+  """ssh's arguments for each host; `coordinator` is HOST:PORT of the first, at which the others find it."""
   # Never a question: nobody could answer it.
-  ssh = ["ssh", "-o", "BatchMode=yes", *(part for option in _SSH_OPTION.value for part in ("-o", option))]
-  several = [f"--coordinator={where}", f"--num_processes={len(names)}"] if len(names) > 1 else []
+  ssh = ["ssh", "-o", "BatchMode=yes", *(part for option in ssh_options for part in ("-o", option))]
+  several = [f"--coordinator={coordinator}", f"--num_processes={len(names)}"] if len(names) > 1 else []
   return [
     [*ssh, name, _TIED.format(run=run.shell([*several, f"--process_id={i}"] if several else []))] for i, name in enumerate(names)
   ]
 
 
-def run_all(names: list[str], started: list[list[str]], *, grace_secs: float) -> int:
+def run_all(names: Sequence[str], started: Sequence[Sequence[str]], *, grace_secs: float) -> int:
   """Runs the commands together to their end; the exit code of the first that failed, or 0."""
   processes = [
     subprocess.Popen(
@@ -124,8 +109,13 @@ def run_all(names: list[str], started: list[list[str]], *, grace_secs: float) ->
       processes[i].kill()
     for number, handler in before.items():
       signal.signal(number, handler)
-  for reader in readers:
+  for process, reader in zip(processes, readers, strict=True):
     reader.join(timeout=10)
+    process.wait()
+    with contextlib.suppress(BrokenPipeError):
+      process.stdin.close()
+    if not reader.is_alive():  # a host's own children may hold its output open
+      process.stdout.close()
   return code
 
 
@@ -142,17 +132,29 @@ def _say(text: str, speaking: threading.Lock, *, file: IO[str] | None = None) ->
     print(text, file=file or sys.stderr, flush=True)
 
 
-def launch(run: command.Run) -> int:
-  """Runs it on all hosts, or prints the commands."""
-  names = hosts()
-  started = commands(run, names)
-  if command.PRINT.value:
+def launch(
+  run: command.Run, names: Sequence[str], *, coordinator: str, ssh_options: Sequence[str], grace_secs: float, only_print: bool
+) -> int:
+  """Starts the run on all hosts and follows it, or prints the commands; the exit code is that of the first process that failed.
+
+  Args:
+    run: the same on each host.
+    names: as `read_hosts` gives them.
+    coordinator: HOST:PORT at which the others find the first host; without HOST, as ":8476", by the name that ssh has for it.
+    ssh_options: of ssh's -o, e.g. Port=2222.
+    grace_secs: how long the others may take to save and end, after one has ended badly.
+    only_print: starts nothing.
+
+  Raises:
+    ConfigError: a mistake in the run's options, or no ssh.
+  """
+  command.check(run, sees_our_disk=True)
+  if coordinator.startswith(":"):
+    coordinator = names[0].rpartition("@")[2] + coordinator
+  started = commands(run, names, coordinator=coordinator, ssh_options=ssh_options)
+  if only_print:
     command.print_plan([shlex.join(each) for each in started], kind="gpu")
     return 0
   if shutil.which("ssh") is None:
     raise ConfigError("ssh is not on the PATH: install OpenSSH's client; --print shows the commands")
-  return run_all(names, started, grace_secs=_GRACE_SECS.value)
-
-
-if __name__ == "__main__":
-  command.start(launch, directory=str(command.ROOT), python=sys.executable, sees_our_disk=True)
+  return run_all(names, started, grace_secs=grace_secs)

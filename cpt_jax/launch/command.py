@@ -1,4 +1,4 @@
-"""The options of cpt_jax.main -> the command that a host's shell is given; what every launcher asks for, prints and refuses.
+"""The options of cpt_jax.main -> the command that a host's shell is given; what every launcher checks, prints and runs.
 
 Invariant: a host hands cpt_jax.main exactly the options that the launcher was given, whatever is in them.
 """
@@ -8,27 +8,14 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
-
-from absl import app, flags
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))  # a clone that is not installed
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.devices import environment
 
 _GIVEN_BY_LAUNCHERS = ("coordinator", "num_processes", "process_id")
-
-PRINT = flags.DEFINE_bool("print", False, "Print what would be run, and run nothing.")
-_DIR = flags.DEFINE_string("dir", None, "The clone of cpt_jax on every host; a relative one is looked for where a shell starts.")
-_PYTHON = flags.DEFINE_string(
-  "python", None, "Python on every host, with cpt_jax's dependencies; relative to --dir, or on the PATH."
-)
-_ENV = flags.DEFINE_multi_string("env", [], "NAME=VALUE for every process; repeatable.")
 
 
 class Run(NamedTuple):
@@ -53,63 +40,44 @@ class Run(NamedTuple):
     return f"cd {shlex.quote(self.directory)} && exec {shlex.join(self.arguments(more))}"
 
 
-def start(launch: Callable[[Run], int], *, directory: str, python: str, sees_our_disk: bool) -> None:
-  """The whole tool: reads and checks flags and options, and calls `launch`, whose result is the exit code.
+def check(run: Run, *, sees_our_disk: bool) -> None:
+  """Finds what is wrong with a run here, before a thousand hosts do.
 
   Args:
-    directory: of the clone, where --dir is not given.
-    python: where --python is not given.
-    sees_our_disk: the hosts have this machine's files, so that a config that is not here is nowhere.
+    run: not started yet. A relative config is looked for where the hosts start, or in this directory if that is not here.
+    sees_our_disk: the hosts have this machine's files, so that an absolute path of a config that is not here is nowhere.
+
+  Raises:
+    ConfigError: all that is wrong with its options, its variables and its config.
   """
-
-  def main(argv: list[str]) -> int:
-    try:
-      return launch(_read(argv[1:], directory, python, sees_our_disk))
-    except ConfigError as error:
-      print(error, file=sys.stderr)
-      return error.exit_code
-
-  app.run(main, flags_parser=_read_flags)
-
-
-def _read_flags(argv: list[str]) -> list[str]:
-  try:
-    return flags.FLAGS(argv)
-  except flags.Error as error:
-    print(f"{error}\nThe run's own options come after --, as in: {argv[0]} ... -- --config=configs/domain.py", file=sys.stderr)
-    sys.exit(ConfigError.exit_code)
-
-
-def _read(options: list[str], directory: str, python: str, sees_our_disk: bool) -> Run:
   problems = Problems()
-  for option in options:
+  for option in run.options:
     name = re.match(r"--?([\w.]*)", option)
     if name and name.group(1) in _GIVEN_BY_LAUNCHERS:
       problems.add(f"{option}: the launcher sees to it; leave it out")
-  for variable in _ENV.value:
+  for variable in run.variables:
     if not re.match(r"[A-Za-z_]\w*=", variable):
       problems.add(f"--env={variable}: write --env=NAME=VALUE")
   with problems.collect():
-    _check_config(options, sees_our_disk=sees_our_disk)
+    _check_config(run, sees_our_disk=sees_our_disk)
   problems.raise_if_any()
-  return Run(options, _DIR.value or directory, _PYTHON.value or python, _ENV.value)
 
 
-def _check_config(options: list[str], *, sees_our_disk: bool) -> None:
-  """A typing error is found here, not by a thousand hosts."""
-  given = [option.partition("=")[2] for option in options if re.match(r"--?config=", option)]
+def _check_config(run: Run, *, sees_our_disk: bool) -> None:
+  given = [option.partition("=")[2] for option in run.options if re.match(r"--?config=", option)]
   if not given:
     raise ConfigError("name a config behind --, as in: -- --config=configs/domain.py --workdir=/shared/runs/domain")
   path, _, argument = given[-1].partition(":")
   if pathlib.Path(path).is_absolute() and not pathlib.Path(path).exists() and not sees_our_disk:
     return
-  # Relative ones are looked for in the clone, where the hosts start.
-  here = f"--config={ROOT / path}" + (f":{argument}" if argument else "")
-  config_lib.check_overrides([here if re.match(r"--?config=", option) else option for option in options])
+  start = pathlib.Path(run.directory)
+  here = f"--config={(start if start.is_absolute() and start.is_dir() else pathlib.Path()) / path}"
+  here += f":{argument}" if argument else ""
+  config_lib.check_overrides([here if re.match(r"--?config=", option) else option for option in run.options])
 
 
 def print_plan(commands: Sequence[str], *, kind: str) -> None:
-  """What --print says: a command a line, and as comments what each process sets for itself on devices of this kind."""
+  """What a launcher would do: a command a line, and as comments what each process sets for itself on devices of this kind."""
   print("# what cpt_jax.main sets on each host where it is not set (cpt_jax/devices/environment.py):")
   for setting in environment.settings(kind, gpu_model="NVIDIA H100"):
     value = shlex.quote(setting.value).replace(str(pathlib.Path.home()), "~")
