@@ -254,10 +254,13 @@ def check(
   batch_rows: int,
   microbatches: int,
   row_len: int,
-  eval_rows: int = 0,
+  eval_rows: int,
   problems: Problems,
 ) -> None:
-  """Adds a line for everything that the mesh does not divide evenly; `model` is a ModelSpec, `sizes` the devices by axis."""
+  """Adds a line for everything that the mesh does not divide evenly; `model` is a ModelSpec, `sizes` the devices by axis.
+
+  `eval_rows` is 0 where the rows of an evaluation are those of a microbatch.
+  """
   replicas = sizes["data"] * sizes["fsdp"]
   rows = batch_rows // microbatches
   if batch_rows % microbatches:

@@ -116,7 +116,8 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
       if start.choose_start(config, workdir, base) != begin:
         raise ConfigError(f"--workdir={workdir}: another process saved a step there in this moment; give the same command again")
       same = checkpoint.identity(config, workdir)
-    hosts.agree(same | {"data fingerprint": loader.fingerprint, "start": begin.describe(), "model": str(spec)})
+    described = begin.describe(optimizer=config.start.optimizer, moments=config.start.moments)
+    hosts.agree(same | {"data fingerprint": loader.fingerprint, "start": described, "model": str(spec)})
     if hosts.is_main():  # the others have looked
       start.remove_void(workdir)
     finished = metrics.read_summary(workdir, num_steps)

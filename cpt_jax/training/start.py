@@ -32,8 +32,8 @@ class Start(NamedTuple):
   step: int = 0  # updates finished in the state that is loaded; 0 where only parameters are
   checkpoint: int = -1  # step of the checkpoint that is read, of this run or another
 
-  def describe(self, *, optimizer: str = "keep", moments: str = "") -> str:
-    """One line for people."""
+  def describe(self, *, optimizer: str, moments: str) -> str:
+    """One line for people; `optimizer` and `moments` as start.optimizer and start.moments."""
     fresh = f"moments of {moments} for what it had" if moments else "optimizer state fresh"
     return {
       "run": f"this run's own checkpoint at step {self.step}: parameters, optimizer state and data position",
@@ -195,7 +195,7 @@ def initial_state(
   checkpoints: Checkpoints,
   *,
   keep_optimizer: bool,
-  moments: str = "",
+  moments: str,
 ) -> TrainState:
   """The state before the first update of this process; `params` are those of the base, `moments` as in start.moments."""
   if start.kind == "run":

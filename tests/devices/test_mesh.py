@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
+from model_settings import FLOAT32
 
 from cpt_jax import trees
 from cpt_jax.config import ConfigError, Problems
@@ -53,9 +54,7 @@ def loss_and_gradient(params, batch, *, remat, chunk, attention):
       batch.tokens_BT,
       batch.positions_BT,
       batch.segments_BT,
-      compute_dtype=jnp.float32,
-      remat=remat,
-      attention=attention,
+      settings=FLOAT32._replace(remat=remat, attention=attention),
     )
     return loss.objective(params, SPEC, hidden_BTD, batch, source_weights=range(M), z_loss=0.1, chunk=chunk)
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import oracle
 import pytest
+from model_settings import FLOAT32
 from test_hosts import Fleet, trained
 
 from cpt_jax import config as config_lib
@@ -217,7 +218,7 @@ def base_loss(place, record, name) -> float:
   params = transformer.init(model, jax.random.key(0))
   total, count = 0.0, 0.0
   for batch in reader.heldout_rows(name, max_tokens=300).batches:
-    hidden = transformer.apply(params, model, batch.tokens_BT, batch.positions_BT, batch.segments_BT, compute_dtype="float32")
+    hidden = transformer.apply(params, model, batch.tokens_BT, batch.positions_BT, batch.segments_BT, settings=FLOAT32)
     logits = np.asarray(transformer.logits(params, model, hidden), np.float64)
     losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, batch.targets_BT[..., None], -1)[..., 0]
     total, count = total + (losses * batch.weights_BT).sum(), count + batch.weights_BT.sum()

@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 from hypothesis import given, settings
+from model_settings import PLAIN
 from test_order import go_on, located, make, stores  # noqa: F401 (a fixture)
-from test_step import RULES, SETTINGS, build
+from test_step import RULES, build
 
 from cpt_jax import config as config_lib
 from cpt_jax import trees
@@ -74,13 +75,15 @@ def test_without_such_numbers_the_guard_changes_no_bit(tiny_spec, random_batch, 
   weights_M = jnp.ones(2)
 
   def objective(params, batch):
-    hidden_BTD = step.hidden_states(params, batch, tiny_spec, settings=SETTINGS)
-    chunk = SETTINGS.loss_chunk
+    hidden_BTD = step.hidden_states(params, batch, tiny_spec, settings=PLAIN)
+    chunk = PLAIN.loss_chunk
     return loss_lib.objective(params, tiny_spec, hidden_BTD, batch, source_weights=weights_M, z_loss=0.0, chunk=chunk)
 
   @jax.jit
   def plain(state, batch, rate):
-    grads, sums = step.accumulate(jax.grad(objective, has_aux=True), state.params, batch, microbatches=microbatches)
+    grads, sums = step.accumulate(
+      jax.grad(objective, has_aux=True), state.params, batch, microbatches=microbatches, dtype="float32"
+    )
     tokens = jnp.sum(weights_M * sums.tokens_M.astype(jnp.float32))
     scale = 1.0 / jnp.where(tokens > 0, tokens, 1.0)
     grads = jax.tree.map(lambda g: g * scale, grads)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_settings import FLOAT32
 
 from cpt_jax import config as config_lib
 from cpt_jax import trees
@@ -23,7 +24,12 @@ ROWS, ROW_LEN = 2, 128
 
 def loss(params, tokens_BT, positions_BT, segments_BT, *, remat, dtype=jnp.float32, attention="blockwise", spec=SPEC):
   hidden_BTD = transformer.apply(
-    params, spec, tokens_BT, positions_BT, segments_BT, compute_dtype=dtype, remat=remat, attention=attention
+    params,
+    spec,
+    tokens_BT,
+    positions_BT,
+    segments_BT,
+    settings=FLOAT32._replace(compute_dtype=dtype, remat=remat, attention=attention),
   )
   return jnp.mean(jnp.square(hidden_BTD.astype(jnp.float32)) * (1 + jnp.arange(hidden_BTD.shape[-1]) % 3)[None, None])
 
@@ -68,7 +74,7 @@ def test_a_position_keeps_as_many_bytes_as_is_written_down(remat, dtype):
   kept = [x for x in stacked if not (x.shape in of_parameters and x.dtype == jnp.float32)]
   kept = [x for x in kept if x.size >= SPEC.num_layers * ROWS * ROW_LEN]
   found = sum(x.size * x.dtype.itemsize for x in kept) / (SPEC.num_layers * ROWS * ROW_LEN)
-  assert found == transformer.kept_bytes(SPEC, remat, itemsize=jnp.dtype(dtype).itemsize)
+  assert found == transformer.kept_bytes(SPEC, remat, itemsize=jnp.dtype(dtype).itemsize, tensor=1)
 
 
 @pytest.mark.parametrize("attention", ["plain", pytest.param("blockwise", marks=pytest.mark.slow)])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from model_settings import PLAIN
 from orbax.checkpoint import v1 as ocp
 from test_optimizer import nest
 
@@ -148,7 +149,6 @@ def steps_of(spec):
   make = functools.partial(
     dict, decay_rules=((".*", 1.0),), rate_rules=((".*", 1.0),), layer_rates=(), frozen=(), stages=stages, new_rows=spec.new_rows
   )
-  settings = step.ModelSettings(jnp.dtype("float32"), "none", "plain", 0)
   params = transformer.init(spec, jax.random.key(0))
   tx = [optimizer.make(params, **make(), stage=i, eps=1e-3) for i in range(3)]
   leaves = [optimizer.plan(params, **make(), stage=i) for i in range(3)]
@@ -157,9 +157,10 @@ def steps_of(spec):
       step.make_train_step(
         spec,
         tx[i],
-        settings=settings,
+        settings=PLAIN,
         source_weights=(1.0, 1.0),
         microbatches=2,
+        accumulate_dtype="float32",
         z_loss=0.0,
         hold=functools.partial(optimizer.hold, leaves=leaves[i], new_rows=spec.new_rows),
       )

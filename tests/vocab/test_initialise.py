@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from model_settings import FLOAT32
 
 from cpt_jax.config import ConfigError
 from cpt_jax.model import expansion, hf_files, pretrained, transformer
@@ -203,7 +204,7 @@ def test_old_tokens_have_the_logits_they_had(base, tmp_path, random_batch):
     spec = spec_lib.from_hf(spec_lib.load_hf_config(directory))
     params = pretrained.load_params(directory, spec, transformer.abstract_params(spec))
     hidden_BTD = transformer.apply(
-      params, spec, batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT, compute_dtype=jnp.float32
+      params, spec, batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT, settings=FLOAT32
     )
     head_DV = np.asarray(transformer.head(params, spec, dtype=jnp.float32))
     # Column by column: what a whole product rounds depends on its width.

@@ -26,6 +26,7 @@ from cpt_jax.vocab.bases import Base
 from tools.experiments import vocab_experiment
 
 ROW_LEN, BATCH_ROWS = 256, 16
+SETTINGS = transformer.Settings(jnp.dtype("float32"), remat="none", attention="auto", loss_chunk=0, max_documents=None, scan=True)
 
 
 class Scored(NamedTuple):
@@ -62,7 +63,7 @@ def _scorer(spec: spec_lib.ModelSpec, num_old: int) -> Callable[..., jax.Array]:
   def run(params: Any, tokens_BS: jax.Array) -> jax.Array:
     inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
     positions_BT = jnp.broadcast_to(jnp.arange(ROW_LEN)[None], inputs_BT.shape)
-    hidden_BTD = transformer.apply(params, spec, inputs_BT, positions_BT, jnp.ones_like(inputs_BT), compute_dtype=jnp.float32)
+    hidden_BTD = transformer.apply(params, spec, inputs_BT, positions_BT, jnp.ones_like(inputs_BT), settings=SETTINGS)
     logits_BTV = transformer.logits(params, spec, hidden_BTD)
     ids_BTV = jnp.arange(spec.vocab_size)[None, None]
     picked_BT = jnp.where(ids_BTV == targets_BT[..., None], logits_BTV, 0.0).sum(-1)
