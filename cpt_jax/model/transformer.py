@@ -141,16 +141,12 @@ def abstract_params(spec: ModelSpec) -> dict[str, Any]:
     sharding = None if placed_on is None else mesh_lib.sharding(placed_on, *axes)
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
 
-  return jax.tree.map(describe, _declared(spec), is_leaf=lambda x: isinstance(x, tuple))
-
-
-def logical_axes(spec: ModelSpec) -> dict[str, Any]:
-  """The logical axes of each parameter: a tree of tuples of names."""
-  return jax.tree.map(lambda leaf: leaf[1], _declared(spec), is_leaf=lambda x: isinstance(x, tuple))
+  return jax.tree.map(describe, declared(spec), is_leaf=lambda x: isinstance(x, tuple))
 
 
 @functools.lru_cache(maxsize=64)
-def _declared(spec: ModelSpec) -> dict[str, Any]:
+def declared(spec: ModelSpec) -> dict[str, Any]:
+  """(shape, names of its logical axes) of each parameter: a tree of such pairs."""
   with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
     state = nnx.state(nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0))), nnx.Param)
   tree: dict[str, Any] = {}

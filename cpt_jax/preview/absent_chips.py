@@ -19,7 +19,7 @@ from cpt_jax.config import ConfigError, Problems
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.devices.chips import Chip, Topology
 from cpt_jax.model.spec import ModelSpec
-from cpt_jax.preview import memory
+from cpt_jax.preview import hlo, memory
 from cpt_jax.preview.roofline import Place
 from cpt_jax.training import loop, optimizer, start, state
 
@@ -33,6 +33,7 @@ class Compiled(NamedTuple):
   memory: memory.Memory
   program_bytes: int  # of the chip, for the program itself
   text: str  # optimized HLO
+  program: hlo.Module  # the same, read
   compile_secs: float
 
 
@@ -139,12 +140,13 @@ def compile_step(target: Target) -> Compiled | Refused:
   compile_secs = time.monotonic() - start_secs
   analysis, text = compiled.memory_analysis(), compiled.as_text()
   assert analysis is not None and text is not None, "compilers of TPUs and GPUs have both"
-  found = memory.of_compiled(compiled, train_state, is_scanned=config.model.scan)
+  program = hlo.parse(text)
+  found = memory.of_compiled(analysis, program, train_state, is_scanned=config.model.scan)
   if target.topology.chip.platform == "tpu":
     # By its temporaries a TPU's program would be too large where its compiler, which knows, lets it pass: they hold buffers that
     # do not live at one time. What counts there is the peak.
     found = found._replace(packing=found.packing + analysis.peak_memory_in_bytes - found.total)
-  return Compiled(found, analysis.generated_code_size_in_bytes, text, compile_secs)
+  return Compiled(found, analysis.generated_code_size_in_bytes, text, program, compile_secs)
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -47,7 +47,7 @@ def compile_step(config: Any, topology: str, *, name: str, hlo_file: pathlib.Pat
     needed.pop("donated")  # in the others already
     needed |= {"program": compiled.program_bytes, "base for drift": held["base for drift"]}
     record["memory"] = step_report.memory(needed, job) | {"host_bytes": host_bytes}
-    record |= step_report.measure(compiled.text, job, target.places)
+    record |= step_report.measure(compiled.program, job, target.places)
     record["compile_secs"] = compiled.compile_secs
   record["memory"]["state_bytes"] = sum(held.values())
   if not record["memory"]["fits"]:

@@ -56,7 +56,7 @@ ENTRY %main (a: f32[100]) -> (f32[100], /*index=1*/f32[50]) {
 
 def test_the_peak_of_a_program_that_can_be_read_by_hand():
   # In the loop: its state of 100 numbers (c wrote over b), and 300 more. Not: the argument, the host's copy, the loop's result.
-  found = buffers.at_peak(PROGRAM)
+  found = buffers.at_peak(hlo.parse(PROGRAM))
   assert sorted((b.dims, b.num_bytes, b.op_name) for b in found if b.num_bytes) == [
     ((100,), 400, "jit(f)/c"),
     ((300,), 1200, "jit(f)/while/body/wide"),
