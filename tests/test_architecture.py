@@ -23,16 +23,8 @@ LAYERS = [
   + ["model.pretrained"],
   ["training.perplexity", "training.drift", "training.schedule", "training.optimizer", "training.state", "training.step"]
   + ["training.guard", "training.checkpoint", "training.start", "training.metrics", "training.console", "training.loop"],
-  [
-    "preview.hlo",
-    "preview.buffers",
-    "preview.memory",
-    "preview.dry_run",
-    "preview.program",
-    "preview.collectives",
-    "preview.roofline",
-  ]
-  + ["preview.step_report", "preview.absent_chips", "preview.compile_ahead", "preview.step_tables"],
+  ["preview.hlo", "preview.buffers", "preview.memory", "preview.dry_run", "preview.program", "preview.collectives"]
+  + ["preview.roofline", "preview.step_report", "preview.absent_chips", "preview.compile_ahead", "preview.step_tables"],
   ["results.runs", "results.report", "results.recovery"],
   ["diagnosis.verdict", "diagnosis.measure"],
   ["laws.fit", "laws.curves", "laws.annealing", "laws.cpt_law", "laws.separable", "laws.change", "laws.replay", "laws.domain"]
