@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cpt_jax import hub
 from cpt_jax.config import ConfigError, Problems
 
 
@@ -74,9 +75,9 @@ class ModelSpec:
   # Sliding window of each layer: a position sees itself and the window - 1 before it; 0 = all. () = all layers see all.
   windows: tuple[int, ...] = ()
   init_std: float = 0.02
-  # Ids from here on are padding rows, which no softmax may count; 0 = none. Written by tools/grow_vocab.py.
+  # Ids from here on are padding rows, which no softmax may count; 0 = none. Written by cpt vocab grow.
   true_vocab_size: int = 0
-  # Ids from here on belong to pieces that were added; 0 = none was. Written by tools/grow_vocab.py.
+  # Ids from here on belong to pieces that were added; 0 = none was. Written by cpt vocab grow.
   base_vocab_size: int = 0
 
   @property
@@ -179,7 +180,8 @@ def load_hf_config(path: str | Path) -> dict[str, Any]:
   file = Path(path)
   file = file / "config.json" if file.is_dir() else file
   if not file.is_file():
-    raise ConfigError(f"{file}: no such file; give a Hugging Face directory that holds config.json, or that file")
+    expected = "give a Hugging Face directory that holds config.json, or that file"
+    raise ConfigError(f"{file}: no such file; {expected}{hub.how_to_get(path)}")
   try:
     found = json.loads(file.read_text(encoding="utf-8"))
   except ValueError as error:  # JSONDecodeError and UnicodeDecodeError

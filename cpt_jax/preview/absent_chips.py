@@ -21,7 +21,8 @@ from cpt_jax.devices.chips import Chip, Topology
 from cpt_jax.model.spec import ModelSpec
 from cpt_jax.preview import hlo, memory
 from cpt_jax.preview.roofline import Place
-from cpt_jax.training import loop, optimizer, start, state
+from cpt_jax.training import inputs as inputs_lib
+from cpt_jax.training import optimizer, start, state
 
 # platform -> (module of the compiler, extra that installs it)
 _COMPILERS = {"tpu": ("libtpu", "tpu-aot"), "cuda": ("jax_plugins.xla_cuda13", "gpu-aot")}
@@ -68,7 +69,7 @@ def open_target(config: Any, topology: Topology) -> Target:
   problems.raise_if_any()
   devices = topology_devices(topology)
   mesh = mesh_lib.make_mesh(**config.mesh, devices=devices)
-  loop.check_mesh(mesh.shape, spec, config)
+  inputs_lib.check_mesh(mesh.shape, spec, config)
   return Target(topology, mesh, tuple(_place(device, topology) for device in mesh.devices.flat), config, spec)
 
 

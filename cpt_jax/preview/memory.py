@@ -159,7 +159,7 @@ def what_to_change(memory: Memory, config: Any) -> str:
   parts = [a for a in range(config.train.microbatches + 1, rows + 1) if rows % a == 0][:1]
   fewer = f"train.microbatches={parts[0]}" if parts else "a smaller data.row_len"
   smaller = [fewer, "more devices along mesh.fsdp or mesh.context"]
-  ladder = [name for name in config_lib.CHOICES["model.remat"] if "_offload" not in name]
+  ladder = [name for name in config_lib.KEYS["model.remat"].choices if "_offload" not in name]
   below = ladder[ladder.index(config.model.remat.removesuffix("_offload")) + 1 :]
   changes = {
     "state": ["more devices along mesh.fsdp", "optimizer.mu_dtype='bfloat16'", "more patterns in optimizer.frozen"],

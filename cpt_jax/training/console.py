@@ -229,7 +229,8 @@ def data_changes(loader: Any, *, rate: float) -> None:
 
 def guards(config: Any, loader: Any, decisions: list[dict], asked: Any) -> None:
   """A line for each guard that is on, and for what they have decided."""
-  for line in guard.describe(config, loader):
+  shares = {source.name: source.share for source in loader.sources}
+  for line in guard.describe(config, shares, start_step=loader.start_step):
     say(f"guard    {line}")
   for decision in decisions:
     say(f"guard    decided before: {guard.words(decision)}")

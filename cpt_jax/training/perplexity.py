@@ -24,20 +24,28 @@ class SourceLoss(NamedTuple):
 
 
 def evaluate(
-  params: Any, heldout: dict[str, Any], *, eval_step: Callable, to_device: Callable, on_batch: Callable[[], None] = lambda: None
-) -> dict[str, SourceLoss]:
-  """Loss of `params` on the held-out documents of each source.
+  params: Any,
+  heldout: Mapping[str, Any],
+  *,
+  eval_step: Callable,
+  to_device: Callable,
+  parts: Callable[[Any], Iterable] = lambda sums: (sums,),
+  on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, list[SourceLoss]]:
+  """Loss of `params` on the held-out documents of each source: source name -> the loss of each run whose parameters they are.
 
   Args:
     heldout: source name -> stream.pipeline.HeldOut
     eval_step: the jitted `training.step.make_eval_step`
     to_device: numpy batch -> global arrays
+    parts: what `eval_step` gives, on the host -> the sums of each run; by default it is of one
     on_batch: called after each batch, for a progress bar
   """
-  return {
-    name: source_loss(held, jax.device_get([eval_step(params, to_device(batch)) for batch in _each(held.batches, on_batch)]))
-    for name, held in heldout.items()
-  }
+  found = {}
+  for name, held in heldout.items():
+    sums = jax.device_get([eval_step(params, to_device(batch)) for batch in _each(held.batches, on_batch)])
+    found[name] = [source_loss(held, of_run) for of_run in zip(*map(parts, sums), strict=True)]
+  return found
 
 
 def _each(batches: Iterable, on_batch: Callable[[], None]) -> Iterable:

@@ -343,7 +343,7 @@ def test_a_differing_config_is_named_on_all(fleet, tmp_path):
 @pytest.mark.slow
 def test_differing_code_and_workdir_are_named_on_all(fleet, root, tmp_path):
   shutil.copytree(root / "cpt_jax", tmp_path / "changed" / "cpt_jax", ignore=shutil.ignore_patterns("__pycache__"))
-  with open(tmp_path / "changed" / "cpt_jax" / "durations.py", "a") as file:
+  with open(tmp_path / "changed" / "cpt_jax" / "config" / "durations.py", "a") as file:
     file.write("# one line more\n")
   each = {1: [f"--workdir={tmp_path / 'elsewhere'}"]}
   two = refused(fleet, tmp_path, python_paths={1: tmp_path / "changed"}, each=each)

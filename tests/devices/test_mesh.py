@@ -6,6 +6,7 @@ import itertools
 import math
 
 import compiling
+import factory
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
-from model_settings import FLOAT32
 
 from cpt_jax import trees
 from cpt_jax.config import ConfigError, Problems
@@ -48,13 +48,15 @@ def batch() -> Batch:
 @functools.partial(jax.jit, static_argnames=("remat", "chunk", "attention"))
 def loss_and_gradient(params, batch, *, remat, chunk, attention):
   def objective(params):
-    hidden_BTD = transformer.apply(
+    hidden_BTD = factory.hidden(
       params,
       SPEC,
       batch.tokens_BT,
       batch.positions_BT,
       batch.segments_BT,
-      settings=FLOAT32._replace(remat=remat, attention=attention),
+      compute_dtype=jnp.float32,
+      remat=remat,
+      attention=attention,
     )
     return loss.objective(params, SPEC, hidden_BTD, batch, source_weights=range(M), z_loss=0.1, chunk=chunk)
 

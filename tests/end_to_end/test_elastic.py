@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 
+import factory
 import jax
 import numpy as np
 import oracle
 import pytest
-from model_settings import FLOAT32
 from test_hosts import Fleet, trained
 
 from cpt_jax import config as config_lib
@@ -21,9 +21,10 @@ from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.store import tokenizer as tokenizer_lib
 from cpt_jax.store.store import open_store
-from cpt_jax.stream import packing, pipeline, sources
+from cpt_jax.stream import pipeline
 from cpt_jax.stream.shuffle import Shuffle
-from cpt_jax.training import checkpoint, loop
+from cpt_jax.training import checkpoint
+from cpt_jax.training import inputs as inputs_lib
 
 CONFIG = """
 from cpt_jax import config
@@ -122,9 +123,9 @@ class Recount:
   """What a source's rows hold, from its store."""
 
   def __init__(self, path, name):
-    source = sources.Source(name, open_store(path), role="", share=config_lib.Share(1.0), heldout_frac=0.2)
+    source = factory.source(name, open_store(path), role="", heldout_frac=0.2)
     documents = source.train_documents
-    self.plan = packing.plan(source.store.lengths, row_len=32, policy="best_fit", documents=documents)
+    self.plan = factory.rows(source.store.lengths, row_len=32, policy="best_fit", documents=documents)
     self.order = Shuffle(self.plan.num_rows, name=name, seed=0)
 
   def row(self, nth):
@@ -217,8 +218,8 @@ def base_loss(place, record, name) -> float:
   model = spec_lib.from_hf(spec_lib.load_hf_config(place / "base"))
   params = transformer.init(model, jax.random.key(0))
   total, count = 0.0, 0.0
-  for batch in reader.heldout_rows(name, max_tokens=300).batches:
-    hidden = transformer.apply(params, model, batch.tokens_BT, batch.positions_BT, batch.segments_BT, settings=FLOAT32)
+  for batch in reader.heldout_rows(name, max_tokens=300, max_bytes=0).batches:
+    hidden = factory.hidden(params, model, batch.tokens_BT, batch.positions_BT, batch.segments_BT, compute_dtype="float32")
     logits = np.asarray(transformer.logits(params, model, hidden), np.float64)
     losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, batch.targets_BT[..., None], -1)[..., 0]
     total, count = total + (losses * batch.weights_BT).sum(), count + batch.weights_BT.sum()
@@ -246,7 +247,7 @@ def test_a_source_that_joins_is_compared_with_the_base(main, write_config, place
   with pytest.raises(ConfigError, match=r"train\.length=9 steps: the run in .* is at step 10 already"):
     config = config_lib.load_file(str(after / "config.py"))
     config.train.length, config.data.sources.added.share = "9 steps", 0.1
-    loop.open_inputs(config, workdir)
+    inputs_lib.open_inputs(config, workdir)
 
 
 def test_a_run_that_a_source_stops_is_exported_and_complete(main, write_config, tmp_path):

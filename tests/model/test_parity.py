@@ -8,11 +8,11 @@ import os
 import pathlib
 import sys
 
+import factory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_settings import FLOAT32
 
 from cpt_jax.model import pretrained, rope, transformer
 from cpt_jax.model.spec import from_hf, load_hf_config, ntk_theta
@@ -124,7 +124,7 @@ def our_logits(params, spec, tokens_BT):
 
   @jax.jit
   def run(params):
-    hidden_BTD = transformer.apply(params, spec, tokens_BT, positions_BT, segments_BT, settings=FLOAT32)
+    hidden_BTD = factory.hidden(params, spec, tokens_BT, positions_BT, segments_BT, compute_dtype=jnp.float32)
     return transformer.logits(params, spec, hidden_BTD)
 
   return np.asarray(run(params), np.float32)
@@ -263,7 +263,7 @@ def test_smollm2_has_the_loss_that_transformers_gives_it(tmp_path, torch, transf
 
   @jax.jit
   def run(params, batch):
-    hidden_BTD = transformer.apply(params, spec, batch.tokens_BT, batch.positions_BT, batch.segments_BT, settings=FLOAT32)
+    hidden_BTD = factory.hidden(params, spec, batch.tokens_BT, batch.positions_BT, batch.segments_BT, compute_dtype=jnp.float32)
     return loss.sums(params, spec, hidden_BTD, batch, num_sources=1, chunk=128)
 
   sums = run(params, batch)

@@ -11,7 +11,8 @@ from cpt_jax.devices import chips, environment
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.preview import absent_chips, memory
-from cpt_jax.training import loop, start
+from cpt_jax.training import inputs as inputs_lib
+from cpt_jax.training import start
 
 RECIPES = ["llama3_1b_1xh100", "llama3_8b_8xh100", "llama3_8b_v5e_16", "llama3_8b_v5p_64", "llama3_70b_v5p_512"]
 RECIPES += ["llama3_70b_256xh100"]
@@ -37,7 +38,7 @@ def test_a_recipe_is_a_run_but_for_its_sources_and_its_mesh_divides_its_topology
   topology = chips.parse_topology(text)
   resolved = config_lib.resolve(config_lib.load_file(str(path)), needs_data=False)
   spec, _ = start.load_spec(start.choose_base(resolved))
-  loop.check_mesh(mesh_lib.axis_sizes(**resolved.mesh, num_devices=topology.num_chips), spec, resolved)
+  inputs_lib.check_mesh(mesh_lib.axis_sizes(**resolved.mesh, num_devices=topology.num_chips), spec, resolved)
   with pytest.raises(ConfigError, match=r"data\.sources is empty") as error:
     config_lib.resolve(config_lib.load_file(str(path)))
   assert len(error.value.lines) == 1  # nothing else is missing

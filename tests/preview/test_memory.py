@@ -11,7 +11,8 @@ from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec
 from cpt_jax.preview import buffers, dry_run, hlo, memory
-from cpt_jax.training import loop, optimizer, state
+from cpt_jax.training import inputs as inputs_lib
+from cpt_jax.training import optimizer, state
 
 SPEC = ModelSpec("llama", 384, 64, 5, 4, 2, 16, 192, max_positions=512)
 ROWS, ROW_LEN = 4, 64
@@ -180,7 +181,7 @@ def describe(tiny_plan, monkeypatch):
       for key, value in keys.items():
         group, name = key.split("__")
         c[group][name] = value
-    inputs = loop.open_inputs(c)
+    inputs = inputs_lib.open_inputs(c)
     with jax.sharding.use_abstract_mesh(mesh_lib.abstract_mesh(**sizes)):
       abstract = state.abstract(inputs.spec, inputs.tx)
     dry_run._memory(inputs, abstract, sizes)

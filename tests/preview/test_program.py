@@ -4,18 +4,23 @@ import dataclasses
 import functools
 import math
 
+import factory
 import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from model_settings import PLAIN
 
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.model import transformer
 from cpt_jax.preview import collectives, hlo, program
-from cpt_jax.training import optimizer, state, step
+from cpt_jax.training import optimizer, state
+
+
+def read(text):
+  return program.Program(hlo.parse(text))
+
 
 # Shapes and spelling of XLA's TPU and GPU compilers, cut down to what matters.
 LOOPS = """HloModule jit_train_step, is_scheduled=true
@@ -75,12 +80,6 @@ ENTRY %main (a: bf16[16,32]) -> bf16[16,64] {
   ROOT %fusion.2 = bf16[16,64]{1,0:T(8,128)(2,1)S(1)} fusion(%a, %b), kind=kOutput, calls=%fused_dot, metadata={op_name="jit(train_step)/transpose(jvp())/dot"}
 }
 """  # noqa: E501
-
-OPTIONS = dict(settings=PLAIN, source_weights=(1.0, 1.0), microbatches=1, accumulate_dtype="float32", z_loss=0.0)
-
-
-def read(text):
-  return program.Program(hlo.parse(text))
 
 
 def test_a_loop_turns_from_its_first_count_to_its_limit():
@@ -336,9 +335,11 @@ def test_what_is_frozen_saves_the_flops_that_the_formula_says(tiny_spec, random_
   mesh = mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
     params, to_all = transformer.abstract_params(untied), ((".*", 1.0),)
-    tx = optimizer.make(params, frozen=frozen)
-    leaves = optimizer.plan(params, decay_rules=to_all, rate_rules=to_all, layer_rates=(), frozen=frozen)
-    update = step.make_train_step(untied, tx, **OPTIONS, hold=functools.partial(optimizer.hold, leaves=leaves))
+    tx = factory.optimizer(params, frozen=frozen)
+    leaves = optimizer.plan(params, decay_rules=to_all, rate_rules=to_all, layer_rates=(), frozen=frozen, stages=("all",))
+    settings = factory.SETTINGS._replace(attention="plain")
+    options = {"settings": settings, "source_weights": (1.0, 1.0), "microbatches": 1, "z_loss": 0.0}
+    update = factory.train_step(untied, tx, **options, hold=functools.partial(optimizer.hold, leaves=leaves))
     batch = mesh_lib.to_global(mesh, random_batch(0, rows=rows, row_len=row_len))
     text = jax.jit(update).lower(state.abstract(untied, tx), batch, 1.0).compile().as_text()
   found = read(text)
@@ -352,8 +353,9 @@ def test_the_real_step_on_cpu_has_the_flops_of_the_formula_and_moves_its_paramet
   mesh = mesh_lib.make_mesh(data=2, fsdp=4, context=1, tensor=1)
   rows, row_len = 8, 16
   with jax.set_mesh(mesh):
-    tx = optimizer.make(transformer.abstract_params(tiny_spec))
-    update = step.make_train_step(tiny_spec, tx, **OPTIONS)
+    tx = factory.optimizer(transformer.abstract_params(tiny_spec))
+    settings = factory.SETTINGS._replace(attention="plain")
+    update = factory.train_step(tiny_spec, tx, settings=settings, source_weights=(1.0, 1.0), microbatches=1, z_loss=0.0)
     batch = mesh_lib.to_global(mesh, random_batch(0, rows=rows, row_len=row_len))
     text = jax.jit(update).lower(state.abstract(tiny_spec, tx), batch, 1.0).compile().as_text()
   found = read(text)

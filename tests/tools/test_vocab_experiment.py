@@ -2,13 +2,13 @@
 
 import json
 
+import factory
 import numpy as np
 import pytest
 from scipy import stats
 
 from cpt_jax.config import ConfigError
 from cpt_jax.store import prepare, store
-from cpt_jax.stream import sources
 from tools.experiments import vocab_experiment, vocab_results, vocab_where
 from tools.experiments.vocab_experiment import Arm
 
@@ -90,7 +90,7 @@ def folder(root, tmp_path):
 def test_what_is_held_out_is_what_a_run_holds_out(folder):
   texts = list(vocab_experiment.read(folder / "domain.jsonl.gz"))
   opened = store.open_store(folder / "stores" / "none" / "domain")
-  source = sources.Source("domain", opened, "domain", ((0, 1.0, "linear")), vocab_experiment.HELDOUT_FRAC)
+  source = factory.source("domain", opened, heldout_frac=vocab_experiment.HELDOUT_FRAC)
   expected = [texts[i] for i in source.heldout_documents]
   assert 2 < len(expected) < 20
   training, heldout = vocab_experiment.split([*texts, texts[0]], heldout_bytes=10**6)
@@ -140,11 +140,7 @@ def first_piece(root, text):
 
 
 def test_names_of_runs_come_back():
-  for arm in (
-    Arm("count_high", 2),
-    Arm("rows_random", 0, 24),
-    Arm("none", 1, 192),
-  ):
+  for arm in (Arm("count_high", 2), Arm("rows_random", 0, 24), Arm("none", 1, 192)):
     assert vocab_experiment.arm_of(arm.run) == arm
   assert Arm("rows_random", 2).base == "rows_random-2" and Arm("staged_rows", 2).base == "count_high"
 
@@ -185,3 +181,16 @@ def test_scores_are_those_of_each_text_alone(root):
   [changed] = vocab_where.score(vocab_experiment.BASE, [other], num_old=4000)
   np.testing.assert_allclose(changed.nats[:300], together[1].nats[:300], atol=1e-4)
   assert abs(changed.nats[300] - together[1].nats[300]) > 0.1
+
+
+def test_the_legend_names_every_curve_of_every_panel(root, tmp_path, monkeypatch):
+  import matplotlib.figure
+
+  seen = []
+  monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *_, **__: seen.append(self))
+  vocab_results.draw([vocab_results.Experiment(path) for path in of_committed(root)], tmp_path / "figure.png")
+  [made] = seen
+  curves = {label for ax in made.axes for label in ax.get_legend_handles_labels()[1]}
+  assert [text.get_text() for text in made.legends[0].get_texts()] == list(vocab_results.BANDS) and curves == set(
+    vocab_results.BANDS
+  )

@@ -3,11 +3,11 @@
 import itertools
 
 import compiling
+import factory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_settings import FLOAT32
 
 from cpt_jax import config as config_lib
 from cpt_jax import trees
@@ -16,20 +16,15 @@ from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec
 from cpt_jax.training import step
 
-CHOICES = config_lib.CHOICES["model.remat"]
+CHOICES = config_lib.KEYS["model.remat"].choices
 LADDER = [name for name in CHOICES if not name.endswith("_offload")]
 SPEC = ModelSpec("llama", 67, 64, 3, 4, 2, 16, 192, max_positions=512)
 ROWS, ROW_LEN = 2, 128
 
 
 def loss(params, tokens_BT, positions_BT, segments_BT, *, remat, dtype=jnp.float32, attention="blockwise", spec=SPEC):
-  hidden_BTD = transformer.apply(
-    params,
-    spec,
-    tokens_BT,
-    positions_BT,
-    segments_BT,
-    settings=FLOAT32._replace(compute_dtype=dtype, remat=remat, attention=attention),
+  hidden_BTD = factory.hidden(
+    params, spec, tokens_BT, positions_BT, segments_BT, compute_dtype=dtype, remat=remat, attention=attention
   )
   return jnp.mean(jnp.square(hidden_BTD.astype(jnp.float32)) * (1 + jnp.arange(hidden_BTD.shape[-1]) % 3)[None, None])
 

@@ -88,7 +88,7 @@ class Bench:
   def inputs(self, *, rows: int, row_len: int, num_steps: int) -> Any:
     """What training.loop opens for this shape: the loader of the quickstart's two sources among it."""
     from cpt_jax import config as config_lib
-    from cpt_jax.training import loop
+    from cpt_jax.training import inputs as inputs_lib
 
     c = bench_step.settings(self.base, rows=rows, row_len=row_len, num_steps=num_steps)
     c.data.heldout_frac = 0.02
@@ -96,7 +96,7 @@ class Bench:
       store = str(self.directory / "store" / name)
       c.data.sources[name] = config_lib.source(store=store, text=str(self.texts[name]), role=role, share=share)
     with contextlib.redirect_stdout(io.StringIO()):
-      return loop.open_inputs(c)
+      return inputs_lib.open_inputs(c)
 
   @functools.cached_property
   def training_rate(self) -> float:

@@ -250,16 +250,17 @@ def make_stores(directory: pathlib.Path, num_sources: int, *, texts: Iterator[st
 
 def _loader(directory: pathlib.Path, knots: Any, *, num_steps: int, batch_rows: int, row_len: int) -> Any:
   """A loader of the stores of as many sources as `knots`; best_fit, 2% held out, as configs are by default."""
-  from cpt_jax.store import store
+  from cpt_jax import config as config_lib
   from cpt_jax.stream import pipeline, sources
 
-  folder = directory / f"stores_{len(knots)}"
-  found = [
-    sources.Source(str(m), store.open_store(folder / str(m)), role="domain", share=tuple(of_m), heldout_frac=0.02)
-    for m, of_m in enumerate(knots)
-  ]
-  shape = dict(num_steps=num_steps, batch_rows=batch_rows, row_len=row_len)
-  return pipeline.Loader(found, **shape, packing_policy="best_fit", vocab_size=found[0].store.vocab_size)
+  c, problems = config_lib.default(), config_lib.Problems()
+  c.train.length, c.train.batch_rows, c.data.row_len, c.data.heldout_frac = f"{num_steps} steps", batch_rows, row_len, 0.02
+  for m, of_m in enumerate(knots):
+    share = [(f"{step} steps", *rest) for step, *rest in of_m]
+    c.data.sources[str(m)] = config_lib.source(store=str(directory / f"stores_{len(knots)}" / str(m)), share=share)
+  found = sources.from_config(c, problems)
+  problems.raise_if_any()
+  return pipeline.from_config(c, found, vocab_size=found[0].store.vocab_size)
 
 
 # What is measured of a side.

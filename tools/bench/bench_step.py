@@ -95,10 +95,10 @@ class Hooks:
 
   def __init__(self, inputs: Any, workdir: pathlib.Path):
     from cpt_jax import config as config_lib
+    from cpt_jax.devices import signals
     from cpt_jax.training import checkpoint, guard
-    from cpt_jax.training import loop as loop_lib
 
-    self._stop, self._loader = loop_lib.StopRequest(), inputs.loader
+    self._stop, self._loader = signals.StopRequest(), inputs.loader
     self._checkpoints = checkpoint.from_config(inputs.config, workdir)
     self._watch = guard.from_config(inputs.config, inputs.loader, [], inputs.asked, state=None, first_step=0)
     self._every = [config_lib.steps_of(inputs.config, key) for key in ("eval.every", "checkpoint.every")]
@@ -146,6 +146,7 @@ class Loop:
     with contextlib.redirect_stdout(self._lines):
       self._bar = console.TrainProgress(start_step=0, num_steps=num_steps)
     self._step = 0
+    self._pending: tuple[int, Any] | None = None
     self.losses: list[float] = []
     self.host_secs = dict(rows=0.0, to_device=0.0, dispatch=0.0)
 
@@ -165,7 +166,8 @@ class Loop:
         if self._report() and clock is not None:
           clock.tick()
         self._step += 1
-        self._meter.dispatched(self._step, measured, num_positions=batch.tokens_BT.size)
+        self._pending = (self._step, measured)
+        self._meter.dispatched(num_positions=batch.tokens_BT.size)
         for name, secs in zip(self.host_secs, (fetched - begin, moved - fetched, dispatched - moved), strict=True):
           self.host_secs[name] += secs
       if self._report() and clock is not None:
@@ -179,9 +181,12 @@ class Loop:
     self._writer.close()
 
   def _report(self) -> bool:
-    reading = self._meter.read()
-    if reading is None:
+    import jax
+
+    if self._pending is None:
       return False
+    (step, measured), self._pending = self._pending, None
+    reading = self._meter.read(step, jax.device_get(measured))
     self._bar.advance(reading.step)
     if self._hooks is not None:
       self._hooks.saw(reading)

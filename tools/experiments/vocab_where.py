@@ -26,7 +26,7 @@ from cpt_jax.vocab.bases import Base
 from tools.experiments import vocab_experiment
 
 ROW_LEN, BATCH_ROWS = 256, 16
-SETTINGS = transformer.Settings(jnp.dtype("float32"), remat="none", attention="auto", loss_chunk=0, max_documents=None, scan=True)
+SETTINGS = transformer.Settings("float32", remat="none", attention="auto", loss_chunk=0, max_documents=None, scan=True)
 
 
 class Scored(NamedTuple):
