@@ -99,8 +99,7 @@ def run_all(names: list[str], started: list[list[str]], *, grace_secs: float) ->
         if running:
           _say(f"{reason}; the others are told to save and end", speaking)
           for i in running:
-            with contextlib.suppress(BrokenPipeError):
-              processes[i].stdin.close()
+            _close_input(processes[i])
           patience = grace_secs
   finally:
     for i in running:
@@ -110,11 +109,17 @@ def run_all(names: list[str], started: list[list[str]], *, grace_secs: float) ->
   for process, reader in zip(processes, readers, strict=True):
     reader.join(timeout=10)
     process.wait()
-    with contextlib.suppress(BrokenPipeError):
-      process.stdin.close()
-    if not reader.is_alive():  # a host's own children may hold its output open
+    _close_input(process)
+    if process.stdout and not reader.is_alive():  # a host's own children may hold its output open
       process.stdout.close()
   return code
+
+
+def _close_input(process: subprocess.Popen) -> None:
+  """What the host's shell waits for: it then tells the run to save and end."""
+  assert process.stdin is not None
+  with contextlib.suppress(BrokenPipeError):
+    process.stdin.close()
 
 
 def _follow(i: int, prefix: str, process: subprocess.Popen, ends: queue.SimpleQueue, speaking: threading.Lock) -> None:

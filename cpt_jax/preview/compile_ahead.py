@@ -33,7 +33,7 @@ def compile_step(config: Any, topology: str, *, name: str, hlo_file: pathlib.Pat
 
   target = absent_chips.open_target(config, target_chips)
   job = step_report.from_config(target.config, target.spec, topology=target_chips, mesh=dict(target.mesh.shape))
-  record = {"config": name} | step_report.heading(job) | {"versions": _versions(chip)}
+  record: dict[str, Any] = {"config": name} | step_report.heading(job) | {"versions": _versions(chip)}
   held = absent_chips.held(target)
   compiled = absent_chips.compile_step(target)
   if isinstance(compiled, absent_chips.Refused):

@@ -20,7 +20,7 @@ RECIPES += ["llama3_70b_256xh100"]
 
 def command(path):
   """(config, topology) of the command in a recipe's docstring."""
-  match = re.search(r"tools/aot_compile\.py --config=(\S+) --topology=(\S+)", path.read_text(encoding="utf-8"))
+  match = re.search(r"cpt compile --config=(\S+) --topology=(\S+)", path.read_text(encoding="utf-8"))
   assert match, f"{path}: its docstring says how it is compiled"
   return match.groups()
 
