@@ -166,12 +166,12 @@ def out(*logical: str | None) -> PartitionSpec | None:
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-  """Moves an array, inside or outside of jit, to where its dimensions live; its gradient moves back."""
+  """Moves an array with these dimensions, inside or outside of jit, to where they live; its gradient moves back."""
   return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec(*logical))
 
 
 def gathered(parameter: jax.Array, *logical: str | None) -> jax.Array:
-  """A parameter as a product wants it: its width gathered over fsdp, still divided over tensor."""
+  """A parameter with these dimensions as a product wants it: its width gathered over fsdp, still divided over tensor."""
   return constrain(parameter, *(None if name == "embed" else name for name in logical))
 
 

@@ -23,7 +23,7 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
-  """Root mean square norm over the last dimension (1910.07467); `scale` is float32."""
+  """Root mean square norm of `x` [..., D] over its last dimension (1910.07467); `scale` is float32 [D]."""
   return _rms_norm(x, scale, eps)
 
 

@@ -102,6 +102,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
   "qwen2": {"num_key_value_heads": 32, "head_dim": None, "max_position_embeddings": 32_768, "sliding_window": 4096},
   "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768, "sliding_window": 4096},
 }
+# The same, of all families.
 _COMMON_DEFAULTS = {
   "rms_norm_eps": 1e-6,
   "tie_word_embeddings": False,

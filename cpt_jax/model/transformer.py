@@ -1,7 +1,7 @@
 """Tokens -> hidden states -> logits: the decoder, its parameters and their logical axes.
 
 Invariant: parameters are a plain nested dict in float32, layers stacked along their first dimension and scanned; NNX modules
-only declare them.
+only declare them. Letters of dimensions: cpt_jax/model/__init__.py.
 """
 
 import functools
@@ -201,7 +201,10 @@ def apply(
 
 
 def _unstacked(stacked: dict[str, jax.Array], num_layers: int) -> list[dict[str, jax.Array]]:
-  """The parameters of each layer. A split, whose gradient is one concatenation; that of an index is a whole stack of zeros."""
+  """[L, ...] each -> the parameters of each layer, [...].
+
+  A split, whose gradient is one concatenation; that of an index is a whole stack of zeros.
+  """
   parts = {name: jax.lax.split(x, (1,) * num_layers) for name, x in stacked.items()}
   return [{name: parts[name][index].squeeze(0) for name in stacked} for index in range(num_layers)]
 

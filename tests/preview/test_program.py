@@ -234,13 +234,13 @@ MESH = {"data": 2, "fsdp": 4}
 
 def test_transfers_are_counted_once_with_whole_arrays_axes_and_turns():
   found = collectives.collectives(read(TRANSFERS), MESH)
-  gather = program.Collective("all-gather", "recomputed", 3, 2 * 2048 * 512, ("fsdp",), (0, 1, 2, 3), True)
+  gather = collectives.Collective("all-gather", "recomputed", 3, 2 * 2048 * 512, ("fsdp",), (0, 1, 2, 3), True)
   assert found == [
     gather,  # two instructions of one channel, overlapped with what stands between them
-    program.Collective("all-gather", "forward", 1, 4 * 512, ("data", "fsdp"), tuple(range(8)), True),
-    program.Collective("reduce-scatter", "backward", 1, 4 * 1024, ("data",), (0, 4), True),
-    program.Collective("all-reduce", "update", 1, 4 * (1024 + 64), ("data",), (0, 4), False),
-    program.Collective("collective-permute", "update", 1, 4 * 64, ("data",), (0, 4), False),
+    collectives.Collective("all-gather", "forward", 1, 4 * 512, ("data", "fsdp"), tuple(range(8)), True),
+    collectives.Collective("reduce-scatter", "backward", 1, 4 * 1024, ("data",), (0, 4), True),
+    collectives.Collective("all-reduce", "update", 1, 4 * (1024 + 64), ("data",), (0, 4), False),
+    collectives.Collective("collective-permute", "update", 1, 4 * 64, ("data",), (0, 4), False),
   ]
 
 
@@ -271,13 +271,13 @@ def test_every_way_to_write_a_group_gives_the_devices_that_numpy_gives(dims, dat
   ]
   for way in ways:
     line = f"%x = f32[8]{{0}} all-reduce(%y), channel_id=1, replica_groups={way}, to_apply=%add"
-    assert program._first_group(hlo.parse_instruction(line), devices.size) == tuple(groups[0]), way
+    assert collectives._first_group(hlo.parse_instruction(line), devices.size) == tuple(groups[0]), way
 
 
 def test_a_factor_of_an_axis_is_a_group_of_its_own():
   # a = 2 x 4: the second factor is the first four devices along a, the first factor the first and the fifth.
-  assert program._mesh_group("replica_groups=mesh['a'=8,'b'=2] {'a':(2)4}") == (0, 2, 4, 6)
-  assert program._mesh_group("replica_groups=mesh['a'=8,'b'=2] {'a':(1)2}") == (0, 8)
+  assert collectives._mesh_group("replica_groups=mesh['a'=8,'b'=2] {'a':(2)4}") == (0, 2, 4, 6)
+  assert collectives._mesh_group("replica_groups=mesh['a'=8,'b'=2] {'a':(1)2}") == (0, 8)
 
 
 @given(
