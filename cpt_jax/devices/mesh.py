@@ -133,6 +133,12 @@ def sharding(mesh: Mesh | AbstractMesh, *logical: str | None) -> NamedSharding:
   return NamedSharding(mesh, spec(*logical))  # pyright: ignore[reportArgumentType] (AbstractMesh is accepted)
 
 
+def abstract(shape: tuple[int, ...], dtype: Any, *logical: str | None) -> jax.ShapeDtypeStruct:
+  """An array with these dimensions that is not made; on the mesh that is set it has its place there."""
+  mesh = current()
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=None if mesh is None else sharding(mesh, *logical))
+
+
 def current() -> Mesh | AbstractMesh | None:
   """The mesh that is set, the one with devices if there is one; None if there is none. Not for use inside jit."""
   mesh = jax.sharding.get_mesh()

@@ -134,12 +134,10 @@ def init(spec: ModelSpec, key: jax.Array) -> dict[str, Any]:
 
 def abstract_params(spec: ModelSpec) -> dict[str, Any]:
   """Shapes, dtypes and, on the mesh that is set, shardings of the parameters: a tree of ShapeDtypeStruct."""
-  placed_on = mesh_lib.current()
 
   def describe(shape_and_axes):
     shape, axes = shape_and_axes
-    sharding = None if placed_on is None else mesh_lib.sharding(placed_on, *axes)
-    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    return mesh_lib.abstract(shape, jnp.float32, *axes)
 
   return jax.tree.map(describe, declared(spec), is_leaf=lambda x: isinstance(x, tuple))
 
@@ -185,7 +183,7 @@ def apply(
     weights, layer_window = stacked
     x_BTD = checkpoint_name(x_BTD, "input")
     x_BTD = x_BTD + _attention(weights, spec, x_BTD, rotation, functools.partial(attend, layer_window=layer_window))
-    normed_BTD = layers.rms_norm(x_BTD, mesh_lib.gathered(weights["mlp_norm"], "embed"), eps=spec.norm_eps)
+    normed_BTD = layers.rms_norm(x_BTD, weights["mlp_norm"], eps=spec.norm_eps)
     return x_BTD + layers.swiglu(normed_BTD, weights["w_gate"], weights["w_up"], weights["w_down"]), None
 
   if settings.remat != "none":
@@ -197,7 +195,7 @@ def apply(
   else:
     for stacked in zip(_unstacked(params["layers"], spec.num_layers), layer_windows, strict=True):
       hidden_BTD, _ = layer(hidden_BTD, stacked)
-  return layers.rms_norm(hidden_BTD, mesh_lib.gathered(params["final_norm"], "embed"), eps=spec.norm_eps)
+  return layers.rms_norm(hidden_BTD, params["final_norm"], eps=spec.norm_eps)
 
 
 def _unstacked(stacked: dict[str, jax.Array], num_layers: int) -> list[dict[str, jax.Array]]:
@@ -210,7 +208,7 @@ def _unstacked(stacked: dict[str, jax.Array], num_layers: int) -> list[dict[str,
 
 
 def _attention(weights, spec: ModelSpec, x_BTD, rotation, attend: Callable[..., jax.Array]) -> jax.Array:
-  normed_BTD = layers.rms_norm(x_BTD, mesh_lib.gathered(weights["attn_norm"], "embed"), eps=spec.norm_eps)
+  normed_BTD = layers.rms_norm(x_BTD, weights["attn_norm"], eps=spec.norm_eps)
   q_BTNH = layers.project("BTD,DNH->BTNH", ("embed", "heads", "head_dim"), None, normed_BTD, weights["wq"])
   k_BTKH = layers.project("BTD,DKH->BTKH", ("embed", "kv_heads", "head_dim"), None, normed_BTD, weights["wk"])
   v_BTKH = layers.project("BTD,DKH->BTKH", ("embed", "kv_heads", "head_dim"), None, normed_BTD, weights["wv"])
