@@ -24,8 +24,8 @@ LAYERS = [
   ["training.perplexity", "training.drift", "training.schedule", "training.optimizer", "training.state", "training.step"]
   + ["training.guard", "training.checkpoint", "training.start", "training.metrics", "training.console", "training.inputs"]
   + ["training.stack", "training.recorder", "training.loop"],
-  ["preview.hlo", "preview.buffers", "preview.memory", "preview.ahead", "preview.dry_run", "preview.program"]
-  + ["preview.roofline", "preview.step_report", "preview.compiled"],
+  ["preview.hlo", "preview.buffers", "preview.memory", "preview.dry_run", "preview.program", "preview.collectives"]
+  + ["preview.roofline", "preview.step_report", "preview.absent_chips", "preview.compile_ahead", "preview.step_tables"],
   ["results.runs", "results.report", "results.tables", "results.learning", "results.export", "results.recovery"]
   + ["results.recovery_tables", "results.batches"],
   ["diagnosis.verdict", "diagnosis.measure", "diagnosis.diagnose", "diagnosis.tables", "diagnosis.vocab_tables"],

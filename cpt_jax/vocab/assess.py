@@ -27,7 +27,7 @@ from cpt_jax.vocab.verdict import RULES, Finding
 
 SIZES = (500, 1000, 2000, 4000, 8000, 16_000)  # pieces of the curve; published growths: 9 to 20 thousand
 SAMPLE_BYTES = 5_000_000  # of domain text that pieces are chosen from and tried on
-HELDOUT_FRAC = 0.2
+HELDOUT_FRAC = 0.2  # of that text, on which pieces are tried; by hand
 
 
 class Fit(NamedTuple):
@@ -153,7 +153,10 @@ def fit(tokenizer: tokenizer_lib.Tokenizer, counts_V: np.ndarray, text: corpus.T
 
 
 def distance(domain_2V: np.ndarray, general_2V: np.ndarray) -> tuple[float, float]:
-  """Jensen-Shannon bits between the texts, and the larger one between the halves of either."""
+  """Jensen-Shannon bits between the texts, and the larger one between the halves of either.
+
+  Of each text how often either half of it has each id, [2, V].
+  """
   noises = [corpus.jensen_shannon_bits(*side_2V) for side_2V in (domain_2V, general_2V) if side_2V.sum(axis=1).all()]
   return corpus.jensen_shannon_bits(domain_2V.sum(axis=0), general_2V.sum(axis=0)), max(noises, default=0.0)
 

@@ -84,6 +84,7 @@ def weighted(old: OldRows, start: int, stop: int) -> np.ndarray:
 
 
 def _weighted(old: OldRows, start: int, stop: int, weights: np.ndarray) -> np.ndarray:
+  """Rows [stop - start, D]: means of old rows with a weight for each of `pieces.ids`."""
   starts = old.pieces.starts[start : stop + 1]
   part = slice(starts[0], starts[-1])
   rows = old.rows_VD[old.pieces.ids[part]].astype(np.float32) * weights[part, None].astype(np.float32)

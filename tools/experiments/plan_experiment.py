@@ -1,7 +1,7 @@
 """Run directories of a probe -> a small file of what was measured; such files -> the tables and figures of docs/experiments.md.
 
-Run:   python tools/experiments/plan_experiment.py --collect plan/poetry/trials --output examples/plans/measured/poetry.jsonl
-       python tools/experiments/plan_experiment.py examples/plans/measured/*.jsonl --output docs/experiments
+Run:   python -m tools.experiments.plan_experiment --collect plan/poetry/trials --output examples/plans/measured/poetry.jsonl
+       python -m tools.experiments.plan_experiment examples/plans/measured/*.jsonl --output docs/experiments
 
 The second needs no training: laws are fitted to the runs of the smallest budget on the grid, and held against the other runs,
 which
@@ -16,8 +16,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))  # a clone that is not installed
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError

@@ -1,8 +1,8 @@
 """A base and text of a domain -> the base grown in several ways and trained alike, and a small file of what was measured.
 
-Run:   python tools/experiments/vocab_experiment.py --domain examples/corpora/poetry_ci.jsonl.gz --join 10 \
+Run:   python -m tools.experiments.vocab_experiment --domain examples/corpora/poetry_ci.jsonl.gz --join 10 \
            --base_text store/text --output plan/vocab/zh
-       python tools/experiments/vocab_experiment.py --collect plan/vocab/zh --output examples/vocabulary/measured/zh.jsonl
+       python -m tools.experiments.vocab_experiment --collect plan/vocab/zh --output examples/vocabulary/measured/zh.jsonl
 
 The first goes on where it was stopped. Tables: vocab_results.py; what was asked and found: docs/experiments.md, 2.
 """
@@ -22,8 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))  # a clone that is not installed
-
 from cpt_jax import config as config_lib
 from cpt_jax import journal
 from cpt_jax.cli import app
