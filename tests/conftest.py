@@ -30,6 +30,14 @@ def no_mesh_is_left():
   jax.set_mesh(None)
 
 
+@pytest.fixture
+def cpt():
+  """Gives a command line to `cpt` in this process: `done = cpt("show", "--step=3")`, then done.returncode, .stdout, .stderr."""
+  import in_process
+
+  return in_process.cpt
+
+
 @pytest.fixture(scope="session")
 def root() -> pathlib.Path:
   """The repository's root."""
@@ -133,6 +141,16 @@ def tiny_base(made_once, fixtures, tiny_hf_config):
   return made_once("tiny_base", make)
 
 
+@pytest.fixture(scope="session")
+def tiny_store(made_once, fixtures):
+  """The token store of the fixture's corpus."""
+  from cpt_jax.store import prepare
+
+  text, tokenizer = str(fixtures / "corpus.jsonl"), str(fixtures / "tokenizer")
+  make = lambda where: prepare.prepare([text], tokenizer=tokenizer, output=str(where), progress=False)  # noqa: E731
+  return made_once("tiny_store", make)
+
+
 RUN = """
 from cpt_jax import config
 
@@ -156,13 +174,13 @@ def get_config():
 
 
 @pytest.fixture(scope="session")
-def write_config(tmp_path_factory, tiny_base, fixtures):
+def write_config(tmp_path_factory, tiny_base, tiny_store, fixtures):
   """The file of a config that trains `tiny_base` on the fixture's corpus."""
   directory = tmp_path_factory.mktemp("config")
 
   def write(*, steps=20, every=10, name="tiny") -> pathlib.Path:
-    file, store, text = directory / f"{name}.py", str(tiny_base.parent / "store"), str(fixtures / "corpus.jsonl")
-    file.write_text(RUN.format(base=str(tiny_base), store=store, text=text, steps=steps, every=every))
+    file, text = directory / f"{name}.py", str(fixtures / "corpus.jsonl")
+    file.write_text(RUN.format(base=str(tiny_base), store=str(tiny_store), text=text, steps=steps, every=every))
     return file
 
   return write
@@ -174,7 +192,7 @@ def finished_run(made_once, write_config):
   import in_process
 
   def make(workdir):
-    done = in_process.main(f"--config={write_config()}", f"--workdir={workdir}")
+    done = in_process.cpt("train", f"--config={write_config()}", f"--workdir={workdir}")
     assert done.returncode == 0, done.stdout + done.stderr
     (workdir / "printed.txt").write_text(done.stdout)
 
@@ -182,7 +200,7 @@ def finished_run(made_once, write_config):
 
 
 @pytest.fixture(scope="session")
-def tiny_plan(tiny_base, fixtures):
+def tiny_plan(tiny_base, tiny_store, fixtures):
   """The config of a run to be planned: a random 2-layer base, the fixture's corpus as both sources, 400 steps of 4 rows."""
   from cpt_jax import config as config_lib
 
@@ -191,8 +209,8 @@ def tiny_plan(tiny_base, fixtures):
   c.data.row_len = 32
   c.data.heldout_frac = 0.1
   for name, role, share in (("general", "replay", 0.25), ("poetry", "domain", 0.75)):
-    store, text = str(tiny_base.parent / "store"), str(fixtures / "corpus.jsonl")
-    c.data.sources[name] = config_lib.source(store=store, text=text, role=role, share=share)
+    text = str(fixtures / "corpus.jsonl")
+    c.data.sources[name] = config_lib.source(store=str(tiny_store), text=text, role=role, share=share)
   c.train.length = "400 steps"
   c.train.batch_rows = 4
   c.schedule.name = "wsd"

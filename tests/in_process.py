@@ -2,14 +2,13 @@
 
 import contextlib
 import io
-import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import pytest
-from absl import flags
+
+from cpt_jax.cli import app
 
 
 class Done(NamedTuple):
@@ -32,31 +31,9 @@ def one_device() -> Iterator[None]:
   jax.set_mesh(None)
 
 
-def call(function: Callable[[], int]) -> Done:
-  """Of a function that returns its exit code, or ends as programs do."""
+def cpt(*arguments) -> Done:
+  """A command line of `cpt`, on one device: `cpt("show", "--step=3")`."""
   out, err = io.StringIO(), io.StringIO()
-  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-    try:
-      code = function()
-    except SystemExit as end:
-      code = end.code if isinstance(end.code, int) else int(end.code is not None)
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), one_device():
+    code = app.main([str(argument) for argument in arguments])
   return Done(code, out.getvalue(), err.getvalue())
-
-
-def main(*arguments) -> Done:
-  """`python -m cpt_jax.main` with these arguments, on one device."""
-  from cpt_jax import main as program
-
-  command = ["main", *map(str, arguments)]
-  flags.FLAGS.unparse_flags()
-  with pytest.MonkeyPatch.context() as patch, one_device():
-    patch.setattr(sys, "argv", command)  # where ml_collections looks for the keys that are changed
-    try:
-      with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of ml_collections, as it loads the file
-        return call(lambda: program.main(program._read_flags(command)))
-    finally:
-      for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-        delattr(flags.FLAGS, name)
-      for name in ("config", "workdir", "dry_run", "verbosity"):
-        flags.FLAGS[name].unparse()

@@ -28,7 +28,7 @@ def environment(root):
 
 
 def main(config_file, workdir, *more):
-  return in_process.main(f"--config={config_file}", f"--workdir={workdir}", *more)
+  return in_process.cpt("train", f"--config={config_file}", f"--workdir={workdir}", *more)
 
 
 def records(workdir, kind):
@@ -285,7 +285,7 @@ def test_questions_and_answers_are_replayed_in_stages_with_a_weight_of_their_own
     f"  c.data.sources.asked = config.source(store={str(tmp_path / 'asked')!r}, text={str(tmp_path / 'asked.jsonl')!r}, "
     "records='prompt', train_on='answers', role='replay', loss_weight=0.5, min_tokens=8)\n"
     "  for name in ('general', 'poetry'): c.data.sources[name].share = 1.0\n"
-    "  c.data.stages = ((0, {'general': 0.5, 'poetry': 0.5}), ('50%', {'poetry': 0.5, 'asked': 0.5}))\n"
+    "  c.data.shares = ((0, {'general': 0.5, 'poetry': 0.5}), ('50%', {'poetry': 0.5, 'asked': 0.5}))\n"
   )
   file = write_config(steps=8, name="asked")
   file.write_text(file.read_text().replace("  return c", source + "  return c"))
