@@ -3,8 +3,6 @@
 import gzip
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -190,15 +188,15 @@ def test_runs_of_this_project_are_read(call, tmp_path):
 
 
 @pytest.mark.slow
-def test_published_curves_from_the_command_line(fixtures, root, tmp_path):
+def test_published_curves_from_the_command_line(fixtures, cpt, tmp_path):
   # 2503.12811: fitted on three curves, R2 .9988 and MAE .00376 on the other six.
   names = {}
   for file in (fixtures / "lr_curves").glob("*.gz"):
     names[file.name.removesuffix(".csv.gz")] = tmp_path / file.name.removesuffix(".gz")
     names[file.name.removesuffix(".csv.gz")].write_bytes(gzip.decompress(file.read_bytes()))
   fitted = [names.pop(name) for name in ("cosine_24000", "constant_24000", "wsdcon_9")]
-  command = [sys.executable, "tools/fit_laws.py", "--law=multi_power", "--fit", *fitted, "--score", *names.values()]
-  done = subprocess.run([*command, "--json", tmp_path / "out.json"], cwd=root, env=os.environ, capture_output=True, text=True)
+  command = ["--law=multi_power", "--fit", *fitted, "--score", *names.values(), "--json", tmp_path / "out.json"]
+  done = cpt("fit-laws", *command)
   assert done.returncode == 0, done.stderr
   (law,) = json.loads((tmp_path / "out.json").read_text())["laws"]
   assert len(law["scored"]) == 6 and law["mean"]["r2"] >= 0.9988 and law["mean"]["mae"] <= 0.0038

@@ -1,4 +1,4 @@
-"""tools/plan.py as its user runs it: a subprocess, from a config to the config of the recommended run."""
+"""`cpt plan`: from a config to the config of the recommended run."""
 
 import json
 import math
@@ -16,15 +16,9 @@ SMALL = ["--rates=1e-3,4e-3", "--replays=0.05,0.25", "--seeds=1", "--longer=2", 
 
 
 @pytest.fixture
-def plan(root, tiny_plan, tmp_path):
+def plan(cpt, tiny_plan, tmp_path):
   config_files.write(tiny_plan, tmp_path / "run.py", about="A run to be planned.")
-
-  def run(*options):
-    command = [sys.executable, str(root / "tools/plan.py"), f"--config={tmp_path / 'run.py'}", f"--output={tmp_path / 'plan'}"]
-    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_NUM_CPU_DEVICES": "1"}
-    return subprocess.run([*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
-
-  return run
+  return lambda *options: cpt("plan", f"--config={tmp_path / 'run.py'}", f"--output={tmp_path / 'plan'}", *options)
 
 
 def losses(trial):

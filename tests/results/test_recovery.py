@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -154,15 +152,14 @@ def test_what_cannot_be_compared_is_refused_by_name(tmp_path):
 # ---- the tool ----
 
 
-def test_the_tool_prints_the_tables_and_draws_the_figure(root, tmp_path):
+def test_the_command_prints_the_tables_and_draws_the_figure(cpt, tmp_path):
   base = write_run(tmp_path / "plain", [2.0, 1.5, 1.0])
   grown = write_run(tmp_path / "a" / "grown", [3.0, 1.2, 0.9], scale=1.5)
   other = write_run(tmp_path / "b" / "grown", [2.5, 2.4, 2.3])
-  command = [sys.executable, root / "tools" / "compare_vocab.py", f"--base={base}"]
-  done = subprocess.run([*command, f"--grown={grown},{other}"], capture_output=True, text=True, check=False)
+  done = cpt("vocab", "compare", f"--base={base}", f"--grown={grown},{other}")
   assert done.returncode == 0, done.stderr
   for words in ("+1.0000", "a/grown", "b/grown", "not within 2,000", "769", "within 0.01", "-0.1000"):
     assert words in done.stdout, words
   assert (grown / "vocabulary.png").read_bytes().startswith(b"\x89PNG")
-  wrong = subprocess.run([*command, f"--grown={base}"], capture_output=True, text=True, check=False)
+  wrong = cpt("vocab", "compare", f"--base={base}", f"--grown={base}")
   assert wrong.returncode == 78 and "compared with itself" in wrong.stderr and "Traceback" not in wrong.stderr

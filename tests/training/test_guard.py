@@ -291,6 +291,18 @@ def test_a_loss_that_comes_back_is_no_spike_and_a_falling_one_never():
     assert w.decide(at, Rows()) is None
 
 
+def test_a_band_is_of_8_records_to_50_and_never_narrower_than_a_thousandth_of_their_median():
+  assert guard.upper([4.0] * 8, 5.0) == pytest.approx(4.02) and guard.upper([3.0, 4.0, 6.0], 5.0) == 9.0
+  for num_inside, is_spike in ((7, False), (8, True)):
+    w = watch()
+    for at, loss in enumerate([4.0] * num_inside + [9.0] * 2, 1):
+      w.saw(reading(at, {"zh": loss}), Rows())
+    assert (w.decide(num_inside + 2, Rows()) is not None) == is_spike
+  for at in range(60):
+    w.saw(reading(at, {"en": 3.0}), Rows())
+  assert len(w.state()["windows"]["en"]) == 50
+
+
 events = st.lists(
   st.tuples(st.sampled_from([3.0, 3.01, 4.0, math.nan]), st.sampled_from([3.0, 3.05, 3.2]), st.booleans()), max_size=30
 )

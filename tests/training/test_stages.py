@@ -194,7 +194,7 @@ def test_a_step_trains_its_stage_alone_and_every_mesh_agrees(grown_spec, random_
     mesh = mesh_lib.make_mesh(data=2, fsdp=2, context=1, tensor=2)
     with jax.set_mesh(mesh):
       place = functools.partial(mesh_lib.to_global, mesh)
-      divided, divided_norms = updates_of(*steps_of(grown_spec), batches[:2], place, order=(0, 1))
+      divided, divided_norms = updates_of(*steps_of(grown_spec), batches[:1], place, order=(0,))
   first, second, third = (trees.paths(now.params) for now in found)
   is_new = np.zeros(320, bool)
   is_new[280:300] = True
@@ -208,8 +208,8 @@ def test_a_step_trains_its_stage_alone_and_every_mesh_agrees(grown_spec, random_
     else:
       assert not changed.any() and not (second[path] != first[path]).any() and (third[path] != second[path]).any(), path
   assert norms[0] < 0.5 * tables and tables < whole and norms[1] < norms[2]  # of what is trained alone
-  np.testing.assert_allclose(divided_norms, norms[:2], rtol=1e-4)
-  for (path, leaf), one in zip(trees.paths(divided[-1]).items(), jax.tree.leaves(found[1]), strict=True):
+  np.testing.assert_allclose(divided_norms, norms[:1], rtol=1e-4)
+  for (path, leaf), one in zip(trees.paths(divided[-1]).items(), jax.tree.leaves(found[0]), strict=True):
     np.testing.assert_allclose(np.asarray(leaf, np.float32), np.asarray(one, np.float32), rtol=2e-4, atol=2e-5, err_msg=path)
 
 

@@ -4,8 +4,6 @@ import gzip
 import itertools
 import json
 import string
-import subprocess
-import sys
 
 import factory
 import numpy as np
@@ -133,17 +131,12 @@ def test_a_tokenizer_that_cannot_grow_is_measured_all_the_same(root, fixtures, t
 # ---- the tools ----
 
 
-def run_tool(root, name, *arguments):
-  command = [sys.executable, str(root / "tools" / name), *map(str, arguments)]
-  return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-
-
-def test_assessing_and_growing_the_shipped_base(root, tmp_path, fixtures):
+def test_assessing_and_growing_the_shipped_base(root, tmp_path, fixtures, cpt):
   (tmp_path / "zh.txt").write_text("\n\f\n".join(poems(root, 250_000)), encoding="utf-8")
   (tmp_path / "en.txt").write_text("\n\f\n".join(poems(root, 60_000, name="english")), encoding="utf-8")
   corpora = ["--domain", tmp_path / "zh.txt", "--general", tmp_path / "en.txt"]
   two = f"{root / 'examples' / 'base'},{fixtures / 'sentencepiece'}"
-  done = run_tool(root, "assess_vocab.py", "--tokenizers", two, *corpora, "--output", tmp_path / "a.json")
+  done = cpt("vocab", "assess", "--tokenizers", two, *corpora, "--output", tmp_path / "a.json")
   assert done.returncode == 0, done.stderr
   assert "tokens saved by adding so many pieces" in done.stdout and "CHOOSE ANOTHER BASE" in done.stdout
   record = json.loads((tmp_path / "a.json").read_text())
@@ -151,7 +144,7 @@ def test_assessing_and_growing_the_shipped_base(root, tmp_path, fixtures):
   assert record["tokenizers"][0]["findings"]["enough text"]["met"] is False
 
   options = ["--size", 64, "--multiple", 32, "--input_rows", "similar", "--protect", tmp_path / "en.txt"]
-  done = run_tool(root, "grow_vocab.py", "--hf", root / "examples" / "base", *corpora, *options, "--output", tmp_path / "grown")
+  done = cpt("vocab", "grow", "--hf", root / "examples" / "base", *corpora, *options, "--output", tmp_path / "grown")
   assert done.returncode == 0, done.stderr
   grown = json.loads((tmp_path / "grown" / "vocabulary.json").read_text())
   assert (grown["base_vocab_size"], grown["vocab_size"], grown["rows"]) == (4096, 4160, 4160)
@@ -174,11 +167,11 @@ def test_assessing_and_growing_the_shipped_base(root, tmp_path, fixtures):
 @pytest.mark.parametrize(
   "tool,arguments,code,message",
   [
-    ("assess_vocab.py", ["--tokenizers", "nowhere"], 78, "--domain is empty"),
-    ("grow_vocab.py", ["--band", "0.9:0.2", "--input_rows", "meen"], 78, "--band='0.9:0.2'"),
+    ("assess", ["--tokenizers", "nowhere"], 78, "--domain is empty"),
+    ("grow", ["--band", "0.9:0.2", "--input_rows", "meen"], 78, "--band='0.9:0.2'"),
   ],
 )
-def test_what_is_wrong_with_flags_is_said_at_once(root, tool, arguments, code, message):
-  done = run_tool(root, tool, *arguments)
+def test_what_is_wrong_with_flags_is_said_at_once(cpt, tool, arguments, code, message):
+  done = cpt("vocab", tool, *arguments)
   assert done.returncode == code and message in done.stderr
   assert len(done.stderr.strip().splitlines()) > 2
