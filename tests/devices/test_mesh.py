@@ -5,7 +5,6 @@ import functools
 import itertools
 import math
 
-import compiling
 import factory
 import hypothesis
 import jax
@@ -61,12 +60,6 @@ def loss_and_gradient(params, batch, *, remat, chunk, attention):
     return loss.objective(params, SPEC, hidden_BTD, batch, source_weights=range(M), z_loss=0.1, chunk=chunk)
 
   return jax.grad(objective, has_aux=True)(params)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-  with compiling.quickly():
-    yield
 
 
 @pytest.fixture(scope="module")

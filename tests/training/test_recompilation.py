@@ -43,15 +43,11 @@ def tiny_run(tmp_path, fixtures, tiny_spec, tiny_hf_config):
 
 
 def test_every_program_is_compiled_once(bench_endurance, one_device, tiny_run, tmp_path):
-  jax.config.update("jax_disable_most_optimizations", True)
-  try:
-    found = []
-    for stop_after in (14, 0):
-      config = copy.deepcopy(tiny_run)
-      config.debug.stop_after = stop_after
-      found.append(bench_endurance.watched(config, tmp_path / "run", every=1))
-  finally:
-    jax.config.update("jax_disable_most_optimizations", False)
+  found = []
+  for stop_after in (14, 0):
+    config = copy.deepcopy(tiny_run)
+    config.debug.stop_after = stop_after
+    found.append(bench_endurance.watched(config, tmp_path / "run", every=1))
   first, second = found
   assert [step for step, _ in first.memory] == list(range(1, 15)) and [step for step, _ in second.memory] == list(range(15, 21))
   for watch in found:

@@ -2,7 +2,6 @@
 
 import itertools
 
-import compiling
 import factory
 import jax
 import jax.numpy as jnp
@@ -38,13 +37,12 @@ def batch(row_len=ROW_LEN):
 @pytest.mark.parametrize("attention", ["plain", pytest.param("blockwise", marks=pytest.mark.slow)])
 def test_down_the_ladder_memory_falls_work_rises_and_the_gradients_stay(attention):
   params, arrays = transformer.init(SPEC, jax.random.key(0)), batch()
-  with compiling.quickly():
-    programs = {
-      remat: jax.jit(jax.value_and_grad(lambda p, *arrays, remat=remat: loss(p, *arrays, remat=remat, attention=attention)))
-      .lower(params, *arrays)
-      .compile()
-      for remat in [*LADDER, "dots_offload"]
-    }
+  programs = {
+    remat: jax.jit(jax.value_and_grad(lambda p, *arrays, remat=remat: loss(p, *arrays, remat=remat, attention=attention)))
+    .lower(params, *arrays)
+    .compile()
+    for remat in [*LADDER, "dots_offload"]
+  }
   memory = [programs[remat].memory_analysis().temp_size_in_bytes for remat in LADDER]
   assert all(a > b for a, b in itertools.pairwise(memory)), memory
   work = [programs[remat].cost_analysis()["flops"] for remat in LADDER[1:]]  # XLA counts a loop's body once: none differs by more

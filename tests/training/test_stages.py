@@ -5,7 +5,6 @@ import copy
 import functools
 import json
 
-import compiling
 import factory
 import hypothesis
 import hypothesis.strategies as st
@@ -186,15 +185,14 @@ def updates_of(begin, steps, batches, place=lambda b: b, *, order):
 
 def test_a_step_trains_its_stage_alone_and_every_mesh_agrees(grown_spec, random_batch):
   batches = [random_batch(seed, vocab_size=300) for seed in range(3)]
-  with compiling.quickly():
-    before = trees.paths(jax.device_get(transformer.init(grown_spec, jax.random.key(0))))
-    begin, steps = steps_of(grown_spec)
-    found, norms = updates_of(begin, steps, batches, order=(0, 1, 2))
-    tables, whole = (updates_of(begin, steps, batches[:1], order=(stage,))[1][0] for stage in (1, 2))
-    mesh = mesh_lib.make_mesh(data=2, fsdp=2, context=1, tensor=2)
-    with jax.set_mesh(mesh):
-      place = functools.partial(mesh_lib.to_global, mesh)
-      divided, divided_norms = updates_of(*steps_of(grown_spec), batches[:1], place, order=(0,))
+  before = trees.paths(jax.device_get(transformer.init(grown_spec, jax.random.key(0))))
+  begin, steps = steps_of(grown_spec)
+  found, norms = updates_of(begin, steps, batches, order=(0, 1, 2))
+  tables, whole = (updates_of(begin, steps, batches[:1], order=(stage,))[1][0] for stage in (1, 2))
+  mesh = mesh_lib.make_mesh(data=2, fsdp=2, context=1, tensor=2)
+  with jax.set_mesh(mesh):
+    place = functools.partial(mesh_lib.to_global, mesh)
+    divided, divided_norms = updates_of(*steps_of(grown_spec), batches[:1], place, order=(0,))
   first, second, third = (trees.paths(now.params) for now in found)
   is_new = np.zeros(320, bool)
   is_new[280:300] = True
@@ -333,7 +331,7 @@ def whole_state(workdir, at):
 def straight(staged_run, tmp_path_factory):
   """The run without a stop, one device."""
   workdir = tmp_path_factory.mktemp("straight") / "run"
-  with pytest.MonkeyPatch.context() as patch, compiling.quickly():
+  with pytest.MonkeyPatch.context() as patch:
     patch.setattr(mesh_lib, "make_mesh", functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:1]))
     assert loop.run(copy.deepcopy(staged_run), workdir) == loop.EXIT_DONE
   jax.set_mesh(None)
@@ -352,11 +350,10 @@ def test_stages_follow_each_other_and_rest_what_they_do_not_train(straight):
 
 
 def test_a_run_stopped_before_on_and_behind_borders_is_the_same_run(staged_run, straight, one_device, tmp_path, capsys):
-  with compiling.quickly():
-    for stop in (3, 4, 9, 0):
-      c = copy.deepcopy(staged_run)
-      c.debug.stop_after = stop
-      assert loop.run(c, tmp_path / "run") == loop.EXIT_DONE
+  for stop in (3, 4, 9, 0):
+    c = copy.deepcopy(staged_run)
+    c.debug.stop_after = stop
+    assert loop.run(c, tmp_path / "run") == loop.EXIT_DONE
   found, wanted = whole_state(tmp_path / "run", 12), whole_state(straight, 12)
   for path, leaf in wanted.items():
     np.testing.assert_array_equal(found[path], leaf, err_msg=path)
@@ -377,8 +374,7 @@ def test_each_stage_is_compiled_once(root, monkeypatch, staged_run, one_device, 
   monkeypatch.syspath_prepend(root / "tools" / "bench")
   import bench_endurance
 
-  with compiling.quickly():
-    found = bench_endurance.watched(copy.deepcopy(staged_run), tmp_path / "run", every=1)
+  found = bench_endurance.watched(copy.deepcopy(staged_run), tmp_path / "run", every=1)
   count = collections.Counter(program for _, program in found.compiled)
   assert count["jit(train_step)"] == 3 and count["jit(eval_step)"] == 1, found.compiled
 
@@ -446,9 +442,8 @@ def test_moments_of_what_was_there_survive_growth(staged_run, straight, one_devi
     rows, old = found[f"opt_state.{name}.embedding"], before[f"opt_state.{name}.embedding"]
     np.testing.assert_array_equal(rows[:300], old[:300].astype(rows.dtype))
     assert old[:300].any() and not rows[300:].any()  # rows 300 to 319 were padding, and had been counted
-  with compiling.quickly():
-    c.debug.stop_after = 1
-    assert loop.run(c, tmp_path / "run") == loop.EXIT_DONE
+  c.debug.stop_after = 1
+  assert loop.run(c, tmp_path / "run") == loop.EXIT_DONE
   assert f"parameters; moments of {straight} for what it had" in " ".join(capsys.readouterr().out.split())
   np.testing.assert_array_equal(
     whole_state(tmp_path / "run", 1)["opt_state.count.embedding"], [8] * 280 + [12] * 20 + [1] * 30 + [0] * 54

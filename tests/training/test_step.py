@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 
-import compiling
 import factory
 import jax
 import jax.numpy as jnp
@@ -21,12 +20,6 @@ from cpt_jax.training import optimizer, state, step
 
 SETTINGS = factory.SETTINGS._replace(attention="plain")
 RULES = dict(decay_rules=((".*norm", 0.0), (".*", 1.0)), rate_rules=((".*", 1.0),), layer_rates=(), frozen=())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-  with compiling.quickly():
-    yield
 
 
 # A large eps: with a small one Adam turns the rounding of a gradient near zero into a whole step.
