@@ -81,7 +81,9 @@ def test_without_such_numbers_the_guard_changes_no_bit(tiny_spec, random_batch, 
 
   @jax.jit
   def plain(state, batch, rate):
-    grads, sums = step.accumulate(jax.grad(objective, has_aux=True), state.params, batch, microbatches=microbatches)
+    grads, sums = step.accumulate(
+      jax.grad(objective, has_aux=True), state.params, batch, microbatches=microbatches, dtype="float32"
+    )
     tokens = jnp.sum(weights_M * sums.tokens_M.astype(jnp.float32))
     scale = 1.0 / jnp.where(tokens > 0, tokens, 1.0)
     grads = jax.tree.map(lambda g: g * scale, grads)

@@ -8,6 +8,7 @@ import json
 import factory
 import hypothesis
 import hypothesis.strategies as st
+import in_process
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,7 @@ from cpt_jax.training import inputs as inputs_lib
 from cpt_jax.training import loop, optimizer, schedule, start, state
 from cpt_jax.vocab import initialise
 from cpt_jax.vocab.initialise import OldRows, replaced
+from tools.bench import bench_endurance
 
 ROWS = range(5, 7)  # of the table's 8; the last is padding
 SHAPES = {"embedding": (8, 4), "layers.attn_norm": (3, 4), "layers.wq": (3, 4, 2, 2), "final_norm": (4,), "head": (4, 8)}
@@ -328,14 +330,17 @@ def whole_state(workdir, at):
 
 
 @pytest.fixture(scope="module")
-def straight(staged_run, tmp_path_factory):
-  """The run without a stop, one device."""
+def watched(staged_run, tmp_path_factory):
+  """The run without a stop, on one device, and which programs it compiled."""
   workdir = tmp_path_factory.mktemp("straight") / "run"
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(mesh_lib, "make_mesh", functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:1]))
-    assert loop.run(copy.deepcopy(staged_run), workdir) == loop.EXIT_DONE
-  jax.set_mesh(None)
-  return workdir
+  with in_process.one_device():
+    found = bench_endurance.watched(copy.deepcopy(staged_run), workdir, every=1)
+  return workdir, [program for _, program in found.compiled]
+
+
+@pytest.fixture(scope="module")
+def straight(watched):
+  return watched[0]
 
 
 def test_stages_follow_each_other_and_rest_what_they_do_not_train(straight):
@@ -370,13 +375,9 @@ def test_another_list_of_stages_is_another_run(staged_run, straight, one_device)
     loop.run(c, straight)
 
 
-def test_each_stage_is_compiled_once(root, monkeypatch, staged_run, one_device, tmp_path):
-  monkeypatch.syspath_prepend(root / "tools" / "bench")
-  import bench_endurance
-
-  found = bench_endurance.watched(copy.deepcopy(staged_run), tmp_path / "run", every=1)
-  count = collections.Counter(program for _, program in found.compiled)
-  assert count["jit(train_step)"] == 3 and count["jit(eval_step)"] == 1, found.compiled
+def test_each_stage_is_compiled_once(watched):
+  count = collections.Counter(watched[1])
+  assert count["jit(train_step)"] == 3 and count["jit(eval_step)"] == 1, count
 
 
 def test_the_dry_run_says_what_each_stage_trains(staged_run, tmp_path, capsys):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_assess import poems, run_tool
+from test_assess import poems
 
 from cpt_jax.store import tokenizer as tokenizer_lib
 from cpt_jax.vocab import grow, kinds
@@ -52,11 +52,11 @@ def test_sentencepiece_loads_the_grown_model(fixtures, tmp_path, root):
 
 
 @pytest.mark.parity
-def test_transformers_loads_the_grown_model_with_its_old_logits(root, tmp_path):
+def test_transformers_loads_the_grown_model_with_its_old_logits(root, cpt, tmp_path):
   transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
   (tmp_path / "zh.txt").write_text("\n\f\n".join(poems(root, 300_000)), encoding="utf-8")
   options = ["--domain", tmp_path / "zh.txt", "--size", 50, "--output", tmp_path / "grown"]
-  done = run_tool(root, "grow_vocab.py", "--hf", root / "examples" / "base", *options)
+  done = cpt("vocab", "grow", "--hf", root / "examples" / "base", *options)
   assert done.returncode == 0, done.stderr
   logits = []
   ids = torch.tensor([[5, 99, 1000, 2047, 17, 4000]])
