@@ -157,5 +157,6 @@ def one_device(monkeypatch):
 
   make = functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:1])
   monkeypatch.setattr(mesh_lib, "make_mesh", make)
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
   with jax.set_mesh(make(data=1, fsdp=1, context=1, tensor=1)):
     yield

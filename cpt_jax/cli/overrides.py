@@ -3,6 +3,7 @@
 Invariant: a key that does not exist is refused with what was probably meant, all of them at once.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,9 @@ def read(path: str, overrides: Sequence[str] = ()) -> Any:
   values = flags.FlagValues()  # of this call alone
   config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=["cpt", *argv])
   try:
-    values(["cpt", *argv])
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", DeprecationWarning)  # of the way in which ml_collections loads a file
+      values(["cpt", *argv])
   except flags.Error as error:
     raise config_lib.ConfigError(str(error)) from None
   return shipped.complete(values["config"].value)

@@ -20,10 +20,10 @@ from cpt_jax.planning.recommend import Recommendation
 from cpt_jax.planning.trials import Trial
 from cpt_jax.preview import dry_run as dry_run_lib
 from cpt_jax.store import documents
-from cpt_jax.store import store as stores
 from cpt_jax.stream import sources as sources_lib
 from cpt_jax.training import console
 from cpt_jax.training import inputs as inputs_lib
+from cpt_jax.training.stack import ONE_DEVICE
 
 GENERAL_LOSS_RISE = 0.05  # nats, where no objective is given; that of 2407.17467
 
@@ -129,7 +129,7 @@ def plan(
   tables.design(designed, num_over=num_over)
   if dry_run:
     if num_over < len(designed.trials()):
-      check_inputs(trials.trial_config(config, designed.trials()[0]))
+      check_inputs(trials.trial_config(config, designed.trials()[0]), stack=stack)
     console.say("dry run: nothing was trained. Without --dry_run this command goes on.")
     return Plan(output, designed, None, exits.DONE)
   how.trials_dir.mkdir(parents=True, exist_ok=True)
@@ -224,17 +224,17 @@ def _recommend(
   return made
 
 
-def check_inputs(config: Any) -> None:
-  """Raises ConfigError with all that a run of `config` would refuse before its first step; writes and prepares nothing."""
+def check_inputs(config: Any, *, stack: int) -> None:
+  """Raises ConfigError with all that a trial of `config` would refuse before its first step; writes and prepares nothing."""
   resolved = inputs_lib.resolve(config)
-  inputs_lib.check_mesh(dry_run_lib.mesh_sizes(resolved.config)[0], resolved.spec, resolved.config)
+  sizes = ONE_DEVICE if stack > 1 else dry_run_lib.mesh_sizes(resolved.config)[0]
+  inputs_lib.check_mesh(sizes, resolved.spec, resolved.config)
   config, problems = resolved.config.copy_and_resolve_references(), Problems()
   with config.unlocked():
-    for name, entry in list(config.data.sources.items()):
-      if entry.text and not (pathlib.Path(entry.store) / stores.MANIFEST).exists():  # the first trial makes it of the text
-        with problems.collect():
-          documents.find_files([entry.text], flag=f"data.sources.{name}.text")
-        del config.data.sources[name]
+    for name, entry in inputs_lib.unprepared(config).items():  # the first trial makes them of their texts
+      with problems.collect():
+        documents.find_files([entry.text], flag=f"data.sources.{name}.text")
+      del config.data.sources[name]
   opened = sources_lib.from_config(config, problems)
   sources_lib.check_vocabulary(opened, resolved.spec.num_ids, problems)
   problems.raise_if_any()

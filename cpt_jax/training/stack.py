@@ -14,7 +14,7 @@ from cpt_jax.config import ConfigError
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.stream.batch import Batch
 
-ONE_DEVICE = dict.fromkeys(mesh_lib.AXES, 1)  # the mesh of a stack
+ONE_DEVICE: dict[str, int] = dict.fromkeys(mesh_lib.AXES, 1)  # the mesh of a stack
 
 
 class Stack(NamedTuple):
