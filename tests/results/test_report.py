@@ -58,7 +58,7 @@ def test_a_run_that_left_its_plan_is_told(run_dir, config, tmp_path):
 
 
 def test_a_run_without_a_prediction_is_refused(run_dir, tmp_path):
-  with pytest.raises(ConfigError, match=r"no prediction for its sources general, poetry.*tools/plan.py"):
+  with pytest.raises(ConfigError, match=r"no prediction for its sources general, poetry.*cpt plan"):
     report.rows(runs.read_run(run_dir), {"law": (1.0, 0.9, 1.1)})
   with pytest.raises(ConfigError, match=r"no plan\.json there"):
     report.read_plan(tmp_path)
