@@ -64,23 +64,25 @@ class Parser(argparse.ArgumentParser):
     if any(arg in ("--help", "-h") for arg in ours):
       return argparse.Namespace(help=True)
     changes, ours = _changes(ours) if self.overrides else ([], ours)
+    known = [option for action in self._actions for option in action.option_strings]
+    # ORDER: before parsing, which would first miss a required flag that is only misspelt.
+    self._refuse([word for word in ours if word.startswith("--") and word.partition("=")[0] not in known], known)
     args, unknown = self.parse_known_args(ours)
-    if rest and not self.rest:
-      unknown = rest
-    if unknown:
-      known = [option for action in self._actions for option in action.option_strings]
-      lines = []
-      for word in unknown:
-        flag = word.partition("=")[0]
-        meant = (
-          did_you_mean(flag, known) if flag.startswith("-") else " Flags look like --name=value; quote patterns like '*.txt'."
-        )
-        lines.append(f"{self.prog}: there is no {flag}.{meant}")
-      if self.rest:
-        lines.append(f"{self.rest[0].upper()}{self.rest[1:]} come after --, as in: {self.prog} ... -- --config=configs/domain.py")
-      raise ConfigError("\n".join([*lines, f"All flags: {self.prog} --help"]))
+    self._refuse(unknown or ([] if self.rest else rest), known)
     args.rest, args.overrides = rest, changes
     return args
+
+  def _refuse(self, unknown: Sequence[str], known: Sequence[str]) -> None:
+    if not unknown:
+      return
+    lines = []
+    for word in unknown:
+      flag = word.partition("=")[0]
+      form = " Flags look like --name=value, and a pattern like '*.txt' is quoted."
+      lines.append(f"{self.prog}: there is no {flag}.{did_you_mean(flag, known) if flag.startswith('-') else form}")
+    if self.rest:
+      lines.append(f"{self.rest[0].upper()}{self.rest[1:]} come after --, as in: {self.prog} ... -- --config=configs/domain.py")
+    raise ConfigError("\n".join([*lines, f"All flags: {self.prog} --help"]))
 
   def error(self, message: str) -> NoReturn:
     """Instead of usage and exit code 2."""

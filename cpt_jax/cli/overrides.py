@@ -27,7 +27,7 @@ def read(path: str, overrides: Sequence[str] = ()) -> Any:
   config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=["cpt", *argv])
   try:
     with warnings.catch_warnings():
-      warnings.simplefilter("ignore", DeprecationWarning)  # of the way in which ml_collections loads a file
+      warnings.simplefilter("ignore", DeprecationWarning)  # ml_collections loads modules in a way that Python will give up
       values(["cpt", *argv])
   except flags.Error as error:
     raise config_lib.ConfigError(str(error)) from None

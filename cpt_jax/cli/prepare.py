@@ -1,6 +1,7 @@
 """`cpt prepare`: flags to one call of `cpt_jax.prepare`, or of `store.machines` where datatrove's executors do it."""
 
 from argparse import Namespace
+from typing import Any
 
 from cpt_jax import exits, shipped
 from cpt_jax.cli import manual
@@ -79,11 +80,13 @@ def run(args: Namespace) -> int:
   if args.decontaminate:
     contamination = decontaminate.build(args.decontaminate, fields=fields, ngram_words=args.ngram_words)
   names = ("output", "eos_token", "records", "train_on", "text_field", "answer_field", "on_bad", "max_bad")
-  how = {name: getattr(args, name) for name in names} | {"tokenizer": shipped.find(args.tokenizer)}
+  how: dict[str, Any] = {name: getattr(args, name) for name in names} | {"tokenizer": shipped.find(args.tokenizer)}
   how["max_document_bytes"] = int(args.max_document_mb * (1 << 20))
   try:
     if uses_datatrove:
-      of_machines = {name: getattr(args, name) for name in machines.Asked._fields} | {"executor": args.executor or "local"}
+      of_machines: dict[str, Any] = {name: getattr(args, name) for name in machines.Asked._fields} | {
+        "executor": args.executor or "local"
+      }
       task = machines.Task(**how | {"text_field": args.text_field or args.records})
       asked = machines.Asked(**of_machines)
       lines = machines.prepare(inputs, asked, task=task, contamination=contamination, dry_run=args.dry_run)

@@ -111,7 +111,7 @@ def slurm_script(run: Run, options: Mapping[str, Any], more: Sequence[str], *, n
     raise ConfigError("an option of sbatch is one line: --name, --output and --sbatch take no line breaks")
   # The signal goes to the processes, not to this script: each of them tells the others, and all save the same step.
   known = {**options, "signal": f"TERM@{stop_secs}", "requeue": "", "open-mode": "append"}
-  known |= dict(option.partition("=")[::2] for option in more)
+  known |= {option.partition("=")[0]: option.partition("=")[2] for option in more}
   lines = [
     f"#SBATCH --{name}" + (f"={shlex.quote(str(value))}" if value != "" else "")
     for name, value in known.items()

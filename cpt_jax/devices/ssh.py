@@ -100,7 +100,9 @@ def run_all(names: list[str], started: list[list[str]], *, grace_secs: float) ->
           _say(f"{reason}; the others are told to save and end", speaking)
           for i in running:
             with contextlib.suppress(BrokenPipeError):
-              processes[i].stdin.close()
+              stdin = processes[i].stdin
+              assert stdin is not None
+              stdin.close()
           patience = grace_secs
   finally:
     for i in running:

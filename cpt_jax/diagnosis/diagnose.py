@@ -89,6 +89,8 @@ def diagnose(
 ) -> Diagnosis:
   """Measures a base on every source beside the general one, judges what training it asks for, and writes diagnosis.json.
 
+  >>> cpt_jax.diagnose("examples/base", {"general": "store/en", "law": "store/law"}, general="general")  # doctest: +SKIP
+
   Args:
     hf: the base, a Hugging Face directory.
     sources: name -> token store, or text to make one of; or texts "NAME=PATH,NAME=PATH".

@@ -81,6 +81,8 @@ def plan(
 ) -> Plan:
   """Designs, runs, fits, recommends and writes, saying what it does; the plan's files are below `output`.
 
+  >>> cpt_jax.plan(config, budget="2B tokens", probe_budget="15%", general_loss_rise=0.05, output="plan")  # doctest: +SKIP
+
   Args:
     config: of the planned run, or the path of its file.
     output: directory of the plan: trials, plan.json, frontier.png, fit.png, config.py.

@@ -630,5 +630,5 @@ def test_command_says_what_is_wrong(tmp_path, cpt, arguments, code, words):
 
 def test_no_heavy_library_is_imported(fixtures):
   heavy = "{'jax', 'torch', 'transformers', 'datatrove'}"
-  code = f"import sys; from cpt_jax.data import prepare; sys.exit(bool({heavy} & set(sys.modules)))"
+  code = f"import sys; from cpt_jax.store import prepare; sys.exit(bool({heavy} & set(sys.modules)))"
   assert subprocess.run([sys.executable, "-c", code], cwd=fixtures.parent.parent).returncode == 0
