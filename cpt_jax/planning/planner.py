@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 from cpt_jax import config as config_lib
 from cpt_jax import exits, shipped
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.planning import design as design_lib
-from cpt_jax.planning import execute, outcome, plots, recommend, tables, trials
+from cpt_jax.planning import design, execute, outcome, plots, recommend, tables, trials
 from cpt_jax.planning.design import Design
 from cpt_jax.planning.outcome import FinishedTrial
 from cpt_jax.planning.recommend import Recommendation
 from cpt_jax.planning.trials import Trial
-from cpt_jax.preview import dry_run as dry_run_lib
+from cpt_jax.preview.dry_run import mesh_sizes
 from cpt_jax.store import documents
-from cpt_jax.stream import sources as sources_lib
+from cpt_jax.stream import sources
 from cpt_jax.training import console
 from cpt_jax.training import inputs as inputs_lib
 from cpt_jax.training.stack import ONE_DEVICE
@@ -72,7 +71,7 @@ def plan(
   rates: Sequence[float | str] = (),
   replays: Sequence[float | str] = (),
   seeds: int = 2,
-  longer: Sequence[float | str] = design_lib.LONGER,
+  longer: Sequence[float | str] = design.LONGER,
   trial_tokens: str = "",
   stack: int = 0,
   commands: bool = False,
@@ -115,7 +114,7 @@ def plan(
   objective = _objective(config, weights, general_loss_rise)
 
   # ---- 1. design ----
-  designed = design_lib.make(
+  designed = design.make(
     config,
     budget=budget,
     probe_budget=probe_budget,
@@ -229,7 +228,7 @@ def _recommend(
 def check_inputs(config: Any, *, stack: int) -> None:
   """Raises ConfigError with all that a trial of `config` would refuse before its first step; writes and prepares nothing."""
   resolved = inputs_lib.resolve(config)
-  sizes = ONE_DEVICE if stack > 1 else dry_run_lib.mesh_sizes(resolved.config)[0]
+  sizes = ONE_DEVICE if stack > 1 else mesh_sizes(resolved.config)[0]
   inputs_lib.check_mesh(sizes, resolved.spec, resolved.config)
   config, problems = resolved.config.copy_and_resolve_references(), Problems()
   with config.unlocked():
@@ -237,8 +236,8 @@ def check_inputs(config: Any, *, stack: int) -> None:
       with problems.collect():
         documents.find_files([entry.text], flag=f"data.sources.{name}.text")
       del config.data.sources[name]
-  opened = sources_lib.from_config(config, problems)
-  sources_lib.check_vocabulary(opened, resolved.spec.num_ids, problems)
+  opened = sources.from_config(config, problems)
+  sources.check_vocabulary(opened, resolved.spec.num_ids, problems)
   problems.raise_if_any()
 
 
