@@ -107,9 +107,7 @@ def plan(
     raise ConfigError("--output is empty: name the directory of the plan, e.g. --output=plan")
   if importlib.util.find_spec("matplotlib") is None:  # said before the trials, not after them
     raise ConfigError("a plan ends with figures: pip install 'cpt_jax[plots]'")
-  if isinstance(config, (str, os.PathLike)):
-    config = shipped.complete(config_lib.load_file(shipped.find(os.fspath(config))))
-  config = config_lib.resolve(config)
+  config = _read(config)
   output = pathlib.Path(output)
   objective = _objective(config, weights, general_loss_rise)
 
@@ -134,12 +132,21 @@ def plan(
     console.say("dry run: nothing was trained. Without --dry_run this command goes on.")
     return Plan(output, designed, None, exits.DONE)
   how.trials_dir.mkdir(parents=True, exist_ok=True)
+
+  # ---- 2. sweep of the rate, then the grid ----
   try:
-    found = _make_trials(designed, how)  # ---- 2. sweep of the rate, then the grid ----
+    found = _make_trials(designed, how)
   except _UnfinishedError as end:
     return Plan(output, designed, None, end.exit_code)
   made = _recommend(designed, found, config, output, confidence=confidence, objective=objective, has_budget=bool(budget))
   return Plan(output, designed, made, exits.DONE)
+
+
+def _read(config: Any) -> Any:
+  """The config itself, or that of a file, resolved."""
+  if isinstance(config, (str, os.PathLike)):
+    config = shipped.complete(config_lib.load_file(shipped.find(os.fspath(config))))
+  return config_lib.resolve(config)
 
 
 def _make_trials(designed: Design, how: _Settings) -> list[FinishedTrial]:
