@@ -111,7 +111,6 @@ def plan(
   output = pathlib.Path(output)
   objective = _objective(config, weights, general_loss_rise)
 
-  # ---- 1. design ----
   designed = design.make(
     config,
     budget=budget,
@@ -132,8 +131,6 @@ def plan(
     console.say("dry run: nothing was trained. Without --dry_run this command goes on.")
     return Plan(output, designed, None, exits.DONE)
   how.trials_dir.mkdir(parents=True, exist_ok=True)
-
-  # ---- 2. sweep of the rate, then the grid ----
   try:
     found = _make_trials(designed, how)
   except _UnfinishedError as end:
@@ -210,14 +207,13 @@ def _recommend(
   objective: dict[str, Any],
   has_budget: bool,
 ) -> Recommendation:
-  # ---- 3. fit: every trial that is there, also those that this design does not have ----
+  """Fits laws to every trial that is there, also to those that this design does not have, recommends, and writes."""
   tables.cells(found)
   tokens = outcome.trained_tokens(found, budget_tokens=designed.budget_tokens, tokens_per_step=designed.tokens_per_step)
   cells = outcome.cells_of(found)
   made = recommend.plan_from_cells(cells, tokens=tokens, confidence=confidence, seed=config.seed, **objective)
   tables.laws(made)
 
-  # ---- 4. recommend and write ----
   tables.recommendation(made)
   planned = outcome.planned_config(
     config, made, budget_tokens=designed.budget_tokens if has_budget else None, made_by=str(output)
