@@ -8,6 +8,8 @@ from cpt_jax.training import optimizer as optimizer_lib
 from cpt_jax.training import schedule as schedule_lib
 from cpt_jax.training import step as step_lib
 
+SETTINGS = transformer.Settings("float32", remat="none", attention="auto", loss_chunk=0, max_documents=None, scan=True)
+
 
 def optimizer(params, **changes):
   """AdamW as a config has it by default, with the same rate and decay for every leaf."""
@@ -29,8 +31,7 @@ def checkpoints(path, **changes):
 
 def hidden(params, spec, tokens_BT, positions_BT, segments_BT, **changes):
   """The model's hidden states."""
-  options = dict(remat="none", attention="auto", scan=True)
-  return transformer.apply(params, spec, tokens_BT, positions_BT, segments_BT, **(options | changes))
+  return transformer.apply(params, spec, tokens_BT, positions_BT, segments_BT, settings=SETTINGS._replace(**changes))
 
 
 def source(name, store, *, share=1.0, **changes):

@@ -7,7 +7,7 @@ Files in configs/ return `default()` with changes; a run begins with `resolve()`
 from cpt_jax.config.check import leaf_keys, resolve
 from cpt_jax.config.describe import describe_keys, reference
 from cpt_jax.config.durations import Duration, parse_tokens
-from cpt_jax.config.errors import ConfigError, Problems, did_you_mean, from_hub
+from cpt_jax.config.errors import ConfigError, Problems, did_you_mean
 from cpt_jax.config.files import changes, check_overrides, completed, load_file
 from cpt_jax.config.keys import FIELDS, KEYS, default, source
 from cpt_jax.config.shares import Share
@@ -30,7 +30,6 @@ __all__ = [
   "default",
   "describe_keys",
   "did_you_mean",
-  "from_hub",
   "get",
   "leaf_keys",
   "load_file",

@@ -5,7 +5,6 @@ Invariant: a line names the key (or file), what was found and what to write inst
 
 import contextlib
 import difflib
-import re
 from collections.abc import Iterable, Iterator
 
 
@@ -52,13 +51,3 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
   """' Did you mean x?' or ''."""
   close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
   return f" Did you mean {close[0]}?" if close else ""
-
-
-def from_hub(path: str) -> str:
-  """How to get the model, where a directory that is not there looks like the name of one on the Hugging Face hub; else ''."""
-  if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-    return ""
-  return (
-    f" If it is a model of the Hugging Face hub, get it first, `hf download {path} --local-dir models/{path.split('/')[1]}`, "
-    "and name that directory"
-  )

@@ -23,7 +23,7 @@ from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.planning import config_files
-from cpt_jax.planning.outcome import Measured, is_stable
+from cpt_jax.planning.outcome import FinishedTrial, is_stable
 from cpt_jax.planning.trials import Trial, by_role, replay_share, trial_config
 from cpt_jax.preview import memory
 from cpt_jax.results import runs
@@ -107,7 +107,7 @@ def _trial_of(config: Any, record: Any, path: pathlib.Path) -> Trial:
   return Trial(float(record.schedule.lr_peak), round(replay_share(record), 12), steps, int(record.seed) - config.seed)
 
 
-def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, bar: "Progress", stack: int = 1) -> int:
+def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, bar: "TrialsBar", stack: int = 1) -> int:
   """Makes the trials that are not there yet; returns the exit code of loop.run: done, or stopped by a signal.
 
   Up to `stack` trials of one length are trained at once, which begin again if they are stopped.
@@ -171,7 +171,7 @@ def _groups(todo: Sequence[Trial], states: dict[Trial, str], folder: pathlib.Pat
   yield from waiting.values()
 
 
-def measured(config: Any, wanted: Sequence[Trial], folder: pathlib.Path) -> list[Measured]:
+def finished(config: Any, wanted: Sequence[Trial], folder: pathlib.Path) -> list[FinishedTrial]:
   """Those of the trials that are over."""
   found = []
   for trial in wanted:
@@ -179,24 +179,24 @@ def measured(config: Any, wanted: Sequence[Trial], folder: pathlib.Path) -> list
     state = state_of(path, trial_config(config, trial))
     if state in ("complete", "diverged"):
       message = json.loads((path / DIVERGED).read_text(encoding="utf-8"))["message"] if state == "diverged" else ""
-      found.append(Measured(trial, runs.read_run(path), message))
+      found.append(FinishedTrial(trial, runs.read_run(path), message))
   return found
 
 
 def sweep(
-  config: Any, ladder: Sequence[Trial], folder: pathlib.Path, *, bar: "Progress", stack: int = 1
-) -> tuple[list[Measured], int]:
+  config: Any, ladder: Sequence[Trial], folder: pathlib.Path, *, bar: "TrialsBar", stack: int = 1
+) -> tuple[list[FinishedTrial], int]:
   """Goes up the ladder of rates until one is not stable: what was measured on the way, and the exit code of loop.run."""
-  found: list[Measured] = []
+  found: list[FinishedTrial] = []
   for at in range(0, len(ladder), stack):
     code = run_trials(config, ladder[at : at + stack], folder, bar=bar, stack=stack)
-    found = measured(config, ladder[: at + stack], folder)
+    found = finished(config, ladder[: at + stack], folder)
     if code != loop.EXIT_DONE or is_swept(found, ladder):
       return found, code
   return found, loop.EXIT_DONE
 
 
-def is_swept(found: Sequence[Measured], ladder: Sequence[Trial]) -> bool:
+def is_swept(found: Sequence[FinishedTrial], ladder: Sequence[Trial]) -> bool:
   """Was the lowest unstable rate found, with all below it, or the whole ladder climbed."""
   over = {m.trial for m in found}
   unstable = [i for i, trial in enumerate(ladder) if any(m.trial == trial and not is_stable(m, found) for m in found)]
@@ -213,7 +213,7 @@ def write_commands(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *
     made, path = trial_config(config, trial), folder / trial.name
     if state_of(path, made) in ("missing", "begun"):
       file = folder / "configs" / f"{trial.name}.py"
-      config_files.write(made, file, about=f"The trial {trial.name} of a plan, made by tools/plan.py --commands.")
+      config_files.write(made, file, about=f"The trial {trial.name} of a plan, made by cpt plan --commands.")
       lines.append(shlex.join(["python", "-m", "cpt_jax.main", f"--config={file}", f"--workdir={path}"]))
   written = [folder / "commands.txt"]
   write_atomically(written[0], "".join(f"{line}\n" for line in lines).encode())
@@ -231,7 +231,7 @@ def write_commands(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *
   return written
 
 
-class Progress:
+class TrialsBar:
   """How far all trials are: one bar on a terminal, a line for each finished trial, with the time left.
 
   Time is counted in steps. It has the methods of console.TrainProgress, for the trial that is running.
@@ -291,7 +291,7 @@ class Progress:
   def close(self) -> None:
     """Of a trial; the bar goes on."""
 
-  def __enter__(self) -> "Progress":
+  def __enter__(self) -> "TrialsBar":
     return self
 
   def __exit__(self, *_: Any) -> None:

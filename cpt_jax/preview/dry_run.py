@@ -32,7 +32,7 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
   """
   resolved = inputs_lib.resolve(config)
   config, spec = resolved.config, resolved.spec
-  sizes, assumed = _mesh_sizes(config)
+  sizes, assumed = mesh_sizes(config)
   inputs_lib.check_mesh(sizes, spec, config)  # before any text is read
   missing = inputs_lib.unprepared(config)
   inputs = None if missing else inputs_lib.open_texts(resolved, workdir, writes=False)
@@ -67,7 +67,7 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
   return loop.EXIT_DONE
 
 
-def _mesh_sizes(config: Any) -> tuple[dict[str, int], str]:
+def mesh_sizes(config: Any) -> tuple[dict[str, int], str]:
   """The mesh of the run; where -1 asks for the devices of a machine that this one is not, one along that axis."""
   fixed = math.prod(size for size in config.mesh.values() if size != -1)
   asks = -1 in config.mesh.values()
@@ -223,7 +223,7 @@ def _compiled(inputs: inputs_lib.Resolved, sizes: dict[str, int]) -> tuple[memor
       found = memory.of_step_elsewhere(inputs.config, inputs.spec, sizes=sizes, **arguments)
     else:
       here = f"{len(devices)} of the {needed} devices of this mesh are here"
-      return f"since {here}; tools/aot_compile.py compiles for devices that are not", ""
+      return f"since {here}; cpt compile compiles for devices that are not", ""
   except subprocess.CalledProcessError as error:
     return f"since the step did not compile for {needed} CPU devices: {error.stderr.decode().strip().splitlines()[-1]}", ""
   except jax.errors.JaxRuntimeError as error:

@@ -17,7 +17,8 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from cpt_jax.config import ConfigError, did_you_mean, from_hub
+from cpt_jax import hub
+from cpt_jax.config import ConfigError, did_you_mean
 
 MAX_FILE_BYTES = 256 << 20  # the largest in use (Gemma's) has 33 MB; a bigger file is not a tokenizer
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json")
@@ -225,8 +226,8 @@ def _find(path: Path) -> Path:
     return path
   if not path.is_dir():
     raise ConfigError(
-      f"{path}: no such tokenizer; expected a Hugging Face directory, tokenizer.json or a SentencePiece *.model."
-      f"{from_hub(str(path))}"
+      f"{path}: no such tokenizer; expected a Hugging Face directory, tokenizer.json or a SentencePiece *.model"
+      + hub.how_to_get(path)
     )
   for name in ("tokenizer.json", "tokenizer.model"):
     if (path / name).is_file():

@@ -197,7 +197,7 @@ class Loader:
       path = self.sources[int(batch.source_B[b])].store.path
       raise ConfigError(
         f"{path}: holds token id {largest}, the model's vocabulary has {self._vocab_size} rows; its store.json says otherwise, "
-        f"so the files were changed or damaged (tools/prepare_data.py --verify {path}); make the store again"
+        f"so the files were changed or damaged (cpt prepare --verify {path}); make the store again"
       )
 
   def batches(self, start_step: int, *, rows: slice | None = None) -> Iterator[Batch]:

@@ -17,6 +17,8 @@ from cpt_jax.store import tokenizer as tokenizer_lib
 from cpt_jax.store.store import TokenStore, open_store
 
 Knots = tuple[tuple[float, float, str], ...]
+# More than this share is never advised to be held out (by hand): little would be left to learn from.
+MOST_HELDOUT = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,7 @@ def from_config(config, problems: Problems) -> list[Source]:
     key = f"data.sources.{name}"
     if entry.text and not os.path.exists(entry.store):
       problems.add(
-        f"{key}.store={entry.store!r}: not made yet; make it from {key}.text with tools/prepare_data.py --input {entry.text!r} "
+        f"{key}.store={entry.store!r}: not made yet; make it from {key}.text with cpt prepare --input {entry.text!r} "
         f"--tokenizer {config.data.tokenizer or config.start.hf} --output {entry.store}"
       )
       continue
@@ -117,14 +119,17 @@ def check(source: Source, problems: Problems) -> bool:
   """Can the source be split, evaluated and (if its share says so) trained on."""
   key, store = f"data.sources.{source.name}", source.store
   if store.num_documents == 0 or store.num_tokens == 0:
-    problems.add(f"{key}.store={str(store.path)!r}: the store is empty; give tools/prepare_data.py text to read")
+    problems.add(f"{key}.store={str(store.path)!r}: the store is empty; give cpt prepare text to read")
     return False
   sizes = f"{store.num_documents} documents of {str(store.path)!r}"
   pairs = np.maximum(store.lengths - 1, 0)
   if pairs[source.heldout_documents].sum() == 0:
+    if why := too_few_documents(store):
+      problems.add(f"{key}.store={str(store.path)!r}: {why}")
+      return False
     hint = "" if pairs.any() else "; its documents have less than two tokens each"
     if pairs.any():
-      needed = float(source._split_hashes[pairs > 0].min()) / 2**64
+      needed = least_heldout_frac(store)
       hint = f"; from {needed:.2g} on one would be" if needed >= source.heldout_frac else ""
     problems.add(
       f"data.heldout_frac={source.heldout_frac:g}: none of the {sizes} ({key}) is held out, so nothing could be evaluated{hint}; "
@@ -132,12 +137,32 @@ def check(source: Source, problems: Problems) -> bool:
     )
     return False
   if source.is_trained and pairs[source.train_documents].sum() == 0:
+    if why := too_few_documents(store):
+      problems.add(f"{key}.store={str(store.path)!r}: {why}")
+      return False
     problems.add(
       f"data.heldout_frac={source.heldout_frac:g}: leaves none of the {sizes} ({key}) to train on; "
       f"lower it, give more text, or set {key}.share=0.0 to evaluate only"
     )
     return False
   return True
+
+
+def least_heldout_frac(store: TokenStore) -> float:
+  """The heldout_frac from which on a document is held out."""
+  return float(mix64(store.doc_hashes()[store.lengths > 1]).min()) / 2**64
+
+
+def too_few_documents(store: TokenStore) -> str:
+  """Why no sane share of the documents can be held out, and what to do; "" where one can."""
+  num = len(np.unique(store.doc_hashes()[store.lengths > 1]))
+  if not num or (num > 1 and least_heldout_frac(store) < MOST_HELDOUT):
+    return ""
+  what = "one document cannot" if num == 1 else f"so few documents ({num}) can hardly"
+  return (
+    f"{what} be split into training and held-out text: give more text, or split it into documents (.txt: a line that holds one "
+    "form feed between two of them; .jsonl: a record each)"
+  )
 
 
 def check_vocabulary(sources: Sequence[Source], vocab_size: int, problems: Problems) -> None:
@@ -149,7 +174,7 @@ def check_vocabulary(sources: Sequence[Source], vocab_size: int, problems: Probl
       problems.add(
         f"data.sources.{source.name}.store={str(source.store.path)!r}: holds token id {largest}, the model's vocabulary has "
         f"{vocab_size} rows (ids 0..{vocab_size - 1}); prepare the text with the tokenizer of the model that the run starts "
-        "from, or start from the model that tools/grow_vocab.py wrote with a grown tokenizer"
+        "from, or start from the model that cpt vocab grow wrote with a grown tokenizer"
       )
 
 

@@ -118,7 +118,7 @@ class TrainProgress:
     """A training.metrics.Reading: loss of each source, rate and speed."""
     values = reading.values
     losses = "  ".join(f"{name} {loss:.3f}" for name, loss in values["source_loss"].items())
-    figures = f"{losses}  lr {values['rate']:.2e}  {count(reading.tokens_per_sec)} tok/s"
+    figures = f"{losses}  rate {values['rate']:.2e}  {count(reading.tokens_per_sec)} tok/s"
     if reading.mfu is not None:
       figures += f"  MFU {reading.mfu['causal']:.1%}"
     if self._bar is not None:

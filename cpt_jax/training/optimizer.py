@@ -303,7 +303,7 @@ def _trains(
     if of_new and new_rows is None:
       problems.add(
         f"{key} trains the rows of new pieces, but the model has none (its config.json has no base_vocab_size above 0); start "
-        "from what tools/grow_vocab.py wrote, or leave that stage out"
+        "from what cpt vocab grow wrote, or leave that stage out"
       )
     for path in matched:
       if of_new and path not in VOCAB_DIM:

@@ -49,7 +49,7 @@ class Fall:
   shape: str
 
   def __call__(self, step: np.ndarray) -> np.ndarray:
-    """The rate at `step`: `high` before the fall, `low` after it."""
+    """The rate at each `step` of an array of any shape: `high` before the fall, `low` after it."""
     x = np.clip((step - self.first) / max(self.num_steps, 1), 0.0, 1.0)
     if self.shape == "exponential":
       rate = self.high * np.exp(x * math.log(self.low / self.high))

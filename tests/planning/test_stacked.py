@@ -38,11 +38,11 @@ def test_a_stack_equals_its_trials_made_one_by_one(config, one_device, tmp_path,
     last[len(last)] = jax.device_get(trees.paths(params))
     return by_layer(params, base)
 
-  with execute.Progress(TRIALS) as bar, monkeypatch.context() as patch:
+  with execute.TrialsBar(TRIALS) as bar, monkeypatch.context() as patch:
     patch.setattr(stack.Stack, "to_device", see)
     patch.setattr(recorder.drift, "by_layer", keep)
     assert execute.run_trials(config, TRIALS, tmp_path / "stack", bar=bar, stack=4) == loop.EXIT_DONE
-  together = execute.measured(config, TRIALS, tmp_path / "stack")
+  together = execute.finished(config, TRIALS, tmp_path / "stack")
   assert [bool(m.diverged) for m in together] == [False, False, True, False] and "not finite" in together[2].diverged
   assert not (tmp_path / "stack" / TRIALS[2].name / "summary.json").exists()
 
@@ -81,9 +81,9 @@ def test_random_parameters_are_each_trials_own(config, one_device, tmp_path):
   base = config.start.hf
   config.start.hf, config.model.scratch, config.data.tokenizer = "", f"{base}/config.json", base
   wanted = [Trial(1e-3, 0.25, 8, 0), Trial(1e-3, 0.25, 8, 1)]
-  with execute.Progress(wanted) as bar:
+  with execute.TrialsBar(wanted) as bar:
     assert execute.run_trials(config, wanted, tmp_path, bar=bar, stack=2) == loop.EXIT_DONE
-  ours = [m.run for m in execute.measured(config, wanted, tmp_path)]
+  ours = [m.run for m in execute.finished(config, wanted, tmp_path)]
   assert ours[0].base("poetry") != ours[1].base("poetry")
   assert loop.run(trials.trial_config(config, wanted[1]), tmp_path / "alone") == loop.EXIT_DONE
   alone = runs.read_run(tmp_path / "alone")
@@ -93,7 +93,7 @@ def test_random_parameters_are_each_trials_own(config, one_device, tmp_path):
 def test_what_cannot_be_stacked_is_said(config, one_device, tmp_path):
   config.data.sources.poetry.at_end = "stop"
   wanted = [Trial(1e-3, 0.25, 3000, 0), Trial(1e-3, 0.25, 3000, 1)]
-  with execute.Progress(wanted) as bar, pytest.raises(ConfigError, match="runs out before its end"):
+  with execute.TrialsBar(wanted) as bar, pytest.raises(ConfigError, match="runs out before its end"):
     execute.run_trials(config, wanted, tmp_path, bar=bar, stack=2)
 
 

@@ -67,7 +67,7 @@ def trained(monkeypatch):
 
 
 def run_all(config, wanted, folder, **options):
-  with execute.Progress(wanted) as bar:
+  with execute.TrialsBar(wanted) as bar:
     return execute.run_trials(config, wanted, folder, bar=bar, **options)
 
 
@@ -86,7 +86,7 @@ def test_a_probe_that_was_stopped_goes_on_and_makes_nothing_twice(tiny_plan, tra
   assert trained.asked == [[TRIALS[1].name], [TRIALS[2].name]] and files(tmp_path / TRIALS[0].name) == over
   assert not list(tmp_path.rglob("ckpt"))
   assert "3/3  " + TRIALS[2].name in capsys.readouterr().out
-  found = execute.measured(tiny_plan, TRIALS, tmp_path)
+  found = execute.finished(tiny_plan, TRIALS, tmp_path)
   assert [m.trial for m in found] == TRIALS and all(m.run.final("poetry") == 3.5 for m in found)
   assert run_all(tiny_plan, TRIALS, tmp_path) == loop.EXIT_DONE and len(trained.asked) == 2
 
@@ -96,7 +96,7 @@ def test_a_trial_that_diverged_is_recorded_and_not_tried_again(tiny_plan, traine
   for _ in range(2):
     assert run_all(tiny_plan, wanted, tmp_path) == loop.EXIT_DONE
   assert len(trained.asked) == 4
-  found = execute.measured(tiny_plan, wanted, tmp_path)
+  found = execute.finished(tiny_plan, wanted, tmp_path)
   assert [bool(m.diverged) for m in found] == [True, False, False, False] and "nan" in found[0].diverged
   cells = outcome.cells_of(found)
   assert np.isnan([cell.losses["poetry"] for cell in cells]).tolist() == [True, False, False, False]
@@ -111,7 +111,7 @@ def test_stacks_hold_trials_of_one_length_and_none_that_was_begun(tiny_plan, tra
   assert run_all(tiny_plan, wanted, tmp_path, stack=2) == loop.EXIT_DONE
   names = [trial.name for trial in wanted]
   assert sorted(trained.asked) == sorted([[names[0], names[1]], [names[3], names[4]], [names[5]], [names[2]]])
-  assert [m.trial for m in execute.measured(tiny_plan, wanted, tmp_path) if m.diverged] == [wanted[3]]
+  assert [m.trial for m in execute.finished(tiny_plan, wanted, tmp_path) if m.diverged] == [wanted[3]]
 
 
 def test_runs_made_by_hand_are_found_and_others_are_refused(tiny_plan, tmp_path):
@@ -152,7 +152,7 @@ def test_command_lines_make_the_same_trials(tiny_plan, tmp_path):
 def measured(rate, loss, tmp_path, tiny_plan, *, diverged=""):
   trial = Trial(rate, 0.25, 8, 0)
   write_run(tmp_path / trial.name, trials.trial_config(tiny_plan, trial), final=(3.1, loss))
-  return outcome.Measured(trial, runs.read_run(tmp_path / trial.name), diverged)
+  return outcome.FinishedTrial(trial, runs.read_run(tmp_path / trial.name), diverged)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_sweep_ends_at_the_first_rate_that_is_not_stable(tiny_plan, trained, t
   ladder = [Trial(rate, 0.25, 8, 0) for rate in (1e-3, 1e-2, 2.0, 4.0, 8.0)]
   for stack, made in ((1, 3), (2, 4)):
     folder = tmp_path / str(stack)
-    with execute.Progress(ladder) as bar:
+    with execute.TrialsBar(ladder) as bar:
       found, code = execute.sweep(tiny_plan, ladder, folder, bar=bar, stack=stack)
     assert code == loop.EXIT_DONE and len(found) == made and outcome.highest_stable(found) == 1e-2
 
@@ -192,7 +192,7 @@ def test_cells_hold_the_shares_and_tokens_that_were_read(tiny_plan, tmp_path):
   for seed, read in ((0, (30, 970)), (1, (34, 966))):
     trial = Trial(1e-3, 0.01, 8, seed)
     write_run(tmp_path / trial.name, trials.trial_config(tiny_plan, trial), final=(3.1, 3.5 + seed), read=read)
-    found.append(outcome.Measured(trial, runs.read_run(tmp_path / trial.name), ""))
+    found.append(outcome.FinishedTrial(trial, runs.read_run(tmp_path / trial.name), ""))
   cells = outcome.cells_of(found)
   assert [cell.replay for cell in cells] == [0.032, 0.032] and [cell.tokens for cell in cells] == [1000, 1000]
   assert [cell.losses["poetry"] for cell in cells] == [3.5, 4.5] and cells[0].base == {"general": 3.0, "poetry": 4.0}

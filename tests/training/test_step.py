@@ -19,7 +19,7 @@ from cpt_jax.model.spec import ModelSpec
 from cpt_jax.stream.batch import Batch
 from cpt_jax.training import optimizer, state, step
 
-SETTINGS = step.ModelSettings(jnp.dtype("float32"), "none", "plain", 0, True)
+SETTINGS = factory.SETTINGS._replace(attention="plain")
 RULES = dict(decay_rules=((".*norm", 0.0), (".*", 1.0)), rate_rules=((".*", 1.0),), layer_rates=(), frozen=())
 
 

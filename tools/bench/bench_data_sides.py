@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+from tools.bench import bench_samples
+from tools.bench.bench_samples import status
+
 BATCH_ROWS, ROW_LEN = 8, 2048
 RAMPED_STEPS, RAMPED_ROWS = 1_000_000, 1024  # a million steps that hold row 10**9
 POSITIONS = (0, 10**6, 10**9)
@@ -473,20 +475,10 @@ def _datatrove(text: str, *, tokenizer: str, output: str) -> Callable[[], Any]:
   return work
 
 
-def status(*names: str) -> list[int]:
-  """Bytes of fields of /proc/self/status; 0 where the system has none."""
-  path = pathlib.Path("/proc/self/status")
-  fields = dict(line.split(":", 1) for line in path.read_text().splitlines()) if path.exists() else {}
-  return [int(fields[name].split()[0]) << 10 if name in fields else 0 for name in names]
-
-
 _MEASURE = {"read": read, "read_packed": read_packed, "seek": seek, "tokenize": tokenize}
 
 
-def _main(what: str, directory: str, options: str, on_cores: str) -> None:
-  # ORDER: cores first. Libraries count them once, when they start their threads.
-  if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, [int(core) for core in on_cores.split(",")])
+def _main(what: str, directory: str, options: str) -> None:
   try:
     result = _MEASURE[what](pathlib.Path(directory), **json.loads(options))
   except ImportError as error:
@@ -497,5 +489,5 @@ def _main(what: str, directory: str, options: str, on_cores: str) -> None:
 
 
 if __name__ == "__main__":
-  sys.path.insert(0, str(_ROOT))
-  _main(*sys.argv[1:])
+  bench_samples.take_cores(sys.argv[4])
+  _main(*sys.argv[1:4])
