@@ -166,12 +166,15 @@ def run(config):
 def events(config):
   """The steps at which a run evaluates, saves and ends; nothing is computed."""
   done = []
-  recorders = MagicMock(are_new=False, diverged=[""])
-  recorders.decide.return_value, recorders.saves.return_value, recorders.reads_at.return_value = None, False, False
-  for name in ("evaluate", "save", "finish"):
-    getattr(recorders, name).side_effect = lambda now, *_, name=name, **__: done.append((name, now))
+  fake = MagicMock(missing=(), diverged="")
+  fake.watch.decide.return_value, fake.watch.saves.return_value, fake.watch.reads_at.return_value = None, False, False
+  fake.checkpoints.steps.return_value = []
+  for name in ("evaluated", "save", "finish"):
+    getattr(fake, name).side_effect = lambda now, *_, name=name, **__: done.append((name, now))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "Recorders", lambda *_, **__: recorders)
+    patch.setattr(loop.recorder, "Recorder", lambda *_, **__: fake)
+    patch.setattr(loop.recorder, "load_base", lambda *_, **__: None)
+    patch.setattr(loop.perplexity, "evaluate", lambda *_, **__: [{}])
     patch.setattr(start, "initial_state", lambda *_, **__: MagicMock())
     patch.setattr(step, "from_config", lambda *_, **__: lambda state, *_: (state, None))
     patch.setattr(jax, "jit", lambda f, **_: f)
