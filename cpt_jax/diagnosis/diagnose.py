@@ -110,11 +110,11 @@ def diagnose(
   paths = _read_sources(sources, problems)
   general = _general(general, paths, problems)
   budget_tokens = _budget(budget, problems)
-  heldout_frac = config_lib.default().data.heldout_frac if heldout_frac is None else heldout_frac
+  held_frac: float = config_lib.default().data.heldout_frac if heldout_frac is None else heldout_frac
   if base_peak_lr is not None and not 0 < base_peak_lr < 1:
     problems.add(f"--base_peak_lr={base_peak_lr}: a rate between 0 and 1, e.g. 3e-4")
-  if not 0 < heldout_frac < 1:
-    problems.add(f"--heldout_frac={heldout_frac}: must lie between 0 and 1, e.g. 0.01")
+  if not 0 < held_frac < 1:
+    problems.add(f"--heldout_frac={held_frac}: must lie between 0 and 1, e.g. 0.01")
   folder = pathlib.Path(output) if output else _free_directory("diagnosis")
   if folder.exists() and not folder.is_dir():
     problems.add(f"--output={folder}: is a file; name a directory")
@@ -123,16 +123,16 @@ def diagnose(
   assert base is not None
 
   row_len = measure.row_len(base, row_len)
-  figures = _measure(base, opened, general=general, tokens=tokens, heldout_frac=heldout_frac, row_len=row_len)
+  figures = _measure(base, opened, general=general, tokens=tokens, heldout_frac=held_frac, row_len=row_len)
   verdicts = [verdict.judge(figures[name], figures[general], budget_tokens=budget_tokens) for name in figures if name != general]
   commands, notes = {}, []
   for one in verdicts:
     if one.practice:
       pair = {name: opened[name] for name in (general, one.source)}
-      held, of_pair = _heldout(pair, heldout_frac)
+      held, of_pair = _heldout(pair, held_frac)
       notes += [note for note in of_pair if note not in notes]
       commands[one.source] = _command(one, base, pair, held=held, budget_tokens=budget_tokens, base_peak_lr=base_peak_lr)
-  settings = {"tokens": tokens, "heldout_frac": heldout_frac, "row_len": row_len, "budget_tokens": budget_tokens}
+  settings = {"tokens": tokens, "heldout_frac": held_frac, "row_len": row_len, "budget_tokens": budget_tokens}
   found = Diagnosis(base, general, settings, base_peak_lr, figures, verdicts, commands, prepared, notes, folder)
   folder.mkdir(parents=True, exist_ok=True)
   text = json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n"
@@ -244,7 +244,7 @@ def _command(
   """The command that says what the run on (general, source) would do, ready to be given."""
   practice = verdict.PRACTICES[one.practice]
   learnt = "language" if one.practice == "language" else "domain"
-  recipe = config_lib.load_file(str(shipped.root() / practice.config))
+  recipe: Any = config_lib.load_file(str(shipped.root() / practice.config))
   row_len = base.spec.max_positions if one.practice == "long" else min(recipe.data.row_len, base.spec.max_positions)
   general, source = pair.values()
   keys: dict[str, Any] = {

@@ -69,7 +69,7 @@ def _curve(one: Comparison, labels: dict[pathlib.Path, str]) -> None:
     f"{one.source}: {labels[one.grown.path]} less {labels[one.base.path]} at the same expense, bits per byte",
     [*(_NAMES[axis] for axis in axes), "bits per byte", *(f"at equal {_NAMES[axis]}" for axis in axes)],
     [
-      [*(_amount(one.grown_curves[axis][0][i]) for axis in axes), f"{one.grown_curves['tokens'][1][i]:.4f}"]
+      [*(_amount(float(one.grown_curves[axis][0][i])) for axis in axes), f"{one.grown_curves['tokens'][1][i]:.4f}"]
       + ["" if math.isnan(less[axis][i]) else f"{less[axis][i]:+.4f}" for axis in axes]
       for i in shown
     ],
