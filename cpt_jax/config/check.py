@@ -117,7 +117,7 @@ def _check_keys(config: Any, problems: Problems) -> None:
       problems.add(
         f"{key.name}={value!r}: expected {type(key.default).__name__}, e.g. {key.default!r}; found {type(value).__name__}"
       )
-  if not isinstance(config.get("data", {}).get("sources"), ConfigDict):
+  if not ("data" in config and "sources" in config.data and isinstance(config.data.sources, ConfigDict)):
     problems.add("data.sources: expected entries name = config.source(store=..., role=..., share=...)")
     return
   for name, entry in config.data.sources.items():

@@ -4,6 +4,7 @@ Invariant: the base is evaluated as a run does it (stream.pipeline.evaluation_ro
 held-out documents where there are enough of them; nothing is loaded whole but the base and the stores' indices.
 """
 
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -148,17 +149,14 @@ def evaluate(base: Base, held: dict[str, Held], *, config: Any, progress: Progre
     for name, (rows, sample) in held.items():
       parts, advance = [], progress.part(f"evaluate the base on {name}", len(rows.batches))
 
-      def keep(params, batch, parts=parts):
+      def keep(params, batch, parts=parts, advance=advance):
         parts.append(eval_step(params, batch))
+        advance(1)
         return parts[-1]
 
-      (loss,) = perplexity.evaluate(
-        params,
-        {name: rows},
-        eval_step=keep,
-        to_device=lambda batch: mesh_lib.to_global(mesh, batch),
-        on_batch=lambda advance=advance: advance(1),
-      )[name]
+      to_device = functools.partial(mesh_lib.to_global, mesh)
+      (losses,) = perplexity.evaluate(params, {name: rows}, eval_step=keep, to_device=to_device)
+      loss = losses[name]
       sums, tokens = zip(*[(float(part.loss), float(part.tokens)) for part in jax.device_get(parts)], strict=True)
       error = corpus.ratio_error(sums, tokens)
       found[name] = verdict.Loss(

@@ -3,9 +3,10 @@
 Invariant: needs no device; all mistakes are said at once, and those that need no text before any text is read.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import optax
 
@@ -20,7 +21,8 @@ from cpt_jax.stream import pipeline, sources
 from cpt_jax.training import console, guard, optimizer, schedule, start
 
 
-class Resolved(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Resolved:
   """What is known before a text is read."""
 
   config: Any  # resolved, with the tokenizer that it stands for
@@ -31,15 +33,10 @@ class Resolved(NamedTuple):
   tx: optax.GradientTransformationExtraArgs
 
 
-class Inputs(NamedTuple):
-  """`Resolved`, and the texts."""
+@dataclasses.dataclass(frozen=True)
+class Inputs(Resolved):
+  """And the texts."""
 
-  config: Any
-  base: start.Start
-  spec: spec_lib.ModelSpec
-  hf_config: dict
-  rates: schedule.Staged
-  tx: optax.GradientTransformationExtraArgs
   begin: start.Start
   loader: pipeline.Loader
   decisions: list[dict]  # of the guards, in force where the run goes on
@@ -122,7 +119,8 @@ def open_texts(resolved: Resolved, workdir: pathlib.Path | None = None, *, write
       skip=guard.rows_to_skip(decisions, step=begin.step),
       keep_plans=writes,
     )
-  return Inputs(*resolved, begin, loader, decisions, asked={source.name: source.share for source in opened})
+  asked = {source.name: source.share for source in opened}
+  return Inputs(**vars(resolved), begin=begin, loader=loader, decisions=decisions, asked=asked)
 
 
 def unprepared(config: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 import pathlib
 import secrets
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from cpt_jax import hub
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model.spec import ModelSpec, from_hf, load_hf_config
-from cpt_jax.training import drift, guard, perplexity
+from cpt_jax.training import guard, perplexity
 from cpt_jax.training import optimizer as optimizer_lib
 from cpt_jax.training import state as state_lib
 from cpt_jax.training.checkpoint import read_meta, reader, saved_steps
@@ -193,14 +193,6 @@ def base_params(base: Start, spec: ModelSpec, *, seed: int) -> Any:
   params = checkpoints.restore_params(base.checkpoint, abstract)
   checkpoints.close()
   return params
-
-
-def bases(base: Start, spec: ModelSpec, seeds: Sequence[int]) -> list[tuple[Any, Any]]:
-  """`base_params` for each of these seeds, and a copy to measure drift from; where no seed matters all have the same."""
-  own = seeds if base.kind == "scratch" else seeds[:1]
-  found = [base_params(base, spec, seed=seed) for seed in own]
-  copies = [None if params is None else drift.keep_base(params) for params in found]
-  return list(zip(found, copies, strict=True)) * (len(seeds) // len(own))
 
 
 def kept_losses(meta: Mapping[str, Any], heldout: Mapping[str, Any], *, replaced: Collection[str]) -> dict[str, SourceLoss]:

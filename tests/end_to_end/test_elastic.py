@@ -19,6 +19,7 @@ from cpt_jax import journal
 from cpt_jax.config import ConfigError
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
+from cpt_jax.store import prepare
 from cpt_jax.store import tokenizer as tokenizer_lib
 from cpt_jax.store.store import open_store
 from cpt_jax.stream import pipeline
@@ -63,7 +64,7 @@ SECOND = {  # small leaves, general and poetry have other shares, added joins
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, fixtures, tiny_hf_config):
-  """The texts of four sources, and a base whose sizes 1 to 4 processes divide."""
+  """Texts and stores of four sources, and a base whose sizes 1 to 4 processes divide."""
   where = tmp_path_factory.mktemp("elastic")
   hf_config = {**tiny_hf_config, "hidden_size": 48, "intermediate_size": 96}
   model = spec_lib.from_hf(hf_config)
@@ -71,8 +72,17 @@ def place(tmp_path_factory, fixtures, tiny_hf_config):
   pretrained.save_params(params, model, where / "base", source_dir=fixtures / "tokenizer", hf_config=hf_config)
   lines = iter((fixtures / "corpus.jsonl").read_text().splitlines(keepends=True))
   for name, num_documents in DOCUMENTS.items():
-    (where / f"{name}.jsonl").write_text("".join(itertools.islice(lines, num_documents)))
+    text = where / f"{name}.jsonl"
+    text.write_text("".join(itertools.islice(lines, num_documents)))
+    prepare.prepare([str(text)], tokenizer=str(where / "base"), output=str(where / name), progress=False)
   return where
+
+
+def with_units(mixed):
+  """The sources with the knots of their shares as a config has them, in steps."""
+  knots = {name: fields["share"] for name, fields in mixed.items() if isinstance(fields.get("share"), list)}
+  written = {name: [(f"{step} steps", *rest) for step, *rest in share] for name, share in knots.items()}
+  return {name: fields | ({"share": written[name]} if name in written else {}) for name, fields in mixed.items()}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +91,7 @@ def write_config(place):
 
   def write(name, mixed, *, steps):
     (place / name).mkdir()
-    text = CONFIG.format(base=str(place / "base"), where=str(place), sources=mixed, steps=steps)
+    text = CONFIG.format(base=str(place / "base"), where=str(place), sources=with_units(mixed), steps=steps)
     (place / name / "config.py").write_text(text)
     return place / name
 
@@ -271,7 +281,7 @@ def test_a_run_that_a_source_stops_is_exported_and_complete(main, write_config, 
 
 
 def test_ends_are_said_before_training_or_refused(main, write_config, place, tmp_path):
-  mixed = {"general": dict(role="replay"), "small": dict(at_end="renormalise"), "poetry": dict(share=2.0)}
+  mixed = {"general": dict(role="replay", share=0.25), "small": dict(share=0.25, at_end="renormalise"), "poetry": dict(share=0.5)}
   directory = write_config("ends", mixed, steps=60)
   dry = main(directory, tmp_path / "run", "--dry_run")
   assert dry.returncode == 0, dry.stderr

@@ -1,4 +1,4 @@
-"""What the forward pass keeps: the same gradients whatever it is, as many bytes as config.py says, and no product too many."""
+"""What the forward pass keeps: the same gradients whatever it is, as many bytes as model.remat says, and no product too many."""
 
 import itertools
 
