@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpt_jax import config as config_lib
+from cpt_jax import shipped
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.progress import Progress
 from cpt_jax.store import corpus, documents
@@ -295,13 +296,13 @@ def compare(
     DataError: text that cannot be read.
   """
   problems, files = Problems(), {}
-  paths = [str(path) for path in tokenizers]
+  paths = [shipped.find(os.fspath(path)) for path in tokenizers]
   for name, patterns in ("domain", domain), ("general", general):
     if not patterns:
       problems.add(f"--{name} is empty: name text files, e.g. --{name} 'texts/{name}/*.jsonl.gz'")
       continue
     with problems.collect():
-      files[name] = documents.find_files(list(patterns), flag=f"--{name}")
+      files[name] = documents.find_files([shipped.find(pattern) for pattern in patterns], flag=f"--{name}")
   if not paths:
     problems.add("--tokenizers is empty: name the base's Hugging Face directory, then others to compare it with")
   if len(set(paths)) < len(paths):
