@@ -19,9 +19,8 @@ sys.path.insert(0, str(ROOT))  # a clone that is not installed
 
 from cpt_jax import durations
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.store import corpus, documents
-from cpt_jax.store import tokenizer as tokenizer_lib
-from cpt_jax.store.store import write_atomically
+from cpt_jax.journal import write_atomically
+from cpt_jax.store import corpus, documents, tokenization
 from cpt_jax.training import console
 from cpt_jax.vocab import assess, verdict
 from cpt_jax.vocab import texts as texts_lib
@@ -70,7 +69,7 @@ def read_flags(problems: Problems) -> Request:
   return Request(files["domain"], files["general"], budget_tokens, domain_bytes)
 
 
-def run(request: Request, opened: list[tokenizer_lib.Tokenizer]) -> tuple[list[Assessment], dict[str, corpus.Text]]:
+def run(request: Request, opened: list[tokenization.Tokenizer]) -> tuple[list[Assessment], dict[str, corpus.Text]]:
   """Reads both texts once and measures every tokenizer on them."""
   sampler = texts_lib.Sampler(
     wanted_bytes=assess.SAMPLE_BYTES, there_bytes=texts_lib.total_bytes(request.domain), heldout_frac=assess.HELDOUT_FRAC
@@ -208,7 +207,7 @@ def main(argv: list[str]) -> int:
     opened = []
     for path in _TOKENIZERS.value:
       with problems.collect():
-        opened.append(tokenizer_lib.load(path))
+        opened.append(tokenization.load(path))
     problems.raise_if_any()
     found, texts = run(request, opened)
     show(found, texts)

@@ -22,12 +22,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a clone that is not installed
 
 from cpt_jax import config as config_lib
-from cpt_jax import durations
+from cpt_jax import durations, journal
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.devices import environment
 from cpt_jax.diagnosis import verdict as diagnosis
-from cpt_jax.store import documents, prepare
-from cpt_jax.store import store as stores
+from cpt_jax.store import documents, prepare, token_store
 
 _HF = flags.DEFINE_string("hf", "", "The base: a Hugging Face directory.")
 _SOURCES = flags.DEFINE_multi_string("sources", [], "NAME=STORE or NAME=TEXT, joined by commas; repeatable.")
@@ -98,7 +97,7 @@ def text_sources(request: Request, problems: Problems) -> dict[str, str]:
   """Sources that are text, with the stores to make of them; a directory is a store."""
   found = {}
   for name, path in request.paths.items():
-    is_text = bool(documents.kind_of(path)) or any(c in path for c in "*?[")
+    is_text = bool(documents.file_kind(path)[0]) or any(c in path for c in "*?[")
     if pathlib.Path(path).is_dir() or not is_text:
       continue
     with problems.collect():
@@ -107,7 +106,7 @@ def text_sources(request: Request, problems: Problems) -> dict[str, str]:
   return found
 
 
-def run(request: Request, base: Any, opened: dict[str, stores.TokenStore]) -> dict[str, Any]:
+def run(request: Request, base: Any, opened: dict[str, token_store.TokenStore]) -> dict[str, Any]:
   """Measures, judges and prints; returns the record."""
   from cpt_jax.diagnosis import measure
   from cpt_jax.training import checkpoint, console
@@ -314,7 +313,7 @@ def replay_text(practice: diagnosis.Practice) -> str:
   return f"begin with {start} of the tokens, {least} to {most}"
 
 
-def command(verdict: diagnosis.Verdict, request: Request, base: Any, opened: dict[str, stores.TokenStore]) -> str:
+def command(verdict: diagnosis.Verdict, request: Request, base: Any, opened: dict[str, token_store.TokenStore]) -> str:
   """The command that says what the run would do, ready to be given."""
   practice = diagnosis.PRACTICES[verdict.practice]
   learnt = "language" if verdict.practice == "language" else "domain"
@@ -343,7 +342,7 @@ def command(verdict: diagnosis.Verdict, request: Request, base: Any, opened: dic
   return " \\\n    ".join(["python -m cpt_jax.main", *options])
 
 
-def enough_heldout(found: list[stores.TokenStore], wanted: float) -> float:
+def enough_heldout(found: list[token_store.TokenStore], wanted: float) -> float:
   """`wanted`, or the least share (two digits, rounded up) at which every store holds a document out."""
   from cpt_jax.stream.sources import mix64
 
@@ -376,7 +375,7 @@ def diagnose() -> None:
   request.output.mkdir(parents=True, exist_ok=True)
   record = run(request, base, {name: opened[name] for name in request.paths})
   file = request.output / "diagnosis.json"
-  stores.write_atomically(file, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+  journal.write_atomically(file, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
   print(f"wrote {file}")
   commands = [verdict["next_command"] for verdict in record["verdicts"] if verdict["next_command"]]
   if commands:

@@ -14,14 +14,18 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone that is not installed
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import chat, decontaminate, documents, prepare, store
+from cpt_jax.store import chat, decontaminate, documents, prepare, token_store
+from cpt_jax.store.records import RECORDS, Rules
 
-_INPUT = flags.DEFINE_multi_string("input", [], "Path or quoted glob of .txt, .jsonl or .parquet (.gz, .zst too); repeatable.")
+_INPUT = flags.DEFINE_multi_string(
+  "input",
+  [],
+  "Path or quoted glob of .txt, .jsonl or .parquet (.gz, .zst too); repeatable. A .txt file is one document, or several with a "
+  "line between two that holds one form feed alone (printf '\\f\\n').",
+)
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "Directory of the base model, or its tokenizer.json or SentencePiece model.")
 _OUTPUT = flags.DEFINE_string("output", "", "Directory of the store to make.")
-_RECORDS = flags.DEFINE_enum(
-  "records", "text", documents.RECORDS, "What .jsonl and .parquet records hold; prompt: and its answer."
-)
+_RECORDS = flags.DEFINE_enum("records", "text", RECORDS, "What .jsonl and .parquet records hold; prompt: and its answer.")
 _TRAIN_ON = flags.DEFINE_enum("train_on", "all", chat.TRAIN_ON, "Which tokens of messages and prompts count in the loss.")
 _TEXT_FIELD = flags.DEFINE_string(
   "text_field", "", "Field of the text, the messages or the prompt; empty = as --records is named."
@@ -50,7 +54,7 @@ _VERIFY = flags.DEFINE_string("verify", "", "Instead of preparing: read a store 
 
 def verify() -> list[str]:
   """Checks a store; returns the lines to print."""
-  opened = store.open_store(_VERIFY.value)
+  opened = token_store.open_store(_VERIFY.value)
   damaged = opened.verify()
   if damaged:
     raise documents.DataError("\n".join([f"{_VERIFY.value}: damaged; copy it again or make it again:", *damaged]))
@@ -67,17 +71,24 @@ def run() -> list[str]:
     _INPUT.value,
     tokenizer=_TOKENIZER.value,
     output=_OUTPUT.value,
-    records=_RECORDS.value,
-    train_on=_TRAIN_ON.value,
-    text_field=_TEXT_FIELD.value,
-    answer_field=_ANSWER_FIELD.value,
-    eos_token=_EOS_TOKEN.value,
+    rules=rules(),
     num_workers=_NUM_WORKERS.value,
-    on_bad=_ON_BAD.value,
-    max_bad=_MAX_BAD.value,
-    max_document_bytes=int(_MAX_DOCUMENT_MB.value * (1 << 20)),
     contamination=contamination(),
   ).lines()
+
+
+def rules() -> Rules:
+  """How the flags say that texts are read."""
+  return Rules(
+    records=_RECORDS.value,
+    text_field=_TEXT_FIELD.value,
+    answer_field=_ANSWER_FIELD.value,
+    train_on=_TRAIN_ON.value,
+    max_document_bytes=int(_MAX_DOCUMENT_MB.value * (1 << 20)),
+    eos_token=_EOS_TOKEN.value,
+    on_bad=_ON_BAD.value,
+    max_bad=_MAX_BAD.value,
+  )
 
 
 def contamination() -> decontaminate.Contamination | None:
@@ -101,7 +112,7 @@ def finish(argv: list[str], run: Callable[[], list[str]]) -> int:
     print(error, file=sys.stderr)
     return 78
   except OSError as error:
-    print(error.strerror or error, file=sys.stderr)
+    print(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error, file=sys.stderr)
     return 74
   except KeyboardInterrupt:
     print(f"{_OUTPUT.value}: interrupted; give the same command again to go on", file=sys.stderr)

@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone that 
 import prepare_data
 
 from cpt_jax.config import Problems, did_you_mean
-from cpt_jax.store.prepare import Task
+from cpt_jax.store.work import Task
 
 _FILTER_NAMES = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
 
 _EXECUTOR = flags.DEFINE_enum("executor", "local", ["local", "slurm", "ray"], "Where the tasks run.")
 _MAX_TASKS = flags.DEFINE_integer(
-  "max_tasks", 256, "Tasks in a stage at most, and so token files; each has 8 MiB of input or more."
+  "max_tasks", 256, "Tasks in a phase at most, and so token files; each has 8 MiB of input or more."
 )
 _DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Say what would be done, with the scripts of Slurm, and write nothing.")
 _FILTERS = flags.DEFINE_list("filters", [], f"datatrove's rules for English web text, in this order: {','.join(_FILTER_NAMES)}.")
@@ -58,14 +58,7 @@ def run() -> list[str]:
   task = Task(
     output=values.output,
     tokenizer=values.tokenizer,
-    eos_token=values.eos_token,
-    records=values.records,
-    train_on=values.train_on,
-    text_field=values.text_field or values.records,
-    answer_field=values.answer_field,
-    max_document_bytes=int(values.max_document_mb * (1 << 20)),
-    on_bad=values.on_bad,
-    max_bad=values.max_bad,
+    rules=prepare_data.rules(),
   )
   work = {
     "task": task,

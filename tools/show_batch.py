@@ -15,7 +15,7 @@ from absl import app, flags
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clone that is not installed
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store import tokenization
 from cpt_jax.stream import pipeline
 
 _RUN = flags.DEFINE_string("run", "", "Directory of the run.")
@@ -42,11 +42,11 @@ def rows_of(run: pathlib.Path, step: int, chosen: list[int]) -> list[dict[str, A
   wrong = [b for b in chosen if not 0 <= b < loader.batch_rows]
   if wrong:
     raise ConfigError(f"--rows={wrong}: a batch has the rows 0 to {loader.batch_rows - 1}")
-  tokenizer = tokenizer_lib.load(config["data"]["tokenizer"])
+  tokenizer = tokenization.load(config["data"]["tokenizer"])
   return [_row(loader, tokenizer, step, b) for b in chosen or range(loader.batch_rows)]
 
 
-def _row(loader: pipeline.Loader, tokenizer: tokenizer_lib.Tokenizer, step: int, b: int) -> dict[str, Any]:
+def _row(loader: pipeline.Loader, tokenizer: tokenization.Tokenizer, step: int, b: int) -> dict[str, Any]:
   index = step * loader.batch_rows + b
   m, nth, pieces = loader.locate(index)
   source, plan, batch = loader.sources[m], loader.plans[m], loader.row(index)

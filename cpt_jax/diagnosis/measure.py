@@ -18,9 +18,7 @@ from cpt_jax.diagnosis import verdict
 from cpt_jax.diagnosis.verdict import Figures
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.store import corpus
-from cpt_jax.store import store as stores
-from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store import corpus, token_store, tokenization
 from cpt_jax.stream import excerpts, pipeline
 from cpt_jax.stream.excerpts import Excerpts
 from cpt_jax.stream.sources import Source
@@ -38,7 +36,7 @@ class Base(NamedTuple):
 
   path: str
   spec: spec_lib.ModelSpec
-  tokenizer: tokenizer_lib.Tokenizer
+  tokenizer: tokenization.Tokenizer
 
 
 class Held(NamedTuple):
@@ -61,15 +59,15 @@ def open_base(path: str, problems: Problems) -> Base | None:
     spec = spec_lib.from_hf(spec_lib.load_hf_config(path))
     pretrained.check_files(path, spec)
   with problems.collect():
-    tokenizer = tokenizer_lib.load(path)
+    tokenizer = tokenization.load(path)
   return None if spec is None or tokenizer is None else Base(path, spec, tokenizer)
 
 
-def open_store(name: str, path: str, base: Base | None, problems: Problems) -> stores.TokenStore | None:
+def open_store(name: str, path: str, base: Base | None, problems: Problems) -> token_store.TokenStore | None:
   """A source's store, made with the base's tokenizer; None, and what is wrong in `problems`."""
   here = f"--sources {name}={path}"
   try:
-    store = stores.open_store(path)
+    store = token_store.open_store(path)
   except ConfigError as error:
     problems.add(f"--sources {name}: {error}")
     return None
@@ -101,7 +99,7 @@ def row_len(base: Base, wanted: int = 0) -> int:
 
 
 def hold_out(
-  name: str, number: int, store: stores.TokenStore, base: Base, *, max_tokens: int, heldout_frac: float, row_len: int
+  name: str, number: int, store: token_store.TokenStore, base: Base, *, max_tokens: int, heldout_frac: float, row_len: int
 ) -> Held:
   """What the base is evaluated on: the documents that a run with `heldout_frac` and eval.tokens=`max_tokens` holds out.
 
@@ -127,7 +125,7 @@ def hold_out(
   return Held(rows_of, f"excerpts of {len(drawn):,} documents" if drawn.num_cut else f"{len(drawn):,} documents")
 
 
-def _text_bytes(drawn: Excerpts, i: int, tokenizer: tokenizer_lib.Tokenizer) -> int:
+def _text_bytes(drawn: Excerpts, i: int, tokenizer: tokenization.Tokenizer) -> int:
   """UTF-8 bytes of an excerpt's text, as far as it counts in the loss."""
   ids = drawn.excerpt(i)
   text = tokenizer.decode(ids[drawn.loss_mask(i, 0, len(ids))].tolist())
@@ -178,7 +176,7 @@ class Sample(NamedTuple):
   parts: list[np.ndarray]  # excerpts, views of the store
 
 
-def describe(store: stores.TokenStore, base: Base, *, max_tokens: int = TEXT_TOKENS) -> Sample:
+def describe(store: token_store.TokenStore, base: Base, *, max_tokens: int = TEXT_TOKENS) -> Sample:
   """Vocabulary, lengths and text of a source, from a sample of `max_tokens`."""
   tokenizer = base.tokenizer
   drawn = excerpts.draw(store, max_tokens=max_tokens)

@@ -21,11 +21,11 @@ from ml_collections import ConfigDict
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
+from cpt_jax.journal import write_atomically
 from cpt_jax.planning import config_files, stacked
 from cpt_jax.planning.outcome import Measured, is_stable
 from cpt_jax.planning.trials import Trial, by_role, replay_share, trial_config
 from cpt_jax.results import runs
-from cpt_jax.store.store import write_atomically
 from cpt_jax.training import checkpoint, console, loop, metrics, start
 
 DIVERGED = "diverged.json"

@@ -17,8 +17,8 @@ import numpy as np
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.store import tokenizer as tokenizer_lib
-from cpt_jax.store.store import TokenStore, open_store
+from cpt_jax.store import tokenization
+from cpt_jax.store.token_store import TokenStore, open_store
 from cpt_jax.stream import order, packing, selection
 from cpt_jax.stream.batch import Batch
 from cpt_jax.stream.order import Order, Read
@@ -98,7 +98,7 @@ class Loader:
     seed: int = 0,
     num_threads: int = 16,
     eval_batch_rows: int | None = None,
-    tokenizer: tokenizer_lib.Tokenizer | None = None,
+    tokenizer: tokenization.Tokenizer | None = None,
     vocab_size: int | None = None,
     past: dict | None = None,
     start_step: int = 0,
@@ -381,7 +381,7 @@ def from_config(
     seed=config.seed,
     num_threads=config.data.prefetch,
     eval_batch_rows=config.eval.batch_rows or config.train.batch_rows // config.train.microbatches,
-    tokenizer=tokenizer_lib.load(path) if path else None,
+    tokenizer=tokenization.load(path) if path else None,
     vocab_size=vocab_size,
     past=past,
     start_step=start_step,
@@ -431,7 +431,7 @@ def evaluation_rows(
   return HeldOut(batches, plan.num_targets, int(doc_bytes.sum()), num_target_bytes, len(documents), plan.max_documents)
 
 
-def document_bytes(store: TokenStore, documents: np.ndarray, tokenizer: tokenizer_lib.Tokenizer) -> np.ndarray:
+def document_bytes(store: TokenStore, documents: np.ndarray, tokenizer: tokenization.Tokenizer) -> np.ndarray:
   """UTF-8 bytes of each of these documents' texts, as far as they count in the loss, int64; by decoding if need be."""
   known = store.doc_bytes()
   if known is not None:
@@ -445,7 +445,7 @@ def changed_settings(config, past: dict) -> list[str]:
   return [f"{key} was {old!r}, now it is {now[key]!r}" for key, old in past["settings"].items() if now[key] != old]
 
 
-def from_record(record: dict, step: int, *, tokenizer: tokenizer_lib.Tokenizer | None = None) -> Loader:
+def from_record(record: dict, step: int, *, tokenizer: tokenization.Tokenizer | None = None) -> Loader:
   """The loader that read the rows of `step` of a run, from its record alone; with `tokenizer` it has held-out rows too.
 
   Raises:

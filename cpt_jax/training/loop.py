@@ -20,7 +20,8 @@ from cpt_jax.devices import hosts
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import pretrained
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.store import prepare, store
+from cpt_jax.store import prepare, token_files
+from cpt_jax.store.records import Rules
 from cpt_jax.stream import pipeline, sources
 from cpt_jax.stream.batch import Batch
 from cpt_jax.training import checkpoint, console, drift, guard, metrics, optimizer, perplexity, schedule, start, step
@@ -343,16 +344,18 @@ def stop_signals() -> Iterator[StopRequest]:
 def _prepare_missing_stores(config: Any) -> None:
   """Tokenises the text of each source whose store is not finished yet."""
   for name, entry in config.data.sources.items():
-    if not entry.text or (pathlib.Path(entry.store) / store.MANIFEST).exists():
+    if not entry.text or (pathlib.Path(entry.store) / token_files.MANIFEST).exists():
       continue
     console.say(f"data.sources.{name}: preparing {entry.text} into {entry.store}")
     report = prepare.prepare(
       [entry.text],
       tokenizer=config.data.tokenizer,
       output=entry.store,
-      on_bad=config.data.on_bad,
-      max_bad=config.data.max_bad,
-      **{key: entry[key] for key in ("records", "text_field", "answer_field", "train_on")},
+      rules=Rules(
+        on_bad=config.data.on_bad,
+        max_bad=config.data.max_bad,
+        **{key: entry[key] for key in ("records", "text_field", "answer_field", "train_on")},
+      ),
     )
     for line in report.lines():
       console.say(line)

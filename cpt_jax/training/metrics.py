@@ -19,9 +19,9 @@ from cpt_jax import config as config_lib
 from cpt_jax import journal
 from cpt_jax.config import ConfigError
 from cpt_jax.devices import chips
+from cpt_jax.journal import write_atomically
 from cpt_jax.model.loss import Sums
 from cpt_jax.model.spec import ModelSpec, flops_per_token
-from cpt_jax.store.store import write_atomically
 from cpt_jax.training import optimizer
 from cpt_jax.training.perplexity import SourceLoss
 from cpt_jax.training.step import StepMetrics

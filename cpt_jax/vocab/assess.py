@@ -13,8 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import corpus
-from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store import corpus, tokenization
 from cpt_jax.vocab import candidates, grow, kinds, verdict
 from cpt_jax.vocab import texts as texts_lib
 from cpt_jax.vocab.bases import Base
@@ -81,7 +80,7 @@ class Counted:
 
 
 def count(
-  tokenizer_list: Sequence[tokenizer_lib.Tokenizer],
+  tokenizer_list: Sequence[tokenization.Tokenizer],
   batches: Iterator[list[str]],
   *,
   on_part: Callable[[str], object] = lambda _: None,
@@ -103,7 +102,7 @@ def count(
   return counted
 
 
-def fit(tokenizer: tokenizer_lib.Tokenizer, counts_V: np.ndarray, text: corpus.Text) -> Fit:
+def fit(tokenizer: tokenization.Tokenizer, counts_V: np.ndarray, text: corpus.Text) -> Fit:
   """Figures of a vocabulary from its counts on a text."""
   tokens = int(counts_V.sum())
   if not tokens:
@@ -155,7 +154,7 @@ def _embedding_width(directory: pathlib.Path) -> int | None:
 
 def assess(
   path: str,
-  tokenizer: tokenizer_lib.Tokenizer,
+  tokenizer: tokenization.Tokenizer,
   domain_2V: np.ndarray,
   general_2V: np.ndarray,
   *,

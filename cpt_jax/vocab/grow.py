@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store import tokenization
 from cpt_jax.vocab import candidates
 from cpt_jax.vocab import changes as changes_lib
 from cpt_jax.vocab import texts as texts_lib
@@ -51,7 +51,7 @@ class Grown:
   base: Base
   pieces: list[Piece]  # of ids base.vocab_size, ...
   raw: bytes  # the tokenizer's file
-  tokenizer: tokenizer_lib.Tokenizer
+  tokenizer: tokenization.Tokenizer
   band: Band
   num_candidates: int
   num_outside: int  # candidates outside the band
@@ -80,7 +80,7 @@ def num_rows(vocab_size: int, *, multiple: int) -> int:
   return -(-vocab_size // multiple) * multiple
 
 
-def count_ids(tokenizer: tokenizer_lib.Tokenizer, batches: Iterator[list[str]]) -> np.ndarray:
+def count_ids(tokenizer: tokenization.Tokenizer, batches: Iterator[list[str]]) -> np.ndarray:
   """How often each id stands in the texts, int64 [V]."""
   counts_V = np.zeros(tokenizer.vocab_size, np.int64)
   for batch in batches:
@@ -224,11 +224,11 @@ def _offenders(base: Base, raw: bytes, chosen: Sequence[Piece], protect: Batches
   return offenders
 
 
-def load_grown(base: Base, raw: bytes) -> tokenizer_lib.Tokenizer:
+def load_grown(base: Base, raw: bytes) -> tokenization.Tokenizer:
   """The grown file as a tokenizer, with the base's side files."""
   with tempfile.TemporaryDirectory() as directory:
     write_tokenizer(base, raw, pathlib.Path(directory))
-    return tokenizer_lib.load(directory)
+    return tokenization.load(directory)
 
 
 def write_tokenizer(base: Base, raw: bytes, directory: pathlib.Path) -> None:

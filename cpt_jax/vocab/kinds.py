@@ -5,7 +5,7 @@ Invariant: what is returned gives the ids that data.tokenizer gives.
 
 import os
 
-from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store import tokenization
 from cpt_jax.vocab.bases import Base
 from cpt_jax.vocab.fast import FastBase
 from cpt_jax.vocab.sentencepiece import SentencePieceBase
@@ -17,5 +17,5 @@ def load(path: str | os.PathLike) -> Base:
   Raises:
     ConfigError: as data.tokenizer.load; a kind that cannot grow.
   """
-  tokenizer = tokenizer_lib.load(path)
+  tokenizer = tokenization.load(path)
   return (FastBase if tokenizer.path.suffix == ".json" else SentencePieceBase)(tokenizer)

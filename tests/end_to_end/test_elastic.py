@@ -18,8 +18,8 @@ from cpt_jax import journal
 from cpt_jax.config import ConfigError
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.store import tokenizer as tokenizer_lib
-from cpt_jax.store.store import open_store
+from cpt_jax.store import tokenization
+from cpt_jax.store.token_store import open_store
 from cpt_jax.stream import packing, pipeline, sources
 from cpt_jax.stream.shuffle import Shuffle
 from cpt_jax.training import checkpoint, loop
@@ -212,7 +212,7 @@ def main(root):
 
 def base_loss(place, record, name) -> float:
   """Of the base on a source's held-out documents, by a plain log-softmax."""
-  reader = pipeline.from_record(record, record["num_steps"] - 1, tokenizer=tokenizer_lib.load(place / "base"))
+  reader = pipeline.from_record(record, record["num_steps"] - 1, tokenizer=tokenization.load(place / "base"))
   model = spec_lib.from_hf(spec_lib.load_hf_config(place / "base"))
   params = transformer.init(model, jax.random.key(0))
   total, count = 0.0, 0.0

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import decontaminate, documents, prepare, store
+from cpt_jax.store import decontaminate, documents, prepare, token_files, token_store
 
 # What each piece of text is to the rule, written down by hand.
 FOLDED = {
@@ -226,8 +226,8 @@ def test_prepared_store_is_that_of_the_clean_documents(tmp_path, fixtures, corpu
   contamination = decontaminate.build([evals], fields=["question"])
   report = run(inputs, tmp_path / "s", fixtures, contamination)
   clean = [t for t, is_planted in documents_ if not is_planted]
-  opened = store.open_store(tmp_path / "s")
-  assert opened.doc_hashes().tolist() == [store.text_hash(t) for t in clean]
+  opened = token_store.open_store(tmp_path / "s")
+  assert opened.doc_hashes().tolist() == [token_files.text_hash(t) for t in clean]
   assert report.left_out == {"contaminated": len(documents_) - len(clean)} and report.num_bad == 1
   listed = [json.loads(line) for line in (tmp_path / "s" / prepare.CONTAMINATED).read_text().splitlines()]
   places = {}
@@ -247,7 +247,7 @@ def test_number_of_processes_and_units_change_nothing(tmp_path, fixtures, corpus
   inputs, evals, _ = corpus
   contamination = decontaminate.build([evals], fields=["question"])
   reports = [run(inputs, tmp_path / str(i), fixtures, contamination, **c) for i, c in enumerate(({}, changes))]
-  stores = [store.open_store(tmp_path / str(i)) for i in range(2)]
+  stores = [token_store.open_store(tmp_path / str(i)) for i in range(2)]
   assert stores[0].doc_hashes().tolist() == stores[1].doc_hashes().tolist()
   for name in prepare.CONTAMINATED, prepare.BAD_RECORDS:
     assert (tmp_path / "0" / name).read_text() == (tmp_path / "1" / name).read_text()

@@ -14,7 +14,7 @@ import zstandard
 
 from cpt_jax.config import ConfigError
 from cpt_jax.store import documents
-from cpt_jax.store.documents import BadRecord, Document, Part, PartReader
+from cpt_jax.store.records import BadRecord, Document, Part
 
 
 def read(path, **kwargs):
@@ -274,7 +274,7 @@ def test_invalid_utf8_in_parquet(tmp_path):
 # Conversations.
 
 CONVERSATIONS = st.lists(
-  st.fixed_dictionaries({"role": st.sampled_from(documents.ROLES), "content": TEXTS}), min_size=1, max_size=5
+  st.fixed_dictionaries({"role": st.sampled_from(records.ROLES), "content": TEXTS}), min_size=1, max_size=5
 )
 
 

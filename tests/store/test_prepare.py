@@ -22,8 +22,8 @@ import pytest
 import zstandard
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import documents, prepare, store
-from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store import documents, prepare, token_files, token_store, tokenization
+from cpt_jax.store.records import BadRecord, Part, Rules
 
 UNIT_BYTES = 20_000
 
@@ -74,21 +74,21 @@ def reference(tmp_path_factory, inputs, fixtures):
 
 
 def test_store_holds_the_documents_in_order(reference, inputs, fixtures):
-  loaded, expected, bad = tokenizer_lib.load(fixtures / "tokenizer"), [], []
+  loaded, expected, bad = tokenization.load(fixtures / "tokenizer"), [], []
   for file in documents.find_files(inputs):
-    for record in documents.PartReader(documents.Part(file)):
-      (bad if isinstance(record, documents.BadRecord) else expected).append(record)
-  opened = store.open_store(reference)
+    for record in documents.open_part(Part(file), Rules()):
+      (bad if isinstance(record, BadRecord) else expected).append(record)
+  opened = token_store.open_store(reference)
   assert opened.num_documents == len(expected) > 300
   for i, (document, ids) in enumerate(zip(expected, loaded.encode_batch([d.text for d in expected]), strict=True)):
     assert opened.document(i).tolist() == ids, document
   assert opened.doc_bytes().tolist() == [len(d.utf8) for d in expected]
-  assert opened.doc_hashes().tolist() == [store.text_hash(d.text) for d in expected]
+  assert opened.doc_hashes().tolist() == [token_files.text_hash(d.text) for d in expected]
   assert (opened.tokenizer_fingerprint, opened.eos_id, opened.vocab_size) == (loaded.fingerprint, 2, 300)
   found = [json.loads(line) for line in (reference / prepare.BAD_RECORDS).read_text().splitlines()]
   assert found == [b._asdict() for b in bad] and len(bad) == 5
   assert len(opened.manifest["files"]) > 5
-  assert not (reference / store.IN_PROGRESS).exists()
+  assert not (reference / token_files.IN_PROGRESS).exists()
 
 
 @pytest.mark.parametrize("num_workers", [2, 3])
@@ -113,8 +113,8 @@ def test_arbitrary_documents(tmp_path_factory, fixtures, files, unit_bytes):
       run([path / "*.jsonl"], path / "store", fixtures, unit_bytes=unit_bytes)
     return
   report = run([path / "*.jsonl"], path / "store", fixtures, unit_bytes=unit_bytes)
-  opened = store.open_store(path / "store")
-  ids = tokenizer_lib.load(fixtures / "tokenizer").encode_batch(kept)
+  opened = token_store.open_store(path / "store")
+  ids = tokenization.load(fixtures / "tokenizer").encode_batch(kept)
   assert [opened.document(i).tolist() for i in range(opened.num_documents)] == ids
   assert report[1:5] == (len(kept), sum(map(len, ids)), sum(len(t.encode()) for t in kept), len(lost))
   assert [(b.file, b.line) for b in report.bad_records] == lost[:10]
@@ -146,7 +146,7 @@ def test_crash_at_any_rename_then_again_gives_the_same_bytes(tmp_path, inputs, f
     if len(calls) <= crash_at:
       break
     with pytest.raises(ConfigError, match=r"not finished|no such token store|no token file"):
-      store.open_store(tmp_path / "s")
+      token_store.open_store(tmp_path / "s")
     run(inputs, tmp_path / "s", fixtures)
     assert content(tmp_path / "s") == content(reference), crash_at
     points += 1
@@ -172,7 +172,7 @@ def start(inputs, output, fixtures, num_workers):
 def test_killed_while_it_writes_then_again_gives_the_same_bytes(tmp_path, inputs, fixtures, reference, kind, num_workers):
   output, generator, kills = tmp_path / "s", random.Random(0), 0
   wanted = 0
-  while not (output / store.MANIFEST).exists():
+  while not (output / token_files.MANIFEST).exists():
     process = start(inputs, output, fixtures, num_workers)
     wanted += 3
     while process.poll() is None and num_finished(output) < wanted:
@@ -246,7 +246,7 @@ def test_unfinished_store_takes_up_fewer_inputs(tmp_path, fixtures, texts, monke
   run([tmp_path / "0.txt"], tmp_path / "s", fixtures, unit_bytes=1 << 20)
   run([tmp_path / "0.txt"], tmp_path / "again", fixtures, unit_bytes=1 << 20)
   assert content(tmp_path / "s") == content(tmp_path / "again")
-  assert store.open_store(tmp_path / "s").num_documents == 40
+  assert token_store.open_store(tmp_path / "s").num_documents == 40
 
 
 def test_unfinished_store_of_another_tokenizer_is_refused(tmp_path, inputs, fixtures, monkeypatch):
@@ -282,9 +282,9 @@ def test_finished_store_is_left_alone(tmp_path, small, fixtures):
   assert "already finished" in again.lines()[0]
   os.utime(small, (1, 1))  # another time, the same content
   assert run([small], tmp_path / "s", fixtures).was_finished
-  (tmp_path / "s" / store.IN_PROGRESS).mkdir()  # a kill after store.json
+  (tmp_path / "s" / token_files.IN_PROGRESS).mkdir()  # a kill after store.json
   assert run([small], tmp_path / "s", fixtures).was_finished
-  assert content(tmp_path / "s") == before and not (tmp_path / "s" / store.IN_PROGRESS).exists()
+  assert content(tmp_path / "s") == before and not (tmp_path / "s" / token_files.IN_PROGRESS).exists()
 
 
 def test_finished_store_of_other_things_is_refused(tmp_path, small, fixtures):
@@ -457,14 +457,14 @@ def test_messages_make_a_store(tmp_path, fixtures, chatty, talks, train_on):
   inputs, good, bad_lines = talks
   arguments = {"tokenizer": str(chatty), "records": "messages", "train_on": train_on}
   report = run(inputs, tmp_path / "s", fixtures, **arguments)
-  opened, loaded = store.open_store(tmp_path / "s"), tokenizer_lib.load(chatty)
+  opened, loaded = token_store.open_store(tmp_path / "s"), tokenization.load(chatty)
   is_alone = train_on == "all"  # a lone question is no fault then
   assert opened.num_documents == report.num_documents == len(good) + is_alone
   assert opened.has_loss_mask == (not is_alone)
   found = [json.loads(line) for line in (tmp_path / "s" / prepare.BAD_RECORDS).read_text().splitlines()]
   assert [(b["file"], b["line"]) for b in found] == [(str(inputs[0]), line) for line in bad_lines[: 4 - is_alone]]
   assert "spells the control token '</s>'" in found[1]["reason"]
-  lone = store.text_hash('[["user","alone"]]')
+  lone = token_files.text_hash('[["user","alone"]]')
   documents_found = [i for i, found_hash in enumerate(opened.doc_hashes()) if found_hash != lone]
   for i, talk in zip(documents_found, good, strict=True):
     ids, said = opened.document(i), "".join(f"[{m['role']}] {m['content']}" for m in talk)
@@ -475,7 +475,7 @@ def test_messages_make_a_store(tmp_path, fixtures, chatty, talks, train_on):
       assert without_spaces(loaded.decode(ids[counted])) == without_spaces(answers) and counted[ids == 2].all()
       assert opened.doc_bytes()[i] == len(answers.encode()) + 2 * len("</s>")
     pairs = json.dumps([[m["role"], m["content"]] for m in talk], ensure_ascii=False, separators=(",", ":"))
-    assert opened.doc_hashes()[i] == store.text_hash(pairs)
+    assert opened.doc_hashes()[i] == token_files.text_hash(pairs)
   manifest = opened.manifest
   assert (manifest["records"], manifest["train_on"], manifest["text_field"]) == ("messages", train_on, "messages")
   assert (
@@ -487,7 +487,7 @@ def test_messages_make_a_store(tmp_path, fixtures, chatty, talks, train_on):
   run(inputs, tmp_path / "t", fixtures, num_workers=2, unit_bytes=3000, **arguments)
   run(inputs, tmp_path / "u", fixtures, num_workers=1, unit_bytes=3000, **arguments)
   assert content(tmp_path / "t") == content(tmp_path / "u")
-  assert (store.open_store(tmp_path / "t").doc_hashes() == opened.doc_hashes()).all()
+  assert (token_store.open_store(tmp_path / "t").doc_hashes() == opened.doc_hashes()).all()
 
 
 def test_hashes_of_conversations_do_not_depend_on_the_tokenizer(tmp_path, fixtures, chatty, talks):
@@ -496,7 +496,7 @@ def test_hashes_of_conversations_do_not_depend_on_the_tokenizer(tmp_path, fixtur
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
   )
   run(talks[0], tmp_path / "b", fixtures, tokenizer=str(chatty), records="messages", train_on="answers")
-  a, b = (store.open_store(tmp_path / name) for name in "ab")
+  a, b = (token_store.open_store(tmp_path / name) for name in "ab")
   assert (a.doc_hashes() == b.doc_hashes()).all() and a.fingerprint != b.fingerprint
 
 
@@ -507,7 +507,7 @@ def test_prompts_make_a_store(tmp_path, fixtures, chatty, has_template):
   arguments = {"records": "prompt", "train_on": "answers", "text_field": "question"}
   directory = chatty if has_template else fixtures / "tokenizer"
   run([tmp_path / "a.jsonl"], tmp_path / "s", fixtures, tokenizer=str(directory), **arguments)
-  opened, loaded = store.open_store(tmp_path / "s"), tokenizer_lib.load(directory)
+  opened, loaded = token_store.open_store(tmp_path / "s"), tokenization.load(directory)
   for i, row in enumerate(rows):
     ids = opened.document(i)
     said = loaded.decode(ids[opened.loss_mask(i, 0, ids.size)])
@@ -539,7 +539,7 @@ def test_stores_of_other_records_are_told_apart(tmp_path, fixtures, chatty, talk
 
 def test_stores_made_before_records_had_kinds_are_taken(tmp_path, small, fixtures):
   run([small], tmp_path / "s", fixtures)
-  file = tmp_path / "s" / store.MANIFEST
+  file = tmp_path / "s" / token_files.MANIFEST
   manifest = json.loads(file.read_text())
   for key in "records", "train_on", "answer_field", "chat_template", "num_targets":
     del manifest[key]
@@ -548,7 +548,7 @@ def test_stores_made_before_records_had_kinds_are_taken(tmp_path, small, fixture
   manifest["digest"] = store._manifest_digest(manifest)
   file.write_text(json.dumps(manifest))
   assert run([small], tmp_path / "s", fixtures).was_finished
-  assert store.open_store(tmp_path / "s").verify() == []
+  assert token_store.open_store(tmp_path / "s").verify() == []
 
 
 def test_template_is_told_the_date_of_the_first_start(tmp_path, fixtures, chatty, talks, monkeypatch):
@@ -556,7 +556,7 @@ def test_template_is_told_the_date_of_the_first_start(tmp_path, fixtures, chatty
   same = {"tokenizer": str(chatty), "records": "messages", "train_on": "answers"}
   interrupted(talks[0], tmp_path / "s", fixtures, monkeypatch, **same)
   run(talks[0], tmp_path / "s", fixtures, num_workers=2, **same)
-  opened, loaded = store.open_store(tmp_path / "s"), tokenizer_lib.load(chatty)
+  opened, loaded = token_store.open_store(tmp_path / "s"), tokenization.load(chatty)
   dates = {loaded.decode(opened.document(i)).split("[user]")[0].strip() for i in range(opened.num_documents)}
   assert dates == {opened.manifest["rendered_at"].replace("T", " ")}
   assert run(talks[0], tmp_path / "s", fixtures, **same).was_finished

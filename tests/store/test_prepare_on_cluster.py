@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import decontaminate, documents, prepare, store
+from cpt_jax.store import decontaminate, documents, prepare, token_files, token_store
 
 UNIT_BYTES = 20_000
 # datatrove forks. JAX warns of that where a test before has started its threads; the children never use it.
@@ -98,10 +98,10 @@ def reference(tmp_path_factory, inputs, fixtures):
 def test_store_is_the_local_tools_byte_for_byte(tmp_path, cluster, inputs, fixtures, reference, workers):
   report = run(cluster, inputs, tmp_path / "s", fixtures, workers=workers)
   assert content(tmp_path / "s") == content(reference)
-  assert report.num_documents == store.open_store(reference).num_documents > 150 and report.num_bad > 2000
-  assert len(store.open_store(tmp_path / "s").manifest["files"]) > 4
+  assert report.num_documents == token_store.open_store(reference).num_documents > 150 and report.num_bad > 2000
+  assert len(token_store.open_store(tmp_path / "s").manifest["files"]) > 4
   completions = tmp_path / "s.work" / "tokens" / "completions"
-  assert len(list(completions.iterdir())) > len(store.open_store(reference).manifest["files"])  # one unit has no document
+  assert len(list(completions.iterdir())) > len(token_store.open_store(reference).manifest["files"])  # one unit has no document
 
 
 @pytest.mark.parity
@@ -119,7 +119,7 @@ def test_interrupted_it_goes_on_and_finished_it_does_nothing(tmp_path, cluster, 
   with pytest.raises(KeyboardInterrupt):
     run(cluster, inputs, tmp_path / "s", fixtures)
   with pytest.raises(ConfigError, match="not finished"):
-    store.open_store(tmp_path / "s")
+    token_store.open_store(tmp_path / "s")
   with pytest.raises(ConfigError, match=r"unfinished store with other settings(.|\n)*selection"):
     run(cluster, inputs, tmp_path / "s", fixtures, selection=cluster.Selection([], True, ""))
   os.remove(tmp_path / "s" / "in_progress" / "00001.json")  # a mark of a finished task without its result
@@ -221,8 +221,8 @@ def mixed(tmp_path_factory, texts):
 
 def check_mixed(path, report, mixed):
   kinds = mixed[2]
-  hashes = store.open_store(path).doc_hashes().tolist()
-  kept = [t for t in kinds["chosen"] if store.text_hash(t) in hashes]
+  hashes = token_store.open_store(path).doc_hashes().tolist()
+  kept = [t for t in kinds["chosen"] if token_files.text_hash(t) in hashes]
   assert len(kept) == len(hashes)
   assert not set(kept) & {*kinds["short"], *kinds["dirty"]}
   for group in kinds["alike"]:
@@ -245,8 +245,8 @@ def selected(tmp_path_factory, cluster, mixed, fixtures):
 def test_filters_duplicates_and_contamination(selected, mixed, cluster):
   path, report = selected
   check_mixed(path, report, mixed)
-  kept = store.open_store(path).doc_hashes().tolist()
-  order = [store.text_hash(t) for i in range(3) for t in mixed[2]["chosen"][i::3]]
+  kept = token_store.open_store(path).doc_hashes().tolist()
+  order = [token_files.text_hash(t) for i in range(3) for t in mixed[2]["chosen"][i::3]]
   assert kept == [h for h in order if h in kept]
   step = dict(cluster.Selection(["gopher_quality"], False, "").steps())["gopher_quality"]
   from datatrove.data import Document
@@ -260,9 +260,9 @@ def test_a_filter_that_edits(tmp_path, cluster, fixtures):
   line = "This is a plain sentence with quite a few words in it."
   (tmp_path / "a.txt").write_text("\n".join([*[line] * 6, "a line without its full stop"]))
   run(cluster, [str(tmp_path / "a.txt")], tmp_path / "s", fixtures, selection=cluster.Selection(["c4"], False, ""))
-  opened = store.open_store(tmp_path / "s")
+  opened = token_store.open_store(tmp_path / "s")
   expected = "\n".join([line] * 6)
-  assert opened.doc_hashes().tolist() == [store.text_hash(expected)]
+  assert opened.doc_hashes().tolist() == [token_files.text_hash(expected)]
   assert opened.doc_bytes().tolist() == [len(expected)]
 
 
@@ -295,7 +295,7 @@ def test_plain_store_of_datatrove_has_the_same_tokens(tmp_path, cluster, inputs,
   tokens = DocumentTokenizer(str(tmp_path / "theirs"), file, eos_token="</s>", shuffle_documents=False)
   stage = cluster.Stage("theirs", len(job.units), [cluster.Texts(job), tokens])
   cluster._executors(machines(cluster), [stage], tmp_path / "work", job_name="")[0].run()
-  theirs, ours = store.open_store(tmp_path / "theirs"), store.open_store(reference)
+  theirs, ours = token_store.open_store(tmp_path / "theirs"), token_store.open_store(reference)
   assert theirs.num_documents == ours.num_documents
   for i in range(ours.num_documents):  # with eos_token datatrove leaves out what the tokenizer adds itself, here BOS
     np.testing.assert_array_equal(theirs.document(i), ours.document(i)[1:])

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.store import tokenizer as tokenizer_lib
-from cpt_jax.store.store import StoreWriter, open_store
+from cpt_jax.store import tokenization
+from cpt_jax.store.token_files import StoreWriter
+from cpt_jax.store.token_store import open_store
 from cpt_jax.stream import batch as batches
 from cpt_jax.stream import mixture, packing, pipeline, shuffle, sources
 
@@ -250,7 +251,7 @@ def test_held_out_rows_are_whole_documents_each_target_once(tmp_path_factory, ma
 
 @pytest.mark.parametrize("kind", ["examples/base", "tests/fixtures/sentencepiece"])
 def test_bits_per_byte_divide_by_what_the_targets_spell(tmp_path, root, kind):
-  loaded = tokenizer_lib.load(root / kind)
+  loaded = tokenization.load(root / kind)
   texts = [f"{word} {i}, \u4eba\u751f" for i, word in enumerate(["The", "a", "\u98ce", "\n\nOnce", "x1", "Emma"] * 5)]
   with StoreWriter(tmp_path / "s", vocab_size=loaded.vocab_size, eos_id=loaded.eos_id) as writer:
     for ids, text in zip(loaded.encode_batch(texts), texts, strict=True):

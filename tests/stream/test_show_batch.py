@@ -7,9 +7,8 @@ import sys
 import pytest
 
 from cpt_jax import config as config_lib
-from cpt_jax.store import prepare
-from cpt_jax.store import tokenizer as tokenizer_lib
-from cpt_jax.store.store import open_store
+from cpt_jax.store import prepare, tokenization
+from cpt_jax.store.token_store import open_store
 from cpt_jax.stream import pipeline, sources
 
 
@@ -50,7 +49,7 @@ def test_it_shows_what_the_run_read(run, root, fixtures, step):
   assert shown.returncode == 0, shown.stderr
   rows = [json.loads(line) for line in shown.stdout.splitlines()]
   assert [row["row"] for row in rows] == [0, 1, 2, 3]
-  tokenizer = tokenizer_lib.load(fixtures / "tokenizer")
+  tokenizer = tokenization.load(fixtures / "tokenizer")
   for row in rows:
     batch = reader.row(4 * step + row["row"])
     assert row["source"] == reader.names[int(batch.source_B[0])]

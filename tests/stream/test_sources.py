@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import Problems
-from cpt_jax.store import tokenizer as tokenizer_lib
-from cpt_jax.store.store import StoreWriter, open_store
+from cpt_jax.store import tokenization
+from cpt_jax.store.token_files import StoreWriter
+from cpt_jax.store.token_store import open_store
 from cpt_jax.stream import sources
 
 
@@ -143,7 +144,7 @@ def test_documents_of_one_token_can_neither_be_trained_on_nor_evaluated(tmp_path
 
 
 def test_stores_of_another_tokenizer_than_the_start(tmp_path, texts, fixtures):
-  real = tokenizer_lib.load(fixtures / "tokenizer").fingerprint
+  real = tokenization.load(fixtures / "tokenizer").fingerprint
   write(tmp_path / "right", texts, fingerprint=real)
   write(tmp_path / "wrong", texts, fingerprint="else")
   write(tmp_path / "unknown", texts, fingerprint="")

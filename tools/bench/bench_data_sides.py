@@ -229,13 +229,12 @@ PAIRS = {  # ours, and the one that it is held against
 
 def make_stores(directory: pathlib.Path, num_sources: int, *, texts: Iterator[str], tokenizer: pathlib.Path) -> None:
   """Writes token stores `stores_{M}/{m}`, the texts dealt out in turn."""
-  from cpt_jax.store import store
-  from cpt_jax.store import tokenizer as tokenizer_lib
+  from cpt_jax.store import token_files, tokenization
 
-  loaded = tokenizer_lib.load(str(tokenizer))
+  loaded = tokenization.load(str(tokenizer))
   every = list(texts)
   for m in range(num_sources):
-    with store.StoreWriter(
+    with token_files.StoreWriter(
       directory / f"stores_{num_sources}" / str(m),
       vocab_size=loaded.vocab_size,
       eos_id=loaded.eos_id,
@@ -248,12 +247,12 @@ def make_stores(directory: pathlib.Path, num_sources: int, *, texts: Iterator[st
 
 def _loader(directory: pathlib.Path, knots: Any, *, num_steps: int, batch_rows: int, row_len: int) -> Any:
   """A loader of the stores of as many sources as `knots`; best_fit, 2% held out, as configs are by default."""
-  from cpt_jax.store import store
+  from cpt_jax.store import token_store
   from cpt_jax.stream import pipeline, sources
 
   folder = directory / f"stores_{len(knots)}"
   found = [
-    sources.Source(str(m), store.open_store(folder / str(m)), role="domain", share=tuple(of_m), heldout_frac=0.02)
+    sources.Source(str(m), token_store.open_store(folder / str(m)), role="domain", share=tuple(of_m), heldout_frac=0.02)
     for m, of_m in enumerate(knots)
   ]
   shape = dict(num_steps=num_steps, batch_rows=batch_rows, row_len=row_len)

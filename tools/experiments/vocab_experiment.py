@@ -29,7 +29,8 @@ from cpt_jax import config as config_lib
 from cpt_jax import journal
 from cpt_jax.config import ConfigError
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.store import documents, store
+from cpt_jax.store import documents, token_files, token_store
+from cpt_jax.store.records import BadRecord, Part, Rules
 from cpt_jax.stream.shuffle import mix64
 from cpt_jax.training import console, loop
 from cpt_jax.vocab import changes, initialise, kinds
@@ -99,7 +100,7 @@ def arm_of(run: str) -> Arm:
 
 def read(path: pathlib.Path) -> Iterator[str]:
   """The texts of a file."""
-  yield from texts_of(documents.PartReader(documents.Part(str(path))))
+  yield from texts_of(documents.open_part(Part(str(path)), Rules()))
 
 
 def texts_of(records: Iterable[Any]) -> Iterator[str]:
@@ -109,7 +110,7 @@ def texts_of(records: Iterable[Any]) -> Iterator[str]:
     ConfigError: one that could not.
   """
   for record in records:
-    if isinstance(record, documents.BadRecord):
+    if isinstance(record, BadRecord):
       raise ConfigError(f"{record.file}:{record.line}: {record.reason}")
     yield record.text
 
@@ -126,7 +127,7 @@ def domain_documents(path: pathlib.Path, *, join: int) -> list[str]:
 
 def place(text: str) -> int:
   """By which a store's readers hold documents out: those of the least places (`data.sources`)."""
-  return int(mix64(np.array([store.text_hash(text)], np.uint64))[0])
+  return int(mix64(np.array([token_files.text_hash(text)], np.uint64))[0])
 
 
 def is_heldout(text: str) -> bool:
@@ -307,7 +308,7 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
     if (evals[0]["step"], evals[-1]["step"]) != (0, arm.steps):
       raise ConfigError(f"{path}: evaluations are missing; remove the run, and make it again")
     ledger = {record["step"]: {one["source"]: one for one in record["sources"]} for record in journal.read(path / "ledger.jsonl")}
-    stores = {source: store.open_store(folder / "stores" / arm.base / source) for source in held}
+    stores = {source: token_store.open_store(folder / "stores" / arm.base / source) for source in held}
     for source, found in held.items():
       assert all((e["sources"][source]["documents"], e["sources"][source]["bytes"]) == found[:2] for e in evals), path
     assert all(one["epochs"] < 1 for one in ledger[arm.steps].values()), path  # no text is read twice
