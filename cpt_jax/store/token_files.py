@@ -229,7 +229,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
   file = Path(path) / MANIFEST
   try:
     manifest = json.loads(file.read_bytes())
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     return None
   except ValueError as error:  # broken JSON or UTF-8
     raise ConfigError(f"{file}: not readable as JSON ({error}); make the store again") from None

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import decontaminate, documents, prepare, token_files, token_store
+from cpt_jax.store import decontaminate, documents, prepare, token_files, token_store, units
 
 # What each piece of text is to the rule, written down by hand.
 FOLDED = {
@@ -252,8 +252,9 @@ def test_number_of_processes_and_units_change_nothing(tmp_path, fixtures, corpus
   for name in prepare.CONTAMINATED, prepare.BAD_RECORDS:
     assert (tmp_path / "0" / name).read_text() == (tmp_path / "1" / name).read_text()
   again = run(inputs, tmp_path / "0", fixtures, contamination)
-  units = prepare.plan(documents.find_files([inputs]), unit_bytes=10_000)  # a unit with the end of one file and another file
-  assert any(len(unit) == 2 and unit[0].part.start for unit in units)
+  files = [units.InputFile.of(file) for file in documents.find_files([inputs])]
+  cut = units.cut(files, unit_bytes=10_000, max_units=256)  # a unit with the end of one file and another file
+  assert any(len(unit) == 2 and unit[0].part.start for unit in cut)
   assert again.was_finished and again[1:7] == reports[0][1:7] and again[9:] == reports[1][9:]
 
 

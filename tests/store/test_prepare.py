@@ -5,6 +5,7 @@ import errno
 import gzip
 import json
 import os
+import pathlib
 import random
 import resource
 import shutil
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -22,8 +24,10 @@ import pytest
 import zstandard
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import documents, prepare, token_files, token_store, tokenization
+from cpt_jax.store import documents, prepare, token_files, token_store, tokenization, units
 from cpt_jax.store.records import BadRecord, Part, Rules
+from cpt_jax.store.units import InputFile
+from cpt_jax.store.work import Worker
 
 UNIT_BYTES = 20_000
 
@@ -55,9 +59,11 @@ def inputs(tmp_path_factory, texts):
   return [str(path / "*.jsonl*"), str(path / "*.txt"), str(path / "f.parquet")]
 
 
-def run(inputs, output, fixtures, **kwargs):
-  arguments = {"tokenizer": str(fixtures / "tokenizer"), "num_workers": 1, "unit_bytes": UNIT_BYTES, "progress": False} | kwargs
-  return prepare.prepare([str(i) for i in inputs], output=str(output), **arguments)
+def run(inputs, output, fixtures, **changes):
+  """Prepares; `changes` are of the arguments or of the rules."""
+  rules = Rules(**{key: changes.pop(key) for key in Rules._fields if key in changes})
+  arguments = {"tokenizer": str(fixtures / "tokenizer"), "num_workers": 1, "unit_bytes": UNIT_BYTES, "progress": False} | changes
+  return prepare.prepare([str(i) for i in inputs], output=str(output), rules=rules, **arguments)
 
 
 def content(path):
@@ -156,7 +162,7 @@ def test_crash_at_any_rename_then_again_gives_the_same_bytes(tmp_path, inputs, f
 def start(inputs, output, fixtures, num_workers):
   call = f"prepare.prepare({inputs!r}, tokenizer={str(fixtures / 'tokenizer')!r}, output={str(output)!r}, "
   call += f"num_workers={num_workers}, unit_bytes={UNIT_BYTES}, progress=False)"
-  code = f"import signal; from cpt_jax.data import prepare\nsignal.signal(2, signal.default_int_handler)\n{call}"
+  code = f"import signal; from cpt_jax.store import prepare\nsignal.signal(2, signal.default_int_handler)\n{call}"
   root = fixtures.parent.parent
   return subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
 
@@ -195,7 +201,7 @@ def num_finished(output):
 
 
 def test_finished_units_are_not_done_again(tmp_path, inputs, fixtures, monkeypatch, capsys):
-  write, names = prepare._Worker._write, []
+  write, names = Worker._write, []
 
   def stop_in_the_middle(self, batch, writer, notes):
     names.append((batch[0].file, batch[0].offset, batch[0].line))
@@ -203,7 +209,7 @@ def test_finished_units_are_not_done_again(tmp_path, inputs, fixtures, monkeypat
       raise KeyboardInterrupt
     return write(self, batch, writer, notes)
 
-  monkeypatch.setattr(prepare._Worker, "_write", stop_in_the_middle)
+  monkeypatch.setattr(Worker, "_write", stop_in_the_middle)
   with pytest.raises(KeyboardInterrupt):
     run(inputs, tmp_path / "s", fixtures)
   run(inputs, tmp_path / "s", fixtures, progress=True)
@@ -213,16 +219,16 @@ def test_finished_units_are_not_done_again(tmp_path, inputs, fixtures, monkeypat
 
 def interrupted(inputs, output, fixtures, monkeypatch, num_units=3, **kwargs):
   """Leaves an unfinished store with so many finished units."""
-  work, calls = prepare._Worker.run, []
+  run_unit, calls = Worker.run, []
 
   def stop(self, *args):
     calls.append(args)
     if len(calls) > num_units:
       raise KeyboardInterrupt
-    work(self, *args)
+    run_unit(self, *args)
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(prepare._Worker, "run", stop)
+    patch.setattr(Worker, "run", stop)
     run(inputs, output, fixtures, **kwargs)
 
 
@@ -257,9 +263,9 @@ def test_unfinished_store_of_another_tokenizer_is_refused(tmp_path, inputs, fixt
 
 def test_two_at_once_are_refused(tmp_path, inputs, fixtures):
   with (
-    prepare._locked(tmp_path / "s", {}, "now"),
+    prepare._locked(str(tmp_path / "s"), {}, "now"),
     pytest.raises(ConfigError, match="another process is preparing"),
-    prepare._locked(tmp_path / "s", {}, "now"),
+    prepare._locked(str(tmp_path / "s"), {}, "now"),
   ):
     pass
 
@@ -366,8 +372,8 @@ def test_wrong_settings(tmp_path, small, fixtures):
 @pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "read-only")])
 def test_disk_errors_are_plain_and_it_goes_on(tmp_path, small, fixtures, monkeypatch, number, words):
   with monkeypatch.context() as patch:
-    patch.setattr(store._Part, "_flush", lambda self: (_ for _ in ()).throw(OSError(number, os.strerror(number), str(self.path))))
-    with pytest.raises(OSError, match=words):
+    patch.setattr(token_files._Part, "_flush", mock.Mock(side_effect=OSError(number, os.strerror(number), "a/b")))
+    with pytest.raises(OSError, match=f"a/b: .*{words}"):
       run([small], tmp_path / "s", fixtures)
   assert run([small], tmp_path / "s", fixtures).num_documents == 20
 
@@ -375,42 +381,66 @@ def test_disk_errors_are_plain_and_it_goes_on(tmp_path, small, fixtures, monkeyp
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_file_size_limit(tmp_path, inputs, fixtures, num_workers):
   """A real write that fails, in the process and in a worker."""
-  root = fixtures.parent.parent
-  code = (
-    "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-    f"from cpt_jax.data import prepare; prepare.prepare({inputs!r}, tokenizer={str(fixtures / 'tokenizer')!r}, "
-    f"output={str(tmp_path / 's')!r}, num_workers={num_workers}, unit_bytes={UNIT_BYTES})"
-  )
-  done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-  assert "the file size limit is reached" in done.stderr.splitlines()[-1]
-  assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+  try:
+    with pytest.raises(OSError, match=r"/s.*: the file size limit is reached"):
+      run(inputs, tmp_path / "s", fixtures, num_workers=num_workers)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_an_output_that_cannot_be_names_its_path(tmp_path, small, fixtures):
+  for output in small / "below" / "s", pathlib.Path("/proc/none/s"):
+    with pytest.raises(ConfigError, match=rf"--output {output}: no directory can be made there \(.*choose another"):
+      run([small], output, fixtures)
+
+
+def test_every_error_of_the_disk_names_its_path(tmp_path, small, fixtures, monkeypatch):
+  def fail(number, *path):
+    error = OSError(number, os.strerror(number), *path)
+    monkeypatch.setattr(token_files._Part, "_flush", mock.Mock(side_effect=error))
+    with pytest.raises(OSError, match=": ") as raised:
+      run([small], tmp_path / "s", fixtures)
+    return raised.value.strerror
+
+  assert fail(errno.EIO) == f"{tmp_path / 's'}: Input/output error"
+  assert fail(errno.EIO, "a/b") == "a/b: Input/output error"
+  assert fail(errno.ENOSPC) == f"{tmp_path / 's'}: {prepare._DISK_ADVICE[errno.ENOSPC]}"
+
+
+def test_an_unfinished_store_of_an_older_version_is_refused(tmp_path, small, fixtures):
+  (tmp_path / "s" / token_files.IN_PROGRESS).mkdir(parents=True)
+  (tmp_path / "s" / token_files.IN_PROGRESS / "plan.json").write_text("{}")
+  with pytest.raises(ConfigError, match=r"unfinished store without settings\.json, of an older version; remove it"):
+    run([small], tmp_path / "s", fixtures)
 
 
 def test_file_that_changes_meanwhile(tmp_path, small, fixtures, monkeypatch):
-  write = prepare._Worker._write
+  write = Worker._write
 
   def append(self, *args):
     with open(small, "a") as f:
       f.write('{"text": "more"}\n')
     return write(self, *args)
 
-  monkeypatch.setattr(prepare._Worker, "_write", append)
+  monkeypatch.setattr(Worker, "_write", append)
   with pytest.raises(documents.DataError, match="was changed while it was read"):
     run([small], tmp_path / "s", fixtures)
 
 
-def test_plan_depends_on_sizes_only_and_covers_every_byte(tmp_path):
+def test_units_depend_on_sizes_only_and_covers_every_byte(tmp_path):
   generator = np.random.default_rng(0)
   for i in range(30):
     (tmp_path / f"{i:02d}.txt{'.gz' * (i % 3 == 0)}").write_bytes(bytes(int(generator.integers(0, 5000))))
   files = documents.find_files([str(tmp_path / "*")])
-  units = prepare.plan(files, unit_bytes=3000)
+  found = units.cut([InputFile.of(file) for file in files], unit_bytes=3000, max_units=256)
   covered = dict.fromkeys(files, 0)
-  for piece in (p for unit in units for p in unit):
+  for piece in (p for unit in found for p in unit):
     assert piece.digest_start == covered[piece.part.file]
     covered[piece.part.file] = piece.digest_end
   assert covered == {f: os.path.getsize(f) for f in files}
-  assert [p.part.file for unit in units for p in unit] == sorted(p.part.file for unit in units for p in unit)
+  assert [p.part.file for unit in found for p in unit] == sorted(p.part.file for unit in found for p in unit)
 
 
 # Conversations.
@@ -545,7 +575,7 @@ def test_stores_made_before_records_had_kinds_are_taken(tmp_path, small, fixture
     del manifest[key]
   for entry in manifest["files"]:
     del entry["num_targets"]
-  manifest["digest"] = store._manifest_digest(manifest)
+  manifest["digest"] = token_files._digest(manifest)
   file.write_text(json.dumps(manifest))
   assert run([small], tmp_path / "s", fixtures).was_finished
   assert token_store.open_store(tmp_path / "s").verify() == []
@@ -636,5 +666,5 @@ def test_command_says_what_is_wrong(tmp_path, fixtures, arguments, code, words):
 
 def test_no_heavy_library_is_imported(fixtures):
   heavy = "{'jax', 'torch', 'transformers', 'datatrove'}"
-  code = f"import sys; from cpt_jax.data import prepare; sys.exit(bool({heavy} & set(sys.modules)))"
+  code = f"import sys; from cpt_jax.store import prepare; sys.exit(bool({heavy} & set(sys.modules)))"
   assert subprocess.run([sys.executable, "-c", code], cwd=fixtures.parent.parent).returncode == 0

@@ -10,7 +10,7 @@ import sentencepiece
 import tokenizers
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import tokenization
+from cpt_jax.store import tokenization, tokenizer_files
 
 KINDS = ["tokenizer", "sentencepiece"]
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=40)
@@ -204,7 +204,7 @@ def test_what_is_no_tokenizer(tmp_path, copy):
 
 
 def test_file_size_is_limited(copy, monkeypatch):
-  monkeypatch.setattr(tokenization, "MAX_FILE_BYTES", 1000)
+  monkeypatch.setattr(tokenizer_files, "MAX_FILE_BYTES", 1000)
   with pytest.raises(ConfigError, match="at most 1000"):
     tokenization.load(copy())
 
