@@ -32,11 +32,11 @@ def rows_of(run: pathlib.Path, step: int, chosen: list[int]) -> list[dict[str, A
     ConfigError: no such run, step or row, or a store that is not what it was.
   """
   try:
-    record = json.loads((run / "segments.json").read_text(encoding="utf-8"))
+    periods = json.loads((run / "periods.json").read_text(encoding="utf-8"))
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
   except FileNotFoundError as error:
     raise ConfigError(f"--run={run}: {pathlib.Path(error.filename).name} is missing; name the --workdir of a run") from None
-  loader = pipeline.from_record(record, step)
+  loader = pipeline.from_periods(periods, step)
   if step >= loader.end_step:
     raise ConfigError(f"--step={step}: the run ends at step {loader.end_step}, where a source of it runs out")
   wrong = [b for b in chosen if not 0 <= b < loader.batch_rows]
@@ -49,7 +49,7 @@ def rows_of(run: pathlib.Path, step: int, chosen: list[int]) -> list[dict[str, A
 def _row(loader: pipeline.Loader, tokenizer: tokenization.Tokenizer, step: int, b: int) -> dict[str, Any]:
   index = step * loader.batch_rows + b
   m, nth, pieces = loader.locate(index)
-  source, plan, batch = loader.sources[m], loader.plans[m], loader.row(index)
+  source, layout, batch = loader.sources[m], loader.layouts[m], loader.row(index)
   documents = []
   for doc, start, length in pieces:
     tokens = source.store.tokens(doc, start, length + 1).tolist()
@@ -64,7 +64,7 @@ def _row(loader: pipeline.Loader, tokenizer: tokenization.Tokenizer, step: int, 
     "row": b,
     "source": source.name,
     "source_row": nth,
-    "epoch": nth // plan.num_rows,
+    "epoch": nth // layout.num_rows,
     "filled": int((batch.segments_BT > 0).sum()),
     "targets": int((batch.weights_BT > 0).sum()),
     "documents": documents,
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> int:
     for row in found:
       print(json.dumps(row, ensure_ascii=False))
     return 0
-  row_len = json.loads((pathlib.Path(_RUN.value) / "segments.json").read_text(encoding="utf-8"))["settings"]["data.row_len"]
+  row_len = json.loads((pathlib.Path(_RUN.value) / "periods.json").read_text(encoding="utf-8"))["settings"]["data.row_len"]
   print(f"step {_STEP.value} of {_RUN.value}: {len(found)} rows")
   for row in found:
     print("\n".join(_lines(row, chars=_CHARS.value, row_len=row_len)))

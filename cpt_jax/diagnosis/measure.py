@@ -1,6 +1,6 @@
 """A base model and token stores -> the figures of every source, and what is to be said of each: what tools/diagnose.py prints.
 
-Invariant: the base is evaluated as a run does it (stream.pipeline.evaluation_rows, training.perplexity), on the run's own
+Invariant: the base is evaluated as a run does it (stream.heldout.evaluation_rows, training.perplexity), on the run's own
 held-out documents where there are enough of them; nothing is loaded whole but the base and the stores' indices.
 """
 
@@ -19,7 +19,7 @@ from cpt_jax.diagnosis.verdict import Figures
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.store import corpus, token_store, tokenization
-from cpt_jax.stream import excerpts, pipeline
+from cpt_jax.stream import excerpts, heldout
 from cpt_jax.stream.excerpts import Excerpts
 from cpt_jax.stream.sources import Source
 from cpt_jax.training import perplexity, step
@@ -42,7 +42,7 @@ class Base(NamedTuple):
 class Held(NamedTuple):
   """What the base is evaluated on of a source."""
 
-  rows: pipeline.HeldOut
+  rows: heldout.HeldOut
   sample: str  # what it is, for people
 
 
@@ -113,15 +113,15 @@ def hold_out(
   source = Source(name, store, role="", share=(), heldout_frac=heldout_frac)
   candidates = source.heldout_documents
   if source.num_pairs(candidates):
-    chosen = pipeline.whole_documents(candidates, store.lengths, max_tokens=max_tokens)
+    chosen = heldout.whole_documents(candidates, store.lengths, max_tokens=max_tokens)
     if len(chosen) >= MIN_DOCUMENTS and max_tokens / 2 <= source.num_pairs(chosen) <= max_tokens:
-      doc_bytes = pipeline.document_bytes(store, chosen, base.tokenizer)
-      rows_of = pipeline.evaluation_rows(store, chosen, lengths=store.lengths, doc_bytes=doc_bytes, **options)
+      doc_bytes = heldout.document_bytes(store, chosen, base.tokenizer)
+      rows_of = heldout.evaluation_rows(store, chosen, lengths=store.lengths, doc_bytes=doc_bytes, **options)
       return Held(rows_of, f"{len(chosen):,} held-out documents")
   drawn = excerpts.draw(store, max_tokens=max_tokens, part_tokens=min(PART_TOKENS, row_len))
   doc_bytes = np.array([_text_bytes(drawn, i, base.tokenizer) for i in range(len(drawn))], np.int64)
   everything = np.arange(len(drawn))
-  rows_of = pipeline.evaluation_rows(drawn, everything, lengths=drawn.lengths, doc_bytes=doc_bytes, **options)
+  rows_of = heldout.evaluation_rows(drawn, everything, lengths=drawn.lengths, doc_bytes=doc_bytes, **options)
   return Held(rows_of, f"excerpts of {len(drawn):,} documents" if drawn.num_cut else f"{len(drawn):,} documents")
 
 

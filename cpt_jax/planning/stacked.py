@@ -47,7 +47,7 @@ def run_stack(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: 
   with contextlib.ExitStack() as open_files, loop.stop_signals() as stop:
     for inputs, workdir in zip(opened, workdirs, strict=True):
       open_files.enter_context(checkpoint.claim(workdir, inputs.config))
-      metrics.write_segments(workdir, inputs.loader.record())
+      metrics.write_periods(workdir, inputs.loader.periods())
 
     # ---- 2. one device, one program ----
     mesh = mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])

@@ -16,6 +16,7 @@ from cpt_jax import trees
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.preview import memory
+from cpt_jax.stream import summary
 from cpt_jax.training import console, guard, loop, optimizer, schedule, state, step
 
 
@@ -65,7 +66,7 @@ def _mesh_sizes(config: Any) -> tuple[dict[str, int], str]:
 
 
 def _data(inputs: loop.Inputs, num_steps: int) -> None:
-  config, summaries = inputs.config, inputs.loader.describe()
+  config, summaries = inputs.config, summary.describe(inputs.loader)
   positions = num_steps * config_lib.tokens_per_step(config)
   console.table(
     f"data: {num_steps:,} steps x {config.train.batch_rows} rows x {config.data.row_len} positions = {console.count(positions)}, "

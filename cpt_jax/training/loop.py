@@ -182,7 +182,7 @@ def _run(config: Any, workdir: pathlib.Path, *, bar: Any) -> int:
     watch = guard.from_config(config, loader, decisions, asked, state=meta["guard"] if meta else None, first_step=first_step)
     checkpoints.need(watch.needed)
     if hosts.is_main():
-      metrics.write_segments(workdir, loader.record())
+      metrics.write_periods(workdir, loader.periods())
       guard.drop_after(workdir, first_step)
 
     # ---- 6. loop ----

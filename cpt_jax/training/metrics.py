@@ -241,9 +241,9 @@ def with_predictions(result: dict[str, Any], losses: Sequence[Sequence[Any]]) ->
   return {**result, "sources": sources}
 
 
-def write_segments(run_dir: pathlib.Path, record: dict) -> None:
-  """Keeps which rows the run reads, segment by segment, as `stream.pipeline.from_record` takes it."""
-  write_atomically(run_dir / "segments.json", json.dumps(record, indent=1).encode())
+def write_periods(run_dir: pathlib.Path, periods: dict) -> None:
+  """Keeps which rows the run reads, period by period, as `stream.pipeline.from_periods` takes it."""
+  write_atomically(run_dir / "periods.json", json.dumps(periods, indent=1).encode())
 
 
 def write_summary(run_dir: pathlib.Path, result: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ def evaluate(
   """Loss of `params` on the held-out documents of each source.
 
   Args:
-    heldout: source name -> stream.pipeline.HeldOut
+    heldout: source name -> stream.heldout.HeldOut
     eval_step: the jitted `training.step.make_eval_step`
     to_device: numpy batch -> global arrays
     on_batch: called after each batch, for a progress bar

@@ -17,6 +17,7 @@ from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model.spec import ModelSpec, from_hf, load_hf_config
+from cpt_jax.stream import pipeline
 from cpt_jax.training import guard
 from cpt_jax.training import optimizer as optimizer_lib
 from cpt_jax.training import state as state_lib
@@ -112,11 +113,12 @@ def data_past(begin: Start) -> dict | None:
   if begin.kind not in ("run", "resume"):
     return None
   past = read_meta(begin.path, begin.checkpoint)["loader"]
+  pipeline.check_formats(past)
   if begin.kind == "resume" and begin.step == 0:  # steps are counted anew, rows go on
     merged: dict = {}
-    for segment in past["segments"]:
-      merged |= segment["sources"]
-    past = {**past, "segments": [{**past["segments"][-1], "start_step": 0, "read": past["read"], "sources": merged}]}
+    for period in past["periods"]:
+      merged |= period["sources"]
+    past = {**past, "periods": [{**past["periods"][-1], "start_step": 0, "read": past["read"], "sources": merged}]}
   return past
 
 

@@ -1,9 +1,10 @@
-"""tools/show_batch.py: the rows that a run read, from its record alone, also of a past that was mixed otherwise."""
+"""tools/show_batch.py: the rows that a run read, from its periods alone, also of a past that was mixed otherwise."""
 
 import json
 import subprocess
 import sys
 
+import loaders
 import pytest
 
 from cpt_jax import config as config_lib
@@ -21,17 +22,17 @@ def run(tmp_path_factory, fixtures):
   )
   store = open_store(directory / "s")
 
-  def loader(share, **options):
+  def loader(share, begin=None):
     found = [
       sources.Source("a", store, "domain", config_lib.Share(share), 0.1),
       sources.Source("b", store, "replay", config_lib.Share(1.0), 0.1),
     ]
-    return pipeline.Loader(found, num_steps=9, batch_rows=4, row_len=64, packing_policy="best_fit", **options)
+    return loaders.loader(found, num_steps=9, row_len=64, begin=begin)
 
   first = loader(1.0)
-  second = loader(3.0, past=json.loads(json.dumps(first.state(3))), start_step=3)
+  second = loader(3.0, pipeline.Begin(3, json.loads(json.dumps(first.state(3)))))
   (directory / "run").mkdir()
-  (directory / "run" / "segments.json").write_text(json.dumps(second.record()))
+  (directory / "run" / "periods.json").write_text(json.dumps(second.periods()))
   (directory / "run" / "config.json").write_text(json.dumps({"data": {"tokenizer": str(fixtures / "tokenizer")}}))
   return directory / "run", first, second
 
@@ -79,7 +80,7 @@ def test_it_needs_no_device(run, root):
     (["--step=9"], "the run has the steps 0 to 8"),
     (["--step=1", "--rows=7"], "rows 0 to 3"),
     ([], "name a run and a step"),
-    (["--step=1", "--run=nowhere"], "segments.json is missing"),
+    (["--step=1", "--run=nowhere"], "periods.json is missing"),
   ],
 )
 def test_what_cannot_be_shown_is_said(run, root, flags, message):

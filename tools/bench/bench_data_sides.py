@@ -255,8 +255,10 @@ def _loader(directory: pathlib.Path, knots: Any, *, num_steps: int, batch_rows: 
     sources.Source(str(m), token_store.open_store(folder / str(m)), role="domain", share=tuple(of_m), heldout_frac=0.02)
     for m, of_m in enumerate(knots)
   ]
-  shape = dict(num_steps=num_steps, batch_rows=batch_rows, row_len=row_len)
-  return pipeline.Loader(found, **shape, packing_policy="best_fit", vocab_size=found[0].store.vocab_size)
+  shape = {"batch_rows": batch_rows, "row_len": row_len, "packing": "best_fit"}
+  settings = pipeline.Settings(seed=0, cross_documents=False, split_positions="restart", **shape)
+  arguments = {"num_steps": num_steps, "eval_batch_rows": batch_rows, "num_threads": 16}
+  return pipeline.Loader(found, settings=settings, vocab_size=found[0].store.vocab_size, **arguments)
 
 
 # What is measured of a side.
