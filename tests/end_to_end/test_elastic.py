@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from test_hosts import Fleet, trained
+from fleet import Fleet, trained
 
 from cpt_jax import config as config_lib
 from cpt_jax import journal

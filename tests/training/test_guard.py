@@ -11,7 +11,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from loaders import go_on, located, mix
-from test_step import RULES, SETTINGS, build
+from updates import RULES, SETTINGS, build
 
 from cpt_jax import config as config_lib
 from cpt_jax import trees

@@ -1,31 +1,20 @@
 """Whether a vocabulary fits: counts, distances, the curve on held-out text, every answer, and the two tools."""
 
-import gzip
 import itertools
 import json
 import string
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tokenizers as tokenizers_library
 from hypothesis import given
 from hypothesis import strategies as st
+from shipped import poems, run_tool
 
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.store import corpus, prepare, tokenization
 from cpt_jax.vocab import assess, grow, kinds, verdict
 from cpt_jax.vocab import texts as texts_lib
-
-
-def poems(root, num_bytes, *, name="poetry_ci"):
-  texts, total = [], 0
-  with gzip.open(root / "examples" / "corpora" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-    while total < num_bytes:
-      texts.append(json.loads(next(file))["text"])
-      total += len(texts[-1].encode())
-  return texts
 
 
 def test_counts_are_of_all_tokens_in_one_pass(root, fixtures):
@@ -129,11 +118,6 @@ def test_a_tokenizer_that_cannot_grow_is_measured_all_the_same(root, fixtures, t
 
 
 # ---- the tools ----
-
-
-def run_tool(root, name, *arguments):
-  command = [sys.executable, str(root / "tools" / name), *map(str, arguments)]
-  return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
 
 
 def test_assessing_and_growing_the_shipped_base(root, tmp_path, fixtures):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_assess import poems, run_tool
+from shipped import poems, run_tool
 
 from cpt_jax.store import tokenization
 from cpt_jax.vocab import grow, kinds
