@@ -343,11 +343,11 @@ def command(verdict: diagnosis.Verdict, request: Request, base: Any, opened: dic
 
 
 def enough_heldout(found: list[token_store.TokenStore], wanted: float) -> float:
-  """`wanted`, or the least share (two digits, rounded up) at which every store holds a document out."""
-  from cpt_jax.stream.sources import mix64
+  """`wanted`, or the least share (two digits, rounded up) at which every store holds a document out, if that is no large one."""
+  from cpt_jax.stream.sources import MOST_HELD_OUT, mix64
 
   least = max(float(mix64(store.doc_hashes()[store.lengths > 1]).min()) / 2**64 for store in found)
-  if least < wanted:
+  if not wanted <= least <= MOST_HELD_OUT:
     return wanted
   step = 10 ** (math.floor(math.log10(least)) - 1)
   return round(math.ceil(least / step + 1e-6) * step, 6)

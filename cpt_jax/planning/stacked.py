@@ -19,7 +19,7 @@ from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.preview import memory as memory_lib
+from cpt_jax.preview.memory import kept_bytes
 from cpt_jax.stream.batch import Batch
 from cpt_jax.training import checkpoint, drift, guard, loop, metrics, perplexity, start, state, step
 
@@ -153,7 +153,7 @@ def how_many(config: Any) -> int:
     return 1
   inputs = loop.open_inputs(config)
   sizes, itemsize = _one_device(), step.settings_from_config(inputs.config).compute_dtype.itemsize
-  activations = memory_lib.kept_bytes(inputs.config, inputs.spec, sizes, itemsize)
+  activations = kept_bytes(inputs.config, inputs.spec, sizes, itemsize)
   one = spec_lib.num_parameters(inputs.spec) * _BYTES_PER_PARAMETER + activations
   return max(1, int(_MEMORY_FRAC * memory["bytes_limit"] / one))
 

@@ -1,6 +1,12 @@
 """The batch: what a training or evaluation step is given.
 
 Invariant: shifted once, in packing; segment 0 / weight 0 is padding; one row holds one source.
+
+The names of arrays end in their dimensions, a letter each, here and everywhere:
+
+  B rows              T positions            S positions of keys    D width of the model    F width of the mlp
+  N query heads       K key/value heads      G = N / K              H size of a head        V vocabulary
+  L layers            M sources              A microbatches         R trials side by side
 """
 
 from typing import Any, NamedTuple

@@ -17,6 +17,7 @@ from cpt_jax.store import tokenization
 from cpt_jax.store.token_store import TokenStore, open_store
 
 Knots = tuple[tuple[float, float, str], ...]
+MOST_HELD_OUT = 0.2  # a larger fraction is no advice: the text is there to be trained on (chosen by hand)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def from_config(config, problems: Problems) -> list[Source]:
     key = f"data.sources.{name}"
     if entry.text and not os.path.exists(entry.store):
       problems.add(
-        f"{key}.store={entry.store!r}: not made yet; make it from {key}.text with tools/prepare_data.py --input {entry.text!r} "
+        f"{key}.store={entry.store!r}: not made yet; make it from {key}.text with cpt prepare --input {entry.text!r} "
         f"--tokenizer {config.data.tokenizer or config.start.hf} --output {entry.store}"
       )
       continue
@@ -109,27 +110,38 @@ def check(source: Source, problems: Problems) -> bool:
   """Can the source be split, evaluated and (if its share says so) trained on."""
   key, store = f"data.sources.{source.name}", source.store
   if store.num_documents == 0 or store.num_tokens == 0:
-    problems.add(f"{key}.store={str(store.path)!r}: the store is empty; give tools/prepare_data.py text to read")
+    problems.add(f"{key}.store={str(store.path)!r}: the store is empty; give cpt prepare text to read")
     return False
-  sizes = f"{store.num_documents} documents of {str(store.path)!r}"
-  pairs = np.maximum(store.lengths - 1, 0)
-  if pairs[source.heldout_documents].sum() == 0:
-    hint = "" if pairs.any() else "; its documents have less than two tokens each"
-    if pairs.any():
-      needed = float(source._split_hashes[pairs > 0].min()) / 2**64
-      hint = f"; from {needed:.2g} on one would be" if needed >= source.heldout_frac else ""
+  pairs, name = np.maximum(store.lengths - 1, 0), f"{str(store.path)!r} ({key})"
+  num_usable = int((pairs > 0).sum())
+  if num_usable == 0:
     problems.add(
-      f"data.heldout_frac={source.heldout_frac:g}: none of the {sizes} ({key}) is held out, so nothing could be evaluated{hint}; "
-      "raise it, or split long documents"
+      f"{key}.store={str(store.path)!r}: its {store.num_documents} documents have less than two tokens each; give it text"
     )
     return False
-  if source.is_trained and pairs[source.train_documents].sum() == 0:
+  is_heldout, is_left = (pairs[part].sum() > 0 for part in (source.heldout_documents, source.train_documents))
+  if num_usable == 1 and (source.is_trained or not is_heldout):
     problems.add(
-      f"data.heldout_frac={source.heldout_frac:g}: leaves none of the {sizes} ({key}) to train on; "
+      f"{key}.store={str(store.path)!r}: holds one document, and a document is either trained on or held out, never both; give "
+      "more documents, or split it (.txt: with lines between its parts that hold one form feed)"
+    )
+    return False
+  if not is_heldout:
+    # Documents are held out by their hashes, so the least fraction that takes one is known.
+    needed = float(source._split_hashes[pairs > 0].min()) / 2**64
+    advice = f"from {needed:.2g} on one would be; raise it" if needed <= MOST_HELD_OUT else "give more documents"
+    problems.add(
+      f"data.heldout_frac={source.heldout_frac:g}: none of the {store.num_documents} documents of {name} is held out, so nothing "
+      f"could be evaluated; {advice}, or split long documents"
+    )
+  elif source.is_trained and not is_left:
+    problems.add(
+      f"data.heldout_frac={source.heldout_frac:g}: leaves none of the {store.num_documents} documents of {name} to train on; "
       f"lower it, give more text, or set {key}.share=0.0 to evaluate only"
     )
-    return False
-  return True
+  else:
+    return True
+  return False
 
 
 def check_vocabulary(sources: Sequence[Source], vocab_size: int, problems: Problems) -> None:
@@ -141,7 +153,7 @@ def check_vocabulary(sources: Sequence[Source], vocab_size: int, problems: Probl
       problems.add(
         f"data.sources.{source.name}.store={str(source.store.path)!r}: holds token id {largest}, the model's vocabulary has "
         f"{vocab_size} rows (ids 0..{vocab_size - 1}); prepare the text with the tokenizer of the model that the run starts "
-        "from, or start from the model that tools/grow_vocab.py wrote with a grown tokenizer"
+        "from, or start from the model that cpt vocab grow wrote with a grown tokenizer"
       )
 
 

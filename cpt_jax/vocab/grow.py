@@ -16,11 +16,10 @@ import numpy as np
 from cpt_jax.config import ConfigError
 from cpt_jax.store import tokenization
 from cpt_jax.vocab import candidates
-from cpt_jax.vocab import changes as changes_lib
 from cpt_jax.vocab import texts as texts_lib
 from cpt_jax.vocab.bases import Base, Piece, Words
 from cpt_jax.vocab.candidates import Candidates
-from cpt_jax.vocab.changes import Changes
+from cpt_jax.vocab.changes import NO_CHANGES, Changes, compare
 
 BANDS = {"all": (0.0, 1.0), "low": (0.0, 0.5), "high": (0.5, 1.0)}
 MIN_COUNT = 20  # by hand: a piece that the sample holds less often is learnt by chance, and its row from few examples
@@ -68,10 +67,10 @@ class Grown:
 
   def changes(self, batches: Iterator[list[str]]) -> Changes:
     """What growth changes in the tokenisation of texts."""
-    lengths_W, total = self.lengths_W(), changes_lib.NO_CHANGES
+    lengths_W, total = self.lengths_W(), NO_CHANGES
     for batch in batches:
       old, new = self.base.tokenizer.encode_contents(batch), self.tokenizer.encode_contents(batch)
-      total += changes_lib.compare(batch, old, new, lengths_W=lengths_W)
+      total += compare(batch, old, new, lengths_W=lengths_W)
     return total
 
 

@@ -1,6 +1,6 @@
 """A path -> the base's tokenizer as one that can grow, or why it cannot.
 
-Invariant: what is returned gives the ids that data.tokenizer gives.
+Invariant: what is returned gives the ids that store.tokenization gives.
 """
 
 import os
@@ -15,7 +15,7 @@ def load(path: str | os.PathLike) -> Base:
   """The tokenizer of a Hugging Face directory, a tokenizer.json or a SentencePiece model.
 
   Raises:
-    ConfigError: as data.tokenizer.load; a kind that cannot grow.
+    ConfigError: as store.tokenization.load; a kind that cannot grow.
   """
   tokenizer = tokenization.load(path)
   return (FastBase if tokenizer.path.suffix == ".json" else SentencePieceBase)(tokenizer)

@@ -110,7 +110,7 @@ def test_every_problem_is_named_at_once(tmp_path, texts):
     "gone": r"data\.sources\.gone\.store: .*no such token store",
     "raw": r"data\.sources\.raw\.store=.*not made yet.*--input 'texts/\*\.txt'",
     "empty": r"data\.sources\.empty\.store=.*empty",
-    "one": r"data\.heldout_frac=0\.1: none of the 1 documents.*data\.sources\.one",
+    "one": r"data\.sources\.one\.store=.*one document, and a document is either trained on or held out.*or split it \(\.txt: ",
     "other": r"data\.sources\.other\.store=.*tokenizer two, expected one \(that of source good\)",
   }.items():
     assert sum(bool(re.search(pattern, line)) for line in lines) == 1, (name, lines)
@@ -126,6 +126,23 @@ def test_the_fraction_that_is_offered_helps(tmp_path):
   config.data.heldout_frac = float(re.search(r"from ([0-9.e-]+) on", lines[0])[1])
   found, lines = problems_of(config)
   assert lines == [] and len(found[0].heldout_documents) >= 1
+
+
+@pytest.mark.parametrize("heldout_frac", [0.01, 1 - 1e-9])
+def test_one_document_is_enough_to_evaluate_alone(tmp_path, heldout_frac):
+  write(tmp_path / "s", ["a single document"])
+  config = config_of(a={"store": str(tmp_path / "s")})
+  config.data.heldout_frac = heldout_frac
+  assert "heldout_frac" not in problems_of(config)[1][0] and "give more documents" in problems_of(config)[1][0]
+  config.data.sources.a.share = config_lib.Share(0.0)
+  found, lines = problems_of(config)
+  assert bool(found) == (heldout_frac > 0.5) == (not lines)
+
+
+def test_a_fraction_that_would_hold_out_most_is_not_offered(tmp_path):
+  write(tmp_path / "s", ["text 1", "text 2"])
+  (line,) = problems_of(config_of(a={"store": str(tmp_path / "s")}))[1]
+  assert "none of the 2 documents" in line and "give more documents, or split long documents" in line and " on one" not in line
 
 
 def test_a_split_that_leaves_nothing_to_train_on(tmp_path, texts):

@@ -16,7 +16,7 @@ from updates import RULES, SETTINGS, build
 from cpt_jax import config as config_lib
 from cpt_jax import trees
 from cpt_jax.config import ConfigError
-from cpt_jax.model import loss as loss_lib
+from cpt_jax.model.loss import objective
 from cpt_jax.stream import pipeline
 from cpt_jax.stream.quotas import Curves
 from cpt_jax.training import checkpoint, guard, metrics, optimizer, start, step
@@ -73,14 +73,14 @@ def test_without_such_numbers_the_guard_changes_no_bit(tiny_spec, random_batch, 
   tx = optimizer.make(now.params, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=1.0, **{**RULES, "frozen": ()})
   weights_M = jnp.ones(2)
 
-  def objective(params, batch):
+  def loss_of(params, batch):
     hidden_BTD = step.hidden_states(params, batch, tiny_spec, settings=SETTINGS)
     chunk = SETTINGS.loss_chunk
-    return loss_lib.objective(params, tiny_spec, hidden_BTD, batch, source_weights=weights_M, z_loss=0.0, chunk=chunk)
+    return objective(params, tiny_spec, hidden_BTD, batch, source_weights=weights_M, z_loss=0.0, chunk=chunk)
 
   @jax.jit
   def plain(state, batch, rate):
-    grads, sums = step.accumulate(jax.grad(objective, has_aux=True), state.params, batch, microbatches=microbatches)
+    grads, sums = step.accumulate(jax.grad(loss_of, has_aux=True), state.params, batch, microbatches=microbatches)
     tokens = jnp.sum(weights_M * sums.tokens_M.astype(jnp.float32))
     scale = 1.0 / jnp.where(tokens > 0, tokens, 1.0)
     grads = jax.tree.map(lambda g: g * scale, grads)

@@ -78,9 +78,9 @@ class Hooks:
   def __init__(self, inputs: Any, workdir: pathlib.Path):
     from cpt_jax import config as config_lib
     from cpt_jax.training import checkpoint, guard
-    from cpt_jax.training import loop as loop_lib
+    from cpt_jax.training.loop import StopRequest
 
-    self._stop, self._loader = loop_lib.StopRequest(), inputs.loader
+    self._stop, self._loader = StopRequest(), inputs.loader
     self._checkpoints = checkpoint.from_config(inputs.config, workdir)
     self._watch = guard.from_config(inputs.config, inputs.loader, [], inputs.asked, state=None, first_step=0)
     self._every = [config_lib.steps_of(inputs.config, key) for key in ("eval.every", "checkpoint.every")]

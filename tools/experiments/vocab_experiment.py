@@ -34,9 +34,9 @@ from cpt_jax.store.records import BadRecord, Part, Rules
 from cpt_jax.stream.shuffle import mix64
 from cpt_jax.training import console, loop
 from cpt_jax.vocab import changes, initialise, kinds
-from cpt_jax.vocab import grow as grow_lib
 from cpt_jax.vocab import texts as texts_lib
 from cpt_jax.vocab.bases import Base
+from cpt_jax.vocab.grow import RECORD
 from tools.fixtures import make_example_data
 
 BASE = ROOT / "examples" / "base"
@@ -203,7 +203,7 @@ def grow(folder: pathlib.Path, arm: Arm) -> pathlib.Path:
 
 def saved(folder: pathlib.Path, grown: pathlib.Path) -> float:
   """The share of tokens that a grown base's pieces save, of the sample that they were chosen from."""
-  record = json.loads((grown / grow_lib.RECORD).read_text(encoding="utf-8"))
+  record = json.loads((grown / RECORD).read_text(encoding="utf-8"))
   return sum(piece["saved"] for piece in record["pieces"]) / sample_tokens(folder)
 
 
@@ -281,7 +281,7 @@ def growth(folder: pathlib.Path, grown: pathlib.Path) -> dict[str, Any]:
   """What was added."""
   if grown == BASE:
     return {"pieces": 0}
-  pieces = json.loads((grown / grow_lib.RECORD).read_text(encoding="utf-8"))["pieces"]
+  pieces = json.loads((grown / RECORD).read_text(encoding="utf-8"))["pieces"]
   middle = {key: float(np.median([piece[key] for piece in pieces])) for key in ("count", "use")}
   return {"pieces": len(pieces), "saved": round(saved(folder, grown), 5), **middle}
 
