@@ -1,13 +1,13 @@
-"""Small stores whose tokens tell their document, and loaders of them."""
+"""Small stores whose tokens tell their document, and runs of them."""
 
 import json
 
+import factory
 import numpy as np
 
-from cpt_jax import config as config_lib
 from cpt_jax.store.token_files import StoreWriter
 from cpt_jax.store.token_store import open_store
-from cpt_jax.stream import pipeline, sources
+from cpt_jax.stream import pipeline
 from cpt_jax.stream.batch import Batch
 
 UNIQUE = 100  # document i of a store has the tokens i*100, i*100+1, ..: a token tells its document
@@ -27,29 +27,10 @@ def write_all(directory, *, seed=3):
   return {name: write(directory / name, rng.integers(1, 30, size), name=name) for name, size in sizes.items()}
 
 
-def loader(found, *, num_steps=20, begin=None, tokenizer=None, vocab_size=None, num_threads=2, **settings):
-  """A loader of sources; `settings` are those of pipeline.Settings that are not as here."""
-  plain = {"seed": 0, "batch_rows": 4, "row_len": 16, "packing": "best_fit"}
-  made = pipeline.Settings(**{**plain, "cross_documents": False, "split_positions": "restart", **settings})
-  return pipeline.Loader(
-    found,
-    num_steps=num_steps,
-    settings=made,
-    eval_batch_rows=made.batch_rows,
-    num_threads=num_threads,
-    tokenizer=tokenizer,
-    vocab_size=vocab_size,
-    begin=begin or pipeline.Begin(),
-  )
-
-
 def mix(stores, mixed, *, num_steps, batch_rows=5, **options):
   """A loader of `mixed`, name -> fields of its source, where `share` is a number or knots."""
-  found = []
-  for name, fields in mixed.items():
-    fields = {"role": "domain", "heldout_frac": 0.2, "share": 1.0, **fields}
-    found.append(sources.Source(name, stores[name], **{**fields, "share": config_lib.Share(fields["share"])}))
-  return loader(found, num_steps=num_steps, batch_rows=batch_rows, **options)
+  found = [factory.source(name, stores[name], **{"heldout_frac": 0.2, **fields}) for name, fields in mixed.items()]
+  return factory.loader(found, num_steps=num_steps, batch_rows=batch_rows, **{"row_len": 16, **options})
 
 
 def go_on(stores, before, mixed, *, step, num_steps, skip=None, **options):

@@ -2,13 +2,13 @@
 
 import functools
 
+import factory
 import jax
-import jax.numpy as jnp
 
 from cpt_jax.model import transformer
-from cpt_jax.training import optimizer, schedule, state, step
+from cpt_jax.training import optimizer, state
 
-SETTINGS = step.ModelSettings(jnp.dtype("float32"), "none", "plain", 0)
+SETTINGS = factory.SETTINGS._replace(attention="plain")
 RULES = dict(decay_rules=((".*norm", 0.0), (".*", 1.0)), rate_rules=((".*", 1.0),), layer_rates=(), frozen=())
 
 
@@ -25,7 +25,7 @@ def build(
   mu_dtype="float32",
   sums="float32",
 ):
-  rates = schedule.make(
+  rates = factory.schedule(
     "rewarm",
     num_steps=10,
     warmup_steps=2,
@@ -39,15 +39,15 @@ def build(
   )
   params = transformer.init(spec, jax.random.key(0)) if params is None else params
   rules = {**RULES, "frozen": frozen}
-  tx = optimizer.make(params, b1=0.9, b2=0.95, eps=1e-3, mu_dtype=mu_dtype, weight_decay=0.1, clip_norm=clip_norm, **rules)
-  update = step.make_train_step(
+  tx = factory.optimizer(params, b1=0.9, b2=0.95, eps=1e-3, mu_dtype=mu_dtype, weight_decay=0.1, clip_norm=clip_norm, **rules)
+  update = factory.train_step(
     spec,
     tx,
     settings=SETTINGS,
     source_weights=source_weights,
     microbatches=microbatches,
     z_loss=z_loss,
-    hold=functools.partial(optimizer.hold, leaves=optimizer.plan(params, **rules)),
+    hold=functools.partial(optimizer.hold, leaves=optimizer.plan(params, **rules, stages=("all",))),
     accumulate_dtype=sums,
   )
   return state.create(params, tx), jax.jit(update), rates

@@ -5,6 +5,8 @@ Invariant: a prediction is read from where the plan recorded it, never made anew
 
 import json
 import pathlib
+import zlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +41,7 @@ class Row(NamedTuple):
     return self.low <= self.measured <= self.high
 
 
-class Plan(NamedTuple):
+class Prediction(NamedTuple):
   """What a plan recorded."""
 
   path: pathlib.Path
@@ -51,20 +53,20 @@ class Plan(NamedTuple):
   limit: float | None  # of the rise
 
 
-def read_plan(folder: str | pathlib.Path) -> Plan:
-  """Reads the plan.json that tools/plan.py wrote.
+def read_plan(folder: str | pathlib.Path) -> Prediction:
+  """Reads the plan.json that cpt plan wrote.
 
   Raises:
     ConfigError: it is not there.
   """
   path = pathlib.Path(folder) / "plan.json"
   if not path.is_file():
-    raise ConfigError(f"--plan={folder}: no plan.json there; name the --output of tools/plan.py")
+    raise ConfigError(f"--plan={folder}: no plan.json there; name the --output of cpt plan")
   record = json.loads(path.read_text(encoding="utf-8"))
   best = record["recommended"]
   losses = {name: (p["loss"], p["low"], p["high"]) for name, p in best["losses"].items()}
   frontier = [(point["rise"], point["domain_loss"]) for point in record["frontier"]]
-  return Plan(path, best["rate"], best["replay"], record["tokens"], losses, frontier, record["general_loss_rise"])
+  return Prediction(path, best["rate"], best["replay"], record["tokens"], losses, frontier, record["general_loss_rise"])
 
 
 def recorded(run: Run) -> dict[str, tuple[float, float, float]]:
@@ -81,13 +83,13 @@ def rows(run: Run, predicted: dict[str, tuple[float, float, float]]) -> list[Row
   both = [name for name in run.losses if name in predicted]
   if not both:
     raise ConfigError(
-      f"{run.path}: no prediction for its sources {', '.join(run.losses)}; the config of a plan records one (tools/plan.py), "
+      f"{run.path}: no prediction for its sources {', '.join(run.losses)}; the config of a plan records one (cpt plan), "
       "and --plan=DIR names a plan"
     )
   return [Row(name, run.roles[name], run.base(name), *predicted[name], run.final(name)) for name in both]
 
 
-def differences(run: Run, plan: Plan) -> list[str]:
+def differences(run: Run, plan: Prediction) -> list[str]:
   """Where the run did not do what the plan predicted for, in words."""
   lines = []
   asked = {
@@ -102,20 +104,25 @@ def differences(run: Run, plan: Plan) -> list[str]:
   return lines
 
 
-def figure(run: Run, table: list[Row], plan: Plan | None, path: str | pathlib.Path) -> None:
+def figure(run: Run, table: list[Row], plan: Prediction | None, path: str | pathlib.Path) -> None:
   """Losses over the run with what was predicted for its end; with a plan also where it came out beside the frontier."""
   plt = pyplot()
   columns = 1 if plan is None else 2
   made, axes = plt.subplots(1, columns, figsize=(6.4 * columns, 4.6), squeeze=False, layout="constrained")
   ax = axes[0][0]
   steps_E = run.eval_steps_E
-  for row, colour in zip(table, COLOURS * len(table), strict=False):
+  colour_of = colours(run.losses)
+  low, high = visible_range(run, table)
+  for row in table:
+    colour = colour_of[row.source]
     ax.plot(steps_E, run.losses[row.source] - row.base, marker="o", color=colour, label=f"{row.source} ({row.role}), measured")
-    low, high = row.predicted - row.low, row.high - row.predicted
+    predicted, least, most = row.predicted - row.base, row.low - row.base, row.high - row.base
+    is_cut = least < low or most > high
     ax.errorbar(
-      [len(run.rates_S) * 1.03], [row.predicted - row.base], yerr=[[low], [high]], marker="D", capsize=5, color=colour, alpha=0.6,
-      label=f"{row.source}, predicted",
+      [len(run.rates_S) * 1.03], [predicted], yerr=[[predicted - least], [most - predicted]], marker="D", capsize=5, color=colour,
+      alpha=0.6, label=f"{row.source}, predicted" + (f"; from {least:+.3g} to {most:+.3g}" if is_cut else ""),
     )  # fmt: skip
+  ax.set_ylim(low, high)
   ax.axhline(0, color=GREY, linewidth=0.8)
   ax.set_xlabel("step")
   ax.set_ylabel("held-out loss less the base's, nats/token")
@@ -127,7 +134,32 @@ def figure(run: Run, table: list[Row], plan: Plan | None, path: str | pathlib.Pa
   plt.close(made)
 
 
-def _frontier(ax: Any, table: list[Row], plan: Plan) -> None:
+def colours(names: Iterable[str]) -> dict[str, str]:
+  """Name -> colour, which follows from the name: a source looks the same in every figure. Two of one colour are moved apart."""
+  found: dict[str, str] = {}
+  for name in sorted(names):
+    at = zlib.crc32(name.encode())
+    ordered = [COLOURS[(at + i) % len(COLOURS)] for i in range(len(COLOURS))]
+    found[name] = next((colour for colour in ordered if colour not in found.values()), ordered[0])
+  return found
+
+
+def visible_range(run: Run, table: list[Row]) -> tuple[float, float]:
+  """What the panel of losses shows, nats less the base's: all curves and predictions, and half as much again for intervals.
+
+  An interval that is far wider than everything measured would press the curves flat; it is cut, and the legend says its ends.
+  """
+  shown = [0.0]
+  for row in table:
+    shown += [*(run.losses[row.source] - row.base), row.predicted - row.base]
+  least, most = min(shown), max(shown)
+  span = (most - least) or 1.0
+  low = max(least - span / 2, min([least, *(row.low - row.base for row in table)]))
+  high = min(most + span / 2, max([most, *(row.high - row.base for row in table)]))
+  return low - 0.05 * span, high + 0.05 * span
+
+
+def _frontier(ax: Any, table: list[Row], plan: Prediction) -> None:
   def place(value: str) -> tuple[float, float]:
     rise = max(getattr(row, value) - row.base for row in table if row.role == "replay")
     return rise, float(np.mean([getattr(row, value) for row in table if row.role == "domain"]))

@@ -103,6 +103,8 @@ def prepare(
 ) -> PrepareReport:
   """Tokenises text files into a token store, or goes on doing so.
 
+  >>> cpt_jax.prepare(["texts/*.jsonl"], tokenizer="examples/base", output="store/mine").lines()  # doctest: +SKIP
+
   Args:
     inputs: paths and globs of .txt, .jsonl and .parquet files, plain or with .gz or .zst.
     tokenizer: as `tokenization.load` takes it.

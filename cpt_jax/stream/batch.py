@@ -2,11 +2,16 @@
 
 Invariant: shifted once, in packing; segment 0 / weight 0 is padding; one row holds one source.
 
-The names of arrays end in their dimensions, a letter each, here and everywhere:
+Arrays end in their dimensions, in the order in which they lie, here and everywhere in the package: `probs_BNTS`.
 
-  B rows              T positions            S positions of keys    D width of the model    F width of the mlp
-  N query heads       K key/value heads      G = N / K              H size of a head        V vocabulary
-  L layers            M sources              A microbatches         R trials side by side
+  B  rows of a batch               N  query heads                     F  width of the feed-forward part
+  T  positions of a row, queries   K  key and value heads             V  vocabulary
+  S  positions of a row, keys      G  query heads of a key head, N/K  L  layers
+  D  width                         H  head size                       M  sources
+  A  microbatches                  R  trials side by side
+
+`P` and `Q` are the positions of a block. A letter that a module needs beside these is named at its head. The suffix is the whole
+shape, never a device's part of it; trees and scalars have none.
 """
 
 from typing import Any, NamedTuple

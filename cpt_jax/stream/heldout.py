@@ -80,7 +80,13 @@ def evaluation_rows(
   firsts = [(int(store.tokens(i, 0, 1)[0]), bool(store.loss_mask(i, 0, 1)[0])) for i in documents.tolist()]
   unpredicted = [int(opening_bytes_V[token]) if counts else 0 for token, counts in firsts]
   layout = packing.lay_out(
-    lengths, row_len=row_len, policy="best_fit", documents=documents, shuffle=False, count_targets=packing.target_counter(store)
+    lengths,
+    row_len=row_len,
+    policy="best_fit",
+    cross_documents=False,
+    documents=documents,
+    shuffle=False,
+    count_targets=packing.target_counter(store),
   )
 
   def make(number: int) -> Batch:
@@ -88,7 +94,8 @@ def evaluation_rows(
     batch = packing.empty_batch(len(part), row_len)
     for b, row in enumerate(part):
       # Past the last row of the layout there is padding, which is a row without pieces.
-      packing.pack_row(batch, b, store, layout.pieces(row) if row < layout.num_rows else [], source=source)
+      pieces = layout.pieces(row) if row < layout.num_rows else []
+      packing.pack_row(batch, b, store, pieces, source=source, cross_documents=False, split_positions="restart")
     check(batch)
     return batch
 
@@ -98,7 +105,7 @@ def evaluation_rows(
 
 
 def whole_documents(
-  documents: np.ndarray, lengths: np.ndarray, *, max_tokens: int, max_bytes: int = 0, doc_bytes: np.ndarray | None = None
+  documents: np.ndarray, lengths: np.ndarray, *, max_tokens: int, max_bytes: int, doc_bytes: np.ndarray | None = None
 ) -> np.ndarray:
   """Documents with at most `max_tokens` pairs together, in the order given; the smallest alone if none fits.
 

@@ -21,11 +21,12 @@ _ARRAYS = ("row_ends", "row_tokens", "row_targets", "row_docs", "doc", "start", 
 _NUMBERS = ("row_len", "policy", "cross_documents", "num_tokens", "num_targets", "num_documents", "num_split")
 
 
-def load_or_make(store_path: str | os.PathLike, *, key: dict, make: Callable[[], Layout]) -> Layout:
+def load_or_make(store_path: str | os.PathLike, *, key: dict, make: Callable[[], Layout], keep: bool = True) -> Layout:
   """The layout of `key` from `layouts/` beside the store, memory-mapped; made and written there when it is not.
 
   `key` holds all that the layout depends on (JSON-able). Writers in other processes do no harm: a layout appears whole or not
-  at all. A layout on disk that is damaged is made again. Where nothing can be written the layout stays in memory, with a warning.
+  at all. A layout on disk that is damaged is made again. Where nothing can be written the layout stays in memory, with a warning;
+  without `keep` nothing is written.
   """
   key = {"format": FORMAT, **key}
   name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=12).hexdigest()
@@ -36,6 +37,8 @@ def load_or_make(store_path: str | os.PathLike, *, key: dict, make: Callable[[],
   if found:
     warnings.warn(f"{directory}: {found}; the layout of its rows is made again", stacklevel=2)
   fresh = make()
+  if not keep:
+    return fresh
   try:
     _write(directory, key, fresh)
   except OSError as error:

@@ -96,7 +96,7 @@ def lay_out(
   *,
   row_len: int,
   policy: str,
-  cross_documents: bool = False,
+  cross_documents: bool,
   documents: np.ndarray | None = None,
   shuffle: bool = True,
   count_targets: CountTargets | None = None,
@@ -197,8 +197,8 @@ def pack_row(
   pieces: Sequence[tuple[int, int, int]],
   *,
   source: int,
-  cross_documents: bool = False,
-  split_positions: str = "restart",
+  cross_documents: bool,
+  split_positions: str,
 ) -> None:
   """Writes a row into row `row` of a batch, which is padding yet.
 

@@ -64,6 +64,8 @@ class Loader:
   each epoch, seeded by the source's name and `seed` alone: another source, or another order of the sources, changes no
   source's own order.
 
+  With `keep_layouts` layouts that had to be made are written beside the stores, for the next start.
+
   With `vocab_size` no batch holds an id that the model has no row for: an error names the store. Held-out rows need the
   tokenizer.
 
@@ -82,6 +84,7 @@ class Loader:
     tokenizer: tokenization.Tokenizer | None = None,
     vocab_size: int | None = None,
     begin: Begin = Begin(),  # noqa: B008 (never changed)
+    keep_layouts: bool = True,
   ):
     self.sources = tuple(sources)
     self.names = tuple(source.name for source in sources)
@@ -91,7 +94,9 @@ class Loader:
     if begin.past:
       _check_past(begin.past, settings)
     self.selections = [_select(source) for source in sources]
-    self.layouts = [_lay_out(source, chosen, settings) for source, chosen in zip(sources, self.selections, strict=True)]
+    self.layouts = [
+      _lay_out(source, chosen, settings, keep=keep_layouts) for source, chosen in zip(sources, self.selections, strict=True)
+    ]
     self._shuffles = [
       Shuffle(max(layout.num_rows, 1), name=source.name, seed=settings.seed)
       for source, layout in zip(sources, self.layouts, strict=True)
@@ -216,7 +221,7 @@ class Loader:
     return [{"source": name, "role": roles.get(name, ""), **read[name]._asdict()} for name in names]
 
   def heldout_rows(
-    self, source_name: str, *, max_tokens: int, max_bytes: int = 0, batch_rows: int | None = None, rows: slice | None = None
+    self, source_name: str, *, max_tokens: int, max_bytes: int, batch_rows: int | None = None, rows: slice | None = None
   ) -> HeldOut:
     """Held-out documents of a source, as heldout.rows_of_source chooses them.
 
@@ -261,8 +266,10 @@ def from_config(
   past: dict | None = None,
   start_step: int = 0,
   skip: Mapping[str, int] | None = None,
+  keep_layouts: bool = True,
 ) -> Loader:
-  """The loader of a resolved config; `vocab_size` of the model (None = not checked), `past` to `skip` as in Begin.
+  """The loader of a resolved config; `vocab_size` of the model (None = not checked), `past` to `skip` as in Begin,
+  `keep_layouts` as for Loader.
 
   Raises:
     ConfigError: a source that runs out where it must not, shares that are all 0 at some step, or a past that cannot go on.
@@ -277,6 +284,7 @@ def from_config(
     tokenizer=tokenization.load(path) if path else None,
     vocab_size=vocab_size,
     begin=Begin(start_step, past, skip),
+    keep_layouts=keep_layouts,
   )
   problems = Problems()
   loader.check_ends(problems)
@@ -308,7 +316,7 @@ def from_periods(kept: dict, step: int, *, tokenizer: tokenization.Tokenizer | N
     num_steps=periods[len(known)].start_step if len(known) < len(periods) else kept["num_steps"],
     settings=settings,
     eval_batch_rows=settings.batch_rows,
-    num_threads=2,
+    num_threads=config_lib.KEYS["data.prefetch"].default,
     tokenizer=tokenizer,
     begin=Begin(begin.start_step, past),
   )
@@ -370,7 +378,7 @@ def _select(source: Source) -> Selection:
     raise ConfigError(f"data.sources.{source.name}.{error}") from None
 
 
-def _lay_out(source: Source, chosen: Selection, settings: Settings) -> Layout:
+def _lay_out(source: Source, chosen: Selection, settings: Settings, *, keep: bool) -> Layout:
   policy = {"row_len": settings.row_len, "policy": settings.packing, "cross_documents": settings.cross_documents}
   key = {
     "store": source.store.fingerprint,
@@ -387,7 +395,7 @@ def _lay_out(source: Source, chosen: Selection, settings: Settings) -> Layout:
     documents=chosen.documents,
     count_targets=packing.target_counter(source.store),
   )
-  return layout_files.load_or_make(source.store.path, key=key, make=make)
+  return layout_files.load_or_make(source.store.path, key=key, make=make, keep=keep)
 
 
 def _content(period: Period) -> dict:

@@ -2,6 +2,7 @@
 
 import re
 
+import factory
 import numpy as np
 import pytest
 from hypothesis import given
@@ -24,7 +25,7 @@ def write(path, texts, *, fingerprint="one", vocab_size=1000, ids=None):
 
 
 def source(store, *, name="a", share=((0.0, 1.0),), heldout_frac=0.1):
-  return sources.Source(name, store, role="domain", share=share, heldout_frac=heldout_frac)
+  return factory.source(name, store, role="domain", share=share, heldout_frac=heldout_frac)
 
 
 def config_of(**entries):
@@ -110,7 +111,7 @@ def test_every_problem_is_named_at_once(tmp_path, texts):
     "gone": r"data\.sources\.gone\.store: .*no such token store",
     "raw": r"data\.sources\.raw\.store=.*not made yet.*--input 'texts/\*\.txt'",
     "empty": r"data\.sources\.empty\.store=.*empty",
-    "one": r"data\.sources\.one\.store=.*one document, and a document is either trained on or held out.*or split it \(\.txt: ",
+    "one": r"data\.sources\.one\.store=.*one document cannot be split .*: give more text, or split it",
     "other": r"data\.sources\.other\.store=.*tokenizer two, expected one \(that of source good\)",
   }.items():
     assert sum(bool(re.search(pattern, line)) for line in lines) == 1, (name, lines)
@@ -133,7 +134,7 @@ def test_one_document_is_enough_to_evaluate_alone(tmp_path, heldout_frac):
   write(tmp_path / "s", ["a single document"])
   config = config_of(a={"store": str(tmp_path / "s")})
   config.data.heldout_frac = heldout_frac
-  assert "heldout_frac" not in problems_of(config)[1][0] and "give more documents" in problems_of(config)[1][0]
+  assert "heldout_frac" not in problems_of(config)[1][0] and "one document cannot be split" in problems_of(config)[1][0]
   config.data.sources.a.share = config_lib.Share(0.0)
   found, lines = problems_of(config)
   assert bool(found) == (heldout_frac > 0.5) == (not lines)
@@ -142,7 +143,7 @@ def test_one_document_is_enough_to_evaluate_alone(tmp_path, heldout_frac):
 def test_a_fraction_that_would_hold_out_most_is_not_offered(tmp_path):
   write(tmp_path / "s", ["text 1", "text 2"])
   (line,) = problems_of(config_of(a={"store": str(tmp_path / "s")}))[1]
-  assert "none of the 2 documents" in line and "give more documents, or split long documents" in line and " on one" not in line
+  assert "so few documents (2) can hardly be split" in line and "give more text" in line and "heldout_frac" not in line
 
 
 def test_a_split_that_leaves_nothing_to_train_on(tmp_path, texts):
