@@ -232,7 +232,8 @@ def test_held_out_rows_are_whole_documents_each_target_once(tmp_path_factory, ma
     np.testing.assert_array_equal(batch.weights_BT > 0, batch.segments_BT > 0)
   rows = [{int(t) // UNIQUE for t, _ in pairs_of([row])} for batch in held.batches for row in rows_of(batch)]
   for d in documents:  # a document that fits in a row is never cut, so its loss has all of its context
-    assert sum(d in row for row in rows) == -(-(int(lengths[d]) - 1) // 16)
+    least = -(-(int(lengths[d]) - 1) // 16)
+    assert sum(d in row for row in rows) == 1 if least == 1 else sum(d in row for row in rows) >= least
 
 
 @pytest.mark.parametrize("kind", ["examples/base", "tests/fixtures/sentencepiece"])
