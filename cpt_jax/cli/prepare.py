@@ -80,7 +80,9 @@ def run(args: Namespace) -> int:
   if args.decontaminate:
     contamination = decontaminate.build(args.decontaminate, fields=fields, ngram_words=args.ngram_words)
   names = ("eos_token", "records", "train_on", "text_field", "answer_field", "on_bad", "max_bad")
-  of_rules: dict[str, Any] = {name: getattr(args, name) for name in names} | {"max_document_bytes": int(args.max_document_mb * (1 << 20))}
+  of_rules: dict[str, Any] = {name: getattr(args, name) for name in names} | {
+    "max_document_bytes": int(args.max_document_mb * (1 << 20))
+  }
   how: dict[str, Any] = {"output": args.output, "tokenizer": shipped.find(args.tokenizer), "rules": Rules(**of_rules)}
   try:
     if uses_datatrove:
