@@ -19,7 +19,7 @@ import pytest
 from cpt_jax import config as config_lib
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.store import prepare
-from cpt_jax.store.store import StoreWriter
+from cpt_jax.store.token_files import StoreWriter
 from cpt_jax.stream import pipeline, sources
 from cpt_jax.training import checkpoint, guard, loop, optimizer, schedule, start, step
 from cpt_jax.training import inputs as inputs_lib

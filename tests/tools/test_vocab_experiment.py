@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import prepare, store
+from cpt_jax.store import prepare, token_store
 from tools.experiments import vocab_experiment, vocab_results, vocab_where
 from tools.experiments.vocab_experiment import Arm
 
@@ -89,7 +89,7 @@ def folder(root, tmp_path):
 
 def test_what_is_held_out_is_what_a_run_holds_out(folder):
   texts = list(vocab_experiment.read(folder / "domain.jsonl.gz"))
-  opened = store.open_store(folder / "stores" / "none" / "domain")
+  opened = token_store.open_store(folder / "stores" / "none" / "domain")
   source = factory.source("domain", opened, heldout_frac=vocab_experiment.HELDOUT_FRAC)
   expected = [texts[i] for i in source.heldout_documents]
   assert 2 < len(expected) < 20
@@ -120,7 +120,7 @@ def test_a_run_becomes_a_record(folder, root):
   [record] = map(json.loads, (folder / "out" / "x.jsonl").read_text().splitlines())
   assert (record["arm"], record["seed"], record["steps"], record["ids"]) == ("none", 1, 48, 4096)
   assert record["tokens"] == [0, 9600] and record["nats"] == {"general": [150.0, 150.0], "domain": [150.0, 150.0]}
-  opened = [store.open_store(folder / "stores" / "none" / name) for name in evals]
+  opened = [token_store.open_store(folder / "stores" / "none" / name) for name in evals]
   assert record["bytes"][1] == pytest.approx(4800 * sum(one.num_bytes / one.num_tokens for one in opened), abs=1)
   found = record["heldout"]["domain"]
   assert (found["documents"], found["bytes"], found["changed"]) == (len(held["domain"]), sizes["domain"], 0)

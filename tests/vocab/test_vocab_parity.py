@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from test_assess import poems, run_tool
+from shipped import poems, run_tool
 
-from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store import tokenization
 from cpt_jax.vocab import grow, kinds
 
 TEXTS = [
@@ -29,7 +29,7 @@ def test_transformers_gives_the_ids_of_the_grown_tokenizer(root, tmp_path, kind)
   file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": name}))
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
   assert len(theirs) == found.vocab_size
-  ours = tokenizer_lib.load(tmp_path)
+  ours = tokenization.load(tmp_path)
   for text in TEXTS[:2] + poems(root, 20_000):
     ids = ours.encode_contents([text])[0]
     assert theirs(text, add_special_tokens=False).input_ids == ids
