@@ -117,6 +117,14 @@ def random_batch():
 
 
 @pytest.fixture(scope="session")
+def stores(tmp_path_factory):
+  """Four small stores by name, whose tokens tell their document."""
+  import loaders
+
+  return loaders.write_all(tmp_path_factory.mktemp("stores"))
+
+
+@pytest.fixture(scope="session")
 def tiny_plan(tmp_path_factory, fixtures, tiny_hf_config):
   """The config of a run to be planned: a random 2-layer base, the fixture's corpus as both sources, 400 steps of 4 rows."""
   from cpt_jax import config as config_lib

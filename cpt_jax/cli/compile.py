@@ -1,7 +1,6 @@
-"""`cpt compile`: flags to one call of `cpt_jax.preview.compiled`."""
+"""`cpt compile`: flags to one call of `cpt_jax.preview.compile_ahead`."""
 
 import json
-import os
 import pathlib
 from argparse import Namespace
 
@@ -37,16 +36,14 @@ def parser() -> manual.Parser:
 
 def run(args: Namespace) -> int:
   """Compiles, prints, writes."""
-  from cpt_jax.devices import chips, environment
+  from cpt_jax.preview import compile_ahead
 
-  topology = chips.parse_topology(args.topology)
-  kind = "tpu" if topology.chip.platform == "tpu" else "gpu"
-  environment.prepare_ahead(os.environ, kind, gpu_model=topology.chip.kinds[0])  # before anything imports jax
   config = overrides.read(args.config, args.overrides)
-  from cpt_jax.preview import compiled
+  hlo_file = pathlib.Path(args.hlo) if args.hlo else None
+  record = compile_ahead.compile_step(config, args.topology, name=args.config, hlo_file=hlo_file)
+  from cpt_jax.preview import step_tables  # imports jax
 
-  record = compiled.compile_record(config, topology, name=args.config, hlo=args.hlo)
-  compiled.show(record)
+  step_tables.show(record)
   if args.output:
     path = pathlib.Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,8 @@ import math
 import re
 from typing import Any
 
+import yaml
+
 _PATTERN = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*([kKMBT]?)\s*(steps?|tokens?|%)?\s*")
 _SCALE = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
@@ -74,6 +76,10 @@ class Duration(str):
     """
     # The 1e-9 keeps 10% of 70 (7.000000000000001) at 7.
     return math.ceil(self.steps(tokens_per_step=tokens_per_step, run_steps=run_steps) - 1e-9)
+
+
+# A config that is printed shows a duration as it was written.
+yaml.add_representer(Duration, lambda dumper, duration: dumper.represent_str(str.__str__(duration)))
 
 
 def parse_tokens(text: str) -> float:

@@ -99,19 +99,27 @@ def run_all(names: list[str], started: list[list[str]], *, grace_secs: float) ->
         if running:
           _say(f"{reason}; the others are told to save and end", speaking)
           for i in running:
-            with contextlib.suppress(BrokenPipeError):
-              stdin = processes[i].stdin
-              assert stdin is not None
-              stdin.close()
+            _close_input(processes[i])
           patience = grace_secs
   finally:
     for i in running:
       processes[i].kill()
     for number, handler in before.items():
       signal.signal(number, handler)
-  for reader in readers:
+  for process, reader in zip(processes, readers, strict=True):
     reader.join(timeout=10)
+    process.wait()
+    _close_input(process)
+    if process.stdout and not reader.is_alive():  # a host's own children may hold its output open
+      process.stdout.close()
   return code
+
+
+def _close_input(process: subprocess.Popen) -> None:
+  """What the host's shell waits for: it then tells the run to save and end."""
+  assert process.stdin is not None
+  with contextlib.suppress(BrokenPipeError):
+    process.stdin.close()
 
 
 def _follow(i: int, prefix: str, process: subprocess.Popen, ends: queue.SimpleQueue, speaking: threading.Lock) -> None:

@@ -20,7 +20,7 @@ from cpt_jax.vocab.initialise import Block, OldRows
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TRUE_SIZE = "true_vocab_size"  # in config.json, beside vocab_size, which counts rows: ids from here on are padding
 BASE_SIZE = "base_vocab_size"  # ids from here on belong to the pieces that were added
-_COPY_BYTES = 8 << 20
+_COPY_BYTES = 8 << 20  # of a tensor that are in memory at once; by hand
 
 # A new table's rows: of the old rows, seen as they lie on disk, to what stands behind them.
 MakeRows = Callable[[np.ndarray], Iterator[np.ndarray]]

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError
+from cpt_jax.journal import write_atomically
 from cpt_jax.planning import config_files
 from cpt_jax.planning.cells import Cell
 from cpt_jax.planning.recommend import Recommendation
 from cpt_jax.planning.trials import Trial, at_point
 from cpt_jax.results.runs import Run
-from cpt_jax.store.store import write_atomically
 
 # A rate is stable while its domain loss is at most this much above the lowest of the rates below it, in nats; chosen by hand:
 # some times what two seeds of short runs differ by, and little beside what a rate costs that is really too high.

@@ -3,9 +3,10 @@
 Invariant: needs no device; all mistakes are said at once, and those that need no text before any text is read.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import optax
 
@@ -15,12 +16,14 @@ from cpt_jax.devices import hosts
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import pretrained
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.store import prepare, store
+from cpt_jax.store import prepare, token_files
+from cpt_jax.store.records import Rules
 from cpt_jax.stream import pipeline, sources
 from cpt_jax.training import console, guard, optimizer, schedule, start
 
 
-class Resolved(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Resolved:
   """What is known before a text is read."""
 
   config: Any  # resolved, with the tokenizer that it stands for
@@ -31,15 +34,10 @@ class Resolved(NamedTuple):
   tx: optax.GradientTransformationExtraArgs
 
 
-class Inputs(NamedTuple):
-  """`Resolved`, and the texts."""
+@dataclasses.dataclass(frozen=True)
+class Inputs(Resolved):
+  """And the texts."""
 
-  config: Any
-  base: start.Start
-  spec: spec_lib.ModelSpec
-  hf_config: dict
-  rates: schedule.Staged
-  tx: optax.GradientTransformationExtraArgs
   begin: start.Start
   loader: pipeline.Loader
   decisions: list[dict]  # of the guards, in force where the run goes on
@@ -100,7 +98,7 @@ def open_texts(resolved: Resolved, workdir: pathlib.Path | None = None, *, write
     ConfigError: everything that is wrong with them, a line each.
   """
   config, problems = resolved.config, Problems()
-  with hosts.main_first("data"):  # the others find its stores and packing plans, or make their own on their own disks
+  with hosts.main_first("data"):  # the others find its stores and the layouts of rows, or make their own on their own disks
     if writes:
       _prepare_missing_stores(config)
     opened = sources.from_config(config, problems)
@@ -120,15 +118,18 @@ def open_texts(resolved: Resolved, workdir: pathlib.Path | None = None, *, write
       past=past,
       start_step=begin.step,
       skip=guard.rows_to_skip(decisions, step=begin.step),
-      keep_plans=writes,
+      keep_layouts=writes,
     )
-  return Inputs(*resolved, begin, loader, decisions, asked={source.name: source.share for source in opened})
+  asked = {source.name: source.share for source in opened}
+  return Inputs(**vars(resolved), begin=begin, loader=loader, decisions=decisions, asked=asked)
 
 
 def unprepared(config: Any) -> dict[str, Any]:
   """The entries of the sources that name their text and whose store is not finished yet, by name."""
   entries = config.data.sources.items()
-  return {name: entry for name, entry in entries if entry.text and not (pathlib.Path(entry.store) / store.MANIFEST).exists()}
+  return {
+    name: entry for name, entry in entries if entry.text and not (pathlib.Path(entry.store) / token_files.MANIFEST).exists()
+  }
 
 
 def _prepare_missing_stores(config: Any) -> None:
@@ -138,9 +139,11 @@ def _prepare_missing_stores(config: Any) -> None:
       [entry.text],
       tokenizer=config.data.tokenizer,
       output=entry.store,
-      on_bad=config.data.on_bad,
-      max_bad=config.data.max_bad,
-      **{key: entry[key] for key in ("records", "text_field", "answer_field", "train_on")},
+      rules=Rules(
+        on_bad=config.data.on_bad,
+        max_bad=config.data.max_bad,
+        **{key: entry[key] for key in ("records", "text_field", "answer_field", "train_on")},
+      ),
     )
     for line in report.lines():
       console.say(line)

@@ -20,9 +20,8 @@ from cpt_jax.devices import hosts, signals
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.stream.batch import Batch
-from cpt_jax.training import checkpoint, console, guard, metrics, perplexity, start, step
+from cpt_jax.training import checkpoint, console, guard, metrics, perplexity, recorder, start, step
 from cpt_jax.training import inputs as inputs_lib
-from cpt_jax.training.recorder import Recorders
 from cpt_jax.training.stack import Stack
 
 EXIT_DONE, EXIT_PREEMPTED, EXIT_GUARD = 0, 75, 88
@@ -36,23 +35,16 @@ def run(config: Any, workdir: pathlib.Path, *, bar: Any = None) -> int:
   never stopped. On several hosts each runs this at the same time; process 0 alone keeps the records and speaks.
 
   `bar` shows how far it is instead of console.TrainProgress, whose methods it has.
-
-  Raises:
-    ConfigError: everything that is wrong with the config, a line each.
-    FloatingPointError: too many updates in a row were not finite.
   """
-  code, _ = run_stack([config], [workdir], bar=bar)
-  return code
+  return run_stack([config], [workdir], bar=bar)[0]
 
 
 def run_stack(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: Any = None) -> tuple[int, list[str]]:
-  """`run` for R runs at once, which differ in nothing but rates, shares and seed; for one it is `run`.
+  """`run` for R runs at once on the first device, which differ in rates, shares and seed alone; stopped, they begin again.
 
-  Returns the exit code, and for each run "" or how it diverged; the others are complete. A stack has the first device. It saves
-  nothing on the way, and begins again where it was stopped.
+  Returns the exit code, and for each run "" or how it diverged.
 
   Raises:
-    ConfigError: as `run`; a source of a stack that runs out.
     FloatingPointError: all have diverged; an argument for each.
   """
   # A guard writes down what it decides, and the run starts again: so it is the same whether it was killed there or not.
@@ -66,7 +58,7 @@ def _run(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: Any) 
   # ---- 1. resolve and open: model config, stores, schedule, optimizer ----
   stack = Stack(len(configs))
   opened = [inputs_lib.open_inputs(config, workdir) for config, workdir in zip(configs, workdirs, strict=True)]
-  stack.check([inputs.loader for inputs in opened])
+  stack.check(opened)
   first = opened[0]
   config, spec, loader, num_steps = first.config, first.spec, first.loader, first.loader.end_step
 
@@ -74,11 +66,11 @@ def _run(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: Any) 
     for inputs, workdir in zip(opened, workdirs, strict=True):
       claims.enter_context(checkpoint.claim(workdir, inputs.config))
       _agree(inputs, workdir)
-    finished = [metrics.read_summary(workdir, num_steps) for workdir in workdirs]
-    if all(finished):
+    summaries = [summary for workdir in workdirs if (summary := metrics.read_summary(workdir, num_steps))]
+    if len(summaries) == len(workdirs):
       console.say(f"{workdirs[0]} is complete at step {num_steps}; nothing to do")
-      console.summary(finished[0])
-      return EXIT_DONE, [""] * stack.num_runs
+      console.summary(summaries[0])
+      return EXIT_DONE, [""] * len(workdirs)
 
     # ---- 2. mesh ----
     mesh = stack.make_mesh(config)
@@ -106,14 +98,15 @@ def _run(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: Any) 
     def to_device(batch: Batch) -> Batch:
       return mesh_lib.to_global(mesh, batch, num_rows=eval_rows)
 
-    def evaluate(params: Any, names: Sequence[str] = loader.names) -> dict[str, list[perplexity.SourceLoss]]:
+    def evaluate(params: Any, names: Sequence[str] = loader.names) -> list[dict[str, perplexity.SourceLoss]]:
       rows = {name: heldout[name] for name in names}
       return perplexity.evaluate(params, rows, eval_step=eval_step, to_device=to_device, parts=stack.parts)
 
     # ---- 5. start ----
     _say_start(first, workdirs[0], mesh)
-    recorders = Recorders(stack, opened, workdirs, mesh=mesh, heldout=heldout)
-    params = recorders.load_base(evaluate)
+    runs = [recorder.Recorder(*of_run, mesh=mesh, heldout=heldout) for of_run in zip(opened, workdirs, strict=True)]
+    watch, checkpoints = runs[0].watch, runs[0].checkpoints  # a stack saves nothing and has no guard that acts
+    params = recorder.load_base(runs, stack, evaluate)
     keeps = {"keep_optimizer": config.start.optimizer == "keep", "moments": config.start.moments}
     train_state = stack.map(lambda params: start.initial_state(first.begin, params, spec, first.tx, **keeps))(params)
     del params  # the step donates the state; the base lives on in a copy
@@ -125,59 +118,80 @@ def _run(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: Any) 
     stages = config_lib.stages(config)
     borders = [stage.end for stage in stages[:-1]]
     batches = zip(*(inputs.loader.batches(first_step, rows=my_rows) for inputs in opened), strict=True)
-    evaluates_first = recorders.are_new or first_step % eval_every == 0 or first_step == last_step
+    evaluates_first = any(run.missing for run in runs) or first_step % eval_every == 0 or first_step == last_step
+    for run in runs:
+      run.begin(evaluates_first=evaluates_first)
     bar = bar or console.TrainProgress(start_step=first_step, num_steps=num_steps)
-    recorders.begin(evaluates_first=evaluates_first, bar=bar)
+    pending: list[tuple[int, step.StepMetrics]] = []  # the step that was dispatched last, until it was read
 
-    with contextlib.closing(recorders), contextlib.closing(bar):
+    def report() -> None:
+      for finished, measured in pending:
+        bar.advance(finished)
+        for run, of_run in zip(runs, stack.parts(jax.device_get(measured)), strict=True):
+          run.saw(finished, of_run, bar=bar)
+      pending.clear()
+      if all(run.diverged for run in runs):
+        jax.block_until_ready(train_state)  # a process must not end with a step in flight
+        raise FloatingPointError(*(run.diverged for run in runs))
+
+    with contextlib.ExitStack() as files:
+      for each in (*runs, bar):
+        files.callback(each.close)
       for now in range(first_step, last_step + 1):
         # ORDER: evaluate, save, and only then fetch rows; a resume begins at exactly this line.
         stopping = stop.reached(now) and now < last_step
         save_due = stopping or now == last_step or (now % save_every == 0 and now > first_step)
         eval_due = now % eval_every == 0 or now == last_step or (save_due and config.checkpoint.best_metric)
         eval_due = not stopping and (evaluates_first if now == first_step else eval_due)
-        if eval_due or recorders.reads_at(now):
-          recorders.report(train_state)
+        if eval_due or watch.reads_at(now):
+          report()
         if eval_due:
-          recorders.evaluate(now, train_state.params, evaluate, is_guarded=now % eval_every == 0 or now == num_steps)
-        decision = None if stopping else recorders.decide(now)
-        save_due = (save_due or recorders.saves(now)) if decision is None else decision["to_step"] == now
-        if save_due and stack.is_alone:
-          recorders.report(train_state)
-          recorders.save(now, train_state, is_evaluated=eval_due)
+          for run in runs:
+            run.meter.pause()
+          with bar.phase("evaluate"):
+            losses = evaluate(train_state.params)
+          is_guarded = now % eval_every == 0 or now == num_steps
+          for r, run in enumerate(runs):
+            run.evaluated(now, losses[r], stack.part(train_state.params, r), bar=bar, is_guarded=is_guarded)
+        decision = None if stopping else watch.decide(now, loader)
+        save_due = (save_due or watch.saves(now)) if decision is None else decision["to_step"] == now
+        if save_due and stack.is_alone and now not in checkpoints.steps():
+          report()
+          runs[0].save(now, train_state, is_evaluated=eval_due)
         if decision is not None:
           # ORDER: the checkpoint that it names is whole, then the decision is on disk, and only then anything follows from it.
-          recorders.wait()
-          recorders.decided(decision)
+          checkpoints.wait()
+          runs[0].decided(decision)
         if stopping or now == last_step or decision is not None:
           break
         batch = stack.to_device(mesh, next(batches), num_rows=batch_rows)
         rates = stack.join([inputs.rates(now) for inputs in opened], np.stack)
         stage = bisect.bisect(borders, now)
         if config.train.stages and now in (first_step, *borders):
-          recorders.report(train_state)
-          recorders.enter_stage(stage)
+          report()
           console.say(console.stage(stage, stages))
+          for run in runs:
+            run.meter.enters_stage(metrics.stage_flops(config, spec, stage))
         train_state, measured = train_step(stage)(train_state, batch, rates)
-        recorders.report(train_state)  # of the step before, while this one runs
-        recorders.dispatched(now + 1, measured)
+        report()  # of the step before, while this one runs
+        pending.append((now + 1, measured))
+        for run in runs:
+          run.meter.dispatched(num_positions=config_lib.tokens_per_step(config))
 
     # ---- 7. close ----
+    diverged = [run.diverged for run in runs]
     if stopping:
       console.say(f"stopped by a signal at step {now}, which is saved; the same command goes on from here")
-      return EXIT_PREEMPTED, recorders.diverged
+      return EXIT_PREEMPTED, diverged
     if decision is not None:
-      return _after(decision), recorders.diverged
-    recorders.finish(now, train_state.params)
-    return EXIT_DONE, recorders.diverged
+      return _after(decision), diverged
+    for r, run in enumerate(runs):
+      run.finish(now, stack.part(train_state.params, r))
+    return EXIT_DONE, diverged
 
 
 def _agree(inputs: inputs_lib.Inputs, workdir: pathlib.Path) -> None:
-  """All processes start from the same, and nobody has trained in `workdir` since it was looked at.
-
-  Raises:
-    ConfigError: in what they differ.
-  """
+  """Raises ConfigError where processes do not start from the same, or somebody has trained in `workdir` meanwhile."""
   config, begin = inputs.config, inputs.begin
   with hosts.main_first("workdir"):  # it is claimed and has its records when the others look
     if start.choose_start(config, workdir, inputs.base) != begin:

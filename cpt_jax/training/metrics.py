@@ -19,9 +19,9 @@ from cpt_jax import config as config_lib
 from cpt_jax import journal
 from cpt_jax.config import ConfigError
 from cpt_jax.devices import chips
+from cpt_jax.journal import write_atomically
 from cpt_jax.model.loss import Sums
 from cpt_jax.model.spec import ModelSpec, flops_per_token
-from cpt_jax.store.store import write_atomically
 from cpt_jax.training import optimizer
 from cpt_jax.training.perplexity import SourceLoss
 from cpt_jax.training.step import StepMetrics
@@ -219,23 +219,21 @@ def summary(
   checkpoint: str,
   exported: str,
   guard: list[str],
+  predicted: Sequence[Sequence[Any]],
 ) -> dict[str, Any]:
-  """What the run came to: summary.json, and the table at the end."""
-  measured = [row for row in ledger if row["source"] in losses]  # sources that the run has given up are not evaluated
-  sources = [{**row, "base": base_losses[row["source"]]._asdict(), "result": losses[row["source"]]._asdict()} for row in measured]
+  """What the run came to: summary.json, and the table at the end. `predicted`: `plan.losses`, what a plan had said of it."""
+  said = {name: {"predicted": {"loss": loss, "low": low, "high": high}} for name, loss, low, high in predicted}
+  sources = [
+    {**row, "base": base_losses[name]._asdict(), "result": losses[name]._asdict(), **said.get(name, {})}
+    for row in ledger
+    if (name := row["source"]) in losses  # sources that the run has given up are not evaluated
+  ]
   return {"step": step, "sources": sources, "checkpoint": checkpoint, "exported": exported, "guard": guard}
 
 
-def with_predictions(result: dict[str, Any], losses: Sequence[Sequence[Any]]) -> dict[str, Any]:
-  """The summary with what a plan had said beside what was measured: `plan.losses` of the config."""
-  said = {name: {"loss": loss, "low": low, "high": high} for name, loss, low, high in losses}
-  sources = [row | ({"predicted": said[row["source"]]} if row["source"] in said else {}) for row in result["sources"]]
-  return {**result, "sources": sources}
-
-
-def write_segments(run_dir: pathlib.Path, record: dict) -> None:
-  """Keeps which rows the run reads, segment by segment, as `stream.pipeline.from_record` takes it."""
-  write_atomically(run_dir / "segments.json", json.dumps(record, indent=1).encode())
+def write_periods(run_dir: pathlib.Path, periods: dict) -> None:
+  """Keeps which rows the run reads, period by period, as `stream.pipeline.from_periods` takes it."""
+  write_atomically(run_dir / "periods.json", json.dumps(periods, indent=1).encode())
 
 
 def write_summary(run_dir: pathlib.Path, result: dict[str, Any]) -> None:

@@ -30,28 +30,16 @@ def evaluate(
   eval_step: Callable,
   to_device: Callable,
   parts: Callable[[Any], Iterable] = lambda sums: (sums,),
-  on_batch: Callable[[], None] = lambda: None,
-) -> dict[str, list[SourceLoss]]:
-  """Loss of `params` on the held-out documents of each source: source name -> the loss of each run whose parameters they are.
+) -> list[dict[str, SourceLoss]]:
+  """Loss of `params` on the held-out documents of each source (name -> stream.heldout.HeldOut), for each run that they are of.
 
-  Args:
-    heldout: source name -> stream.pipeline.HeldOut
-    eval_step: the jitted `training.step.make_eval_step`
-    to_device: numpy batch -> global arrays
-    parts: what `eval_step` gives, on the host -> the sums of each run; by default it is of one
-    on_batch: called after each batch, for a progress bar
+  `parts` divides the sums of the jitted `eval_step` between the runs.
   """
-  found = {}
-  for name, held in heldout.items():
-    sums = jax.device_get([eval_step(params, to_device(batch)) for batch in _each(held.batches, on_batch)])
-    found[name] = [source_loss(held, of_run) for of_run in zip(*map(parts, sums), strict=True)]
-  return found
-
-
-def _each(batches: Iterable, on_batch: Callable[[], None]) -> Iterable:
-  for batch in batches:
-    yield batch
-    on_batch()
+  found = []
+  for held in heldout.values():
+    sums = jax.device_get([eval_step(params, to_device(batch)) for batch in held.batches])
+    found.append([source_loss(held, of_run) for of_run in zip(*map(parts, sums), strict=True)])
+  return [dict(zip(heldout, of_run, strict=True)) for of_run in zip(*found, strict=True)]
 
 
 def source_loss(held: Any, sums: Sequence[Any]) -> SourceLoss:

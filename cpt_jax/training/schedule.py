@@ -3,6 +3,9 @@
 Invariant: a pure function of the step (updates already finished), so that a resumed run goes on exactly; computed on the host,
 without jax, and given to each update as a number.
 
+The numbers keep the names of their keys, lr_peak and the others, up to here; what comes out for a step is the rate: an argument
+of training.step, a key of metrics.jsonl, a word of the progress line.
+
 The rate of the update that follows `step` finished updates, for a run of N steps with a warm-up of W:
 
   warm-up, step < W      lr_start + (lr_peak - lr_start) * (step + 1) / W: no update is lost to a rate of 0, and the last one
@@ -49,7 +52,7 @@ class Fall:
   shape: str
 
   def __call__(self, step: np.ndarray) -> np.ndarray:
-    """The rate at `step`: `high` before the fall, `low` after it."""
+    """The rate at each `step` of an array of any shape: `high` before the fall, `low` after it."""
     x = np.clip((step - self.first) / max(self.num_steps, 1), 0.0, 1.0)
     if self.shape == "exponential":
       rate = self.high * np.exp(x * math.log(self.low / self.high))

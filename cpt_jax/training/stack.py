@@ -3,7 +3,7 @@
 Invariant: each run reads the rows, has the rates and makes the updates that it would alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,10 +27,15 @@ class Stack(NamedTuple):
     """One run, without the dimension R."""
     return self.num_runs == 1
 
-  def check(self, loaders: Sequence[Any]) -> None:
-    """Raises ConfigError where runs of a stack do not end together."""
-    if not self.is_alone and any(loader.end_step != loaders[0].num_steps for loader in loaders):
-      raise ConfigError("a source of a trial runs out before its end; trials of one stack have one length: use --stack=1")
+  def check(self, opened: Sequence[Any]) -> None:
+    """Raises ConfigError where runs of a stack (training.inputs.Inputs) do not end together."""
+    if self.is_alone:
+      return
+    for inputs in opened:
+      guards = inputs.config.guard
+      assert inputs.begin.kind != "run" and guards.general_loss_rise == guards.spike_mads == 0, "a stack cannot go back"
+      if inputs.loader.end_step != opened[0].loader.num_steps:
+        raise ConfigError("a source of a trial runs out before its end; trials of one stack have one length: use --stack=1")
 
   def make_mesh(self, config: Any) -> jax.sharding.Mesh:
     """The mesh of the config, or for a stack the first device."""
@@ -50,12 +55,13 @@ class Stack(NamedTuple):
     """A tree of each run -> one tree; with `np.stack` it stays on the host."""
     return trees[0] if self.is_alone else jax.tree.map(lambda *leaves: stack(leaves), *trees)
 
-  def parts(self, tree: Any) -> Iterator[Any]:
-    """One tree -> that of each run, in turn."""
-    if self.is_alone:
-      yield tree
-    else:
-      yield from (jax.tree.map(lambda leaf, r=r: leaf[r], tree) for r in range(self.num_runs))
+  def part(self, tree: Any, r: int) -> Any:
+    """One tree -> that of a run."""
+    return tree if self.is_alone else jax.tree.map(lambda leaf: leaf[r], tree)
+
+  def parts(self, tree: Any) -> list[Any]:
+    """One tree -> that of each run."""
+    return [self.part(tree, r) for r in range(self.num_runs)]
 
   def to_device(self, mesh: jax.sharding.Mesh, batches: Sequence[Batch], *, num_rows: int) -> Batch:
     """A batch of each run, as `mesh.local_rows` of `num_rows` -> global arrays."""

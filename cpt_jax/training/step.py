@@ -17,7 +17,7 @@ from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import loss, transformer
 from cpt_jax.model.spec import ModelSpec
 from cpt_jax.stream.batch import Batch
-from cpt_jax.training import optimizer as optimizer_lib
+from cpt_jax.training import optimizer
 from cpt_jax.training.state import TrainState
 
 
@@ -29,31 +29,20 @@ class StepMetrics(NamedTuple):
   rate: jax.Array  # of this update
 
 
-class ModelSettings(NamedTuple):
-  """How the model is computed; none of it changes what is computed, but for rounding."""
-
-  compute_dtype: Any
-  remat: str
-  attention: str
-  loss_chunk: int
-  scan: bool
-  max_documents: int | None = None  # in a row; None = not known
-
-
 # Each chunk reads and writes the head's float32 gradient once more: 8 bytes for 6 operations times the chunk's positions, so with
 # 4096 of them it is 7% of the products' time on an H100 and less on TPUs. A CPU computes slower than it reads, and holds the
 # logits of few positions in its cache; 256 by measurement (docs/performance.md).
 _LOSS_CHUNK = {"cpu": 256}
 
 
-def settings_from_config(config: Any, *, max_documents: int | None = None) -> ModelSettings:
+def settings_from_config(config: Any, *, max_documents: int | None = None) -> transformer.Settings:
   """`auto` computes in bfloat16 where the chip has units for it: GPU and TPU. What cannot be offloaded stays on the device."""
   c, platform = config.model, mesh_lib.platform()
   dtype = c.compute_dtype
   if dtype == "auto":
     dtype = "float32" if platform == "cpu" else "bfloat16"
   remat, chunk = transformer.on_platform(c.remat, platform), c.loss_chunk or _LOSS_CHUNK.get(platform, 4096)
-  return ModelSettings(jnp.dtype(dtype), remat, c.attention, chunk, c.scan, max_documents)
+  return transformer.Settings(jnp.dtype(dtype), remat, c.attention, chunk, max_documents, c.scan)
 
 
 def remat_note(config: Any) -> str:
@@ -74,41 +63,30 @@ def from_config(
   stage: int = -1,
 ) -> TrainStep:
   """The update that a config asks for in one of its train.stages; `source_weights` as in `make_train_step`, `max_documents` as in
-  `ModelSettings`."""
-  leaves = optimizer_lib.from_config_plan(config, spec, stage=stage)
+  `transformer.Settings`."""
+  leaves = optimizer.from_config_plan(config, spec, stage=stage)
   return make_train_step(
     spec,
-    optimizer_lib.from_config(config, spec, stage=stage),
+    optimizer.from_config(config, spec, stage=stage),
     settings=settings_from_config(config, max_documents=max_documents),
     source_weights=source_weights,
     microbatches=config.train.microbatches,
     accumulate_dtype=config.train.accumulate_dtype,
     z_loss=config.train.z_loss,
-    hold=functools.partial(optimizer_lib.hold, leaves=leaves, new_rows=spec.new_rows),
+    hold=functools.partial(optimizer.hold, leaves=leaves, new_rows=spec.new_rows),
   )
 
 
-def hidden_states(params: Any, batch: Batch, spec: ModelSpec, *, settings: ModelSettings) -> jax.Array:
+def hidden_states(params: Any, batch: Batch, spec: ModelSpec, *, settings: transformer.Settings) -> jax.Array:
   """Hidden states of a batch, [B, T, D]."""
-  return transformer.apply(
-    params,
-    spec,
-    batch.tokens_BT,
-    batch.positions_BT,
-    batch.segments_BT,
-    compute_dtype=settings.compute_dtype,
-    remat=settings.remat,
-    attention=settings.attention,
-    max_documents=settings.max_documents,
-    scan=settings.scan,
-  )
+  return transformer.apply(params, spec, batch.tokens_BT, batch.positions_BT, batch.segments_BT, settings=settings)
 
 
 def make_train_step(
   spec: ModelSpec,
-  optimizer: optax.GradientTransformation,
+  tx: optax.GradientTransformation,
   *,
-  settings: ModelSettings,
+  settings: transformer.Settings,
   source_weights: Sequence[float],
   microbatches: int,
   accumulate_dtype: str,
@@ -152,7 +130,7 @@ def make_train_step(
     grads = jax.tree.map(lambda g: g * scale, grads)
     rate = jnp.asarray(rate, jnp.float32)
     with jax.named_scope("update"):
-      updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, state.opt_state, state.params, rate=rate)
+      updates, opt_state = optax.with_extra_args_support(tx).update(grads, state.opt_state, state.params, rate=rate)
       params = optax.apply_updates(state.params, updates)
     grad_norm = optax.tree.norm(grads)
     # A choice, not a branch: it joins the pass over the parameters that the update makes anyway.
@@ -179,9 +157,7 @@ def _relative(source_weights: Sequence[float]) -> np.ndarray:
   return (weights_M / largest).astype(np.float32)
 
 
-def accumulate(
-  gradient: Callable, params: Any, batch: Batch, *, microbatches: int, dtype: str = "float32"
-) -> tuple[Any, loss.Sums]:
+def accumulate(gradient: Callable, params: Any, batch: Batch, *, microbatches: int, dtype: str) -> tuple[Any, loss.Sums]:
   """Sums of gradients and losses over `microbatches` parts of the batch, one after the other.
 
   Gradients are float32 and added in float32; their sum waits for the next part in `dtype`. Each rounding to bfloat16 is off by up
@@ -208,7 +184,7 @@ def accumulate(
   return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), sums
 
 
-def make_eval_step(spec: ModelSpec, *, settings: ModelSettings, num_sources: int) -> Callable[[Any, Batch], loss.Sums]:
+def make_eval_step(spec: ModelSpec, *, settings: transformer.Settings, num_sources: int) -> Callable[[Any, Batch], loss.Sums]:
   """Loss sums without an update."""
 
   def eval_step(params: Any, batch: Batch) -> loss.Sums:

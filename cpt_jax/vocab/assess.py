@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cpt_jax import config as config_lib
 from cpt_jax import shipped
-from cpt_jax.config import ConfigError, Problems, parse_tokens
+from cpt_jax.config import ConfigError, Problems
+from cpt_jax.journal import write_atomically
 from cpt_jax.progress import Progress
-from cpt_jax.store import corpus, documents
-from cpt_jax.store import tokenizer as tokenizer_lib
-from cpt_jax.store.store import write_atomically
+from cpt_jax.store import corpus, documents, tokenization
 from cpt_jax.vocab import candidates, grow, kinds, verdict
 from cpt_jax.vocab import texts as texts_lib
 from cpt_jax.vocab.bases import Base
@@ -27,7 +27,7 @@ from cpt_jax.vocab.verdict import RULES, Finding
 
 SIZES = (500, 1000, 2000, 4000, 8000, 16_000)  # pieces of the curve; published growths: 9 to 20 thousand
 SAMPLE_BYTES = 5_000_000  # of domain text that pieces are chosen from and tried on
-HELDOUT_FRAC = 0.2
+HELDOUT_FRAC = 0.2  # of that text, on which pieces are tried; by hand
 
 
 class Fit(NamedTuple):
@@ -114,7 +114,7 @@ class Counted:
 
 
 def count(
-  tokenizer_list: Sequence[tokenizer_lib.Tokenizer],
+  tokenizer_list: Sequence[tokenization.Tokenizer],
   batches: Iterator[list[str]],
   *,
   on_part: Callable[[str], object] = lambda _: None,
@@ -136,7 +136,7 @@ def count(
   return counted
 
 
-def fit(tokenizer: tokenizer_lib.Tokenizer, counts_V: np.ndarray, text: corpus.Text) -> Fit:
+def fit(tokenizer: tokenization.Tokenizer, counts_V: np.ndarray, text: corpus.Text) -> Fit:
   """Figures of a vocabulary from its counts on a text."""
   tokens = int(counts_V.sum())
   if not tokens:
@@ -153,7 +153,10 @@ def fit(tokenizer: tokenizer_lib.Tokenizer, counts_V: np.ndarray, text: corpus.T
 
 
 def distance(domain_2V: np.ndarray, general_2V: np.ndarray) -> tuple[float, float]:
-  """Jensen-Shannon bits between the texts, and the larger one between the halves of either."""
+  """Jensen-Shannon bits between the texts, and the larger one between the halves of either.
+
+  Of each text how often either half of it has each id, [2, V].
+  """
   noises = [corpus.jensen_shannon_bits(*side_2V) for side_2V in (domain_2V, general_2V) if side_2V.sum(axis=1).all()]
   return corpus.jensen_shannon_bits(domain_2V.sum(axis=0), general_2V.sum(axis=0)), max(noises, default=0.0)
 
@@ -188,7 +191,7 @@ def _embedding_width(directory: pathlib.Path) -> int | None:
 
 def assess(
   path: str,
-  tokenizer: tokenizer_lib.Tokenizer,
+  tokenizer: tokenization.Tokenizer,
   domain_2V: np.ndarray,
   general_2V: np.ndarray,
   *,
@@ -307,13 +310,13 @@ def compare(
     problems.add(f"--domain_gb={domain_gb}: give 10^9 bytes above 0")
   budget_tokens = None
   try:
-    budget_tokens = parse_tokens(budget) if budget else None
+    budget_tokens = config_lib.parse_tokens(budget) if budget else None
   except ValueError as error:
     problems.add(f"--budget={error}")
   opened = {}
   for path in paths:
     with problems.collect():
-      opened[path] = tokenizer_lib.load(path)
+      opened[path] = tokenization.load(path)
   problems.raise_if_any()
   domain_bytes = None if domain_gb is None else domain_gb * 1e9
   found = _compare(opened, files, domain_bytes=domain_bytes, budget_tokens=budget_tokens)
@@ -326,7 +329,7 @@ def compare(
 
 
 def _compare(
-  opened: dict[str, tokenizer_lib.Tokenizer],
+  opened: dict[str, tokenization.Tokenizer],
   files: dict[str, list[str]],
   *,
   domain_bytes: float | None,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError, did_you_mean
-from cpt_jax.store.tokenizer import SPACE, byte_characters
+from cpt_jax.store.spelling import SPACE, byte_characters
 from cpt_jax.vocab.bases import Piece
 from cpt_jax.vocab.similarity import Neighbours
 
@@ -84,6 +84,7 @@ def weighted(old: OldRows, start: int, stop: int) -> np.ndarray:
 
 
 def _weighted(old: OldRows, start: int, stop: int, weights: np.ndarray) -> np.ndarray:
+  """Rows [stop - start, D]: means of old rows with a weight for each of `pieces.ids`."""
   starts = old.pieces.starts[start : stop + 1]
   part = slice(starts[0], starts[-1])
   rows = old.rows_VD[old.pieces.ids[part]].astype(np.float32) * weights[part, None].astype(np.float32)

@@ -146,7 +146,7 @@ def test_without_a_mesh_everything_stays_where_it_is():
 
 
 def test_every_parameter_axis_has_a_rule():
-  for axes in jax.tree.leaves(transformer.logical_axes(SPEC), is_leaf=lambda x: isinstance(x, tuple)):
+  for _, axes in jax.tree.leaves(transformer.declared(SPEC), is_leaf=lambda x: isinstance(x, tuple)):
     assert set(axes) <= set(mesh_lib.LOGICAL_RULES)
 
 

@@ -22,9 +22,9 @@ from cpt_jax.diagnosis import measure, tables, verdict
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.progress import Progress
-from cpt_jax.store import corpus, prepare
-from cpt_jax.store import tokenizer as tokenizer_lib
-from cpt_jax.store.store import StoreWriter, open_store
+from cpt_jax.store import corpus, prepare, tokenization
+from cpt_jax.store.token_files import StoreWriter
+from cpt_jax.store.token_store import open_store
 from cpt_jax.stream import excerpts
 from cpt_jax.stream.sources import mix64
 from cpt_jax.training import loop
@@ -166,11 +166,11 @@ def test_excerpts_are_of_the_store_in_the_order_of_hashes(tmp_path_factory, size
 
 
 def test_byte_tokens_of_both_kinds_of_vocabulary(root, fixtures):
-  base = tokenizer_lib.load(root / "examples" / "base")  # byte-level
+  base = tokenization.load(root / "examples" / "base")  # byte-level
   ids = base.encode_contents(["\u9f98 the"])[0]  # a rare character: three bytes, each a token
   assert [i in base.byte_ids for i in ids] == [True] * 3 + [False] * (len(ids) - 3)
   assert len(base.byte_ids) == 128 and base.unk_id is None
-  pieces = tokenizer_lib.load(fixtures / "tokenizer")
+  pieces = tokenization.load(fixtures / "tokenizer")
   assert pieces.byte_ids <= set(range(pieces.vocab_size))
 
 
@@ -394,7 +394,7 @@ def test_everything_wrong_is_said_at_once(root, tmp_path, fixtures, capsys, monk
   wrong = ["--general=bb", "--budget=20%", "--base_peak_lr=3", "--heldout_frac=0"]
   assert app.main(["diagnose", f"--hf={base}", f"--sources={sources}", *wrong]) == 78
   said = capsys.readouterr().err
-  ours, theirs = tokenizer_lib.load(base).fingerprint, tokenizer_lib.load(fixtures / "tokenizer").fingerprint
+  ours, theirs = tokenization.load(base).fingerprint, tokenization.load(fixtures / "tokenizer").fingerprint
   for text in (
     "11 problems",
     "holds no token file",

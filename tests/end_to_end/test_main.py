@@ -17,6 +17,7 @@ from cpt_jax import journal
 from cpt_jax.config import ConfigError
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
+from cpt_jax.store import prepare
 from cpt_jax.training import checkpoint
 
 CONFIG = """
@@ -162,8 +163,11 @@ def test_moments_and_data_position_survive_too(write_config, main, tmp_path):
   assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
-def test_a_dry_run_says_what_would_happen_and_trains_nothing(main, write_config, tmp_path):
-  done = main(write_config(), tmp_path / "run", "--dry_run")
+def test_a_dry_run_says_what_would_happen_and_trains_nothing(main, write_config, fixtures, tmp_path):
+  config_file = write_config()
+  store, text, tokenizer = config_file.parent / "store", fixtures / "corpus.jsonl", fixtures / "tokenizer"
+  prepare.prepare([str(text)], tokenizer=str(tokenizer), output=str(store), progress=False)
+  done = main(config_file, tmp_path / "run", "--dry_run")
   assert done.returncode == 0, done.stdout + done.stderr
   for part in (
     "general",

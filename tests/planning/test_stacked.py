@@ -60,9 +60,9 @@ def test_a_stack_equals_its_trials_made_one_by_one(config, one_device, any_rate,
       # Adam divides small gradients by their own size, rounding and all: what counts is the size of an update.
       np.testing.assert_allclose(params[leaf], value, atol=2e-3 * TRIALS[r].rate, rtol=1e-6, err_msg=leaf)
     # The same records, down to the rows: each trial's own stream.
-    for file in ("config.json", "segments.json", "ledger.jsonl"):
+    for file in ("config.json", "periods.json", "ledger.jsonl"):
       assert (twin / file).read_text() == (path / file).read_text(), file
-    loader = pipeline.from_record(json.loads((path / "segments.json").read_text()), 0)
+    loader = pipeline.from_periods(json.loads((path / "periods.json").read_text()), 0)
     for now, given in enumerate(batches):
       for b in range(loader.batch_rows):
         for mine, row in zip(given[r], loader.row(now * loader.batch_rows + b), strict=True):

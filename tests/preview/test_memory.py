@@ -57,7 +57,7 @@ ENTRY %main (a: f32[100]) -> (f32[100], /*index=1*/f32[50]) {
 
 def test_the_peak_of_a_program_that_can_be_read_by_hand():
   # In the loop: its state of 100 numbers (c wrote over b), and 300 more. Not: the argument, the host's copy, the loop's result.
-  found = buffers.at_peak(PROGRAM)
+  found = buffers.at_peak(hlo.parse(PROGRAM))
   assert sorted((b.dims, b.num_bytes, b.op_name) for b in found if b.num_bytes) == [
     ((100,), 400, "jit(f)/c"),
     ((300,), 1200, "jit(f)/while/body/wide"),
@@ -103,7 +103,7 @@ def test_the_classes_add_up_to_what_the_compiler_says(step_memory):
   assert abs(m.packing) < 0.15 * m.total
   parts = m._asdict()
   assert sum(parts[name] for name in parts if name not in ("donated", "host")) == m.total
-  expected = SPEC.num_layers * ROWS * ROW_LEN * transformer.kept_bytes(SPEC, "dots", itemsize=4)
+  expected = SPEC.num_layers * ROWS * ROW_LEN * transformer.kept_bytes(SPEC, "dots", itemsize=4, tensor=1)
   assert m.kept == pytest.approx(expected - SPEC.num_layers * ROWS * ROW_LEN * 4 * SPEC.num_heads, rel=0.02)  # plain: no log sums
 
 
@@ -164,7 +164,7 @@ def test_what_to_change_names_the_largest_class_and_keys_that_can_change():
 def test_the_estimate_by_arithmetic_is_of_one_device_and_microbatch():
   c = settings(train__microbatches=2, model__attention="auto")
   whole = memory.kept_bytes(c, SPEC, ONE, 2)
-  assert whole == SPEC.num_layers * ROWS // 2 * ROW_LEN * transformer.kept_bytes(SPEC, "none", itemsize=2)
+  assert whole == SPEC.num_layers * ROWS // 2 * ROW_LEN * transformer.kept_bytes(SPEC, "none", itemsize=2, tensor=1)
   assert memory.kept_bytes(c, SPEC, {**ONE, "fsdp": 2}, 2) == whole // 2
 
 

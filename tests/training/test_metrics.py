@@ -12,7 +12,7 @@ import pytest
 from cpt_jax import journal
 from cpt_jax.model.loss import Sums
 from cpt_jax.stream.batch import Batch
-from cpt_jax.stream.pipeline import HeldOut
+from cpt_jax.stream.heldout import HeldOut
 from cpt_jax.training import drift, metrics, perplexity
 from cpt_jax.training.step import StepMetrics
 
@@ -170,7 +170,7 @@ def test_evaluation_divides_exact_sums_once():
     i = int(batch.tokens_BT[0])
     return Sums(jnp.zeros(2).at[0].set(losses[i]), jnp.zeros(2), jnp.array([int(tokens[i]), 0]))
 
-  found = perplexity.evaluate(None, {"a": held}, eval_step=eval_step, to_device=lambda b: b)["a"][0]
+  found = perplexity.evaluate(None, {"a": held}, eval_step=eval_step, to_device=lambda b: b)[0]["a"]
   total = float(losses.astype(np.float64).sum())
   assert found.loss == pytest.approx(total / tokens.sum(), rel=1e-12)
   assert found.bits_per_byte == pytest.approx(total / math.log(2) / 12_340, rel=1e-12)

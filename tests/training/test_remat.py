@@ -1,4 +1,4 @@
-"""What the forward pass keeps: the same gradients whatever it is, as many bytes as config.py says, and no product too many."""
+"""What the forward pass keeps: the same gradients whatever it is, as many bytes as model.remat says, and no product too many."""
 
 import itertools
 
@@ -69,7 +69,7 @@ def test_a_position_keeps_as_many_bytes_as_is_written_down(remat, dtype):
   kept = [x for x in stacked if not (x.shape in of_parameters and x.dtype == jnp.float32)]
   kept = [x for x in kept if x.size >= SPEC.num_layers * ROWS * ROW_LEN]
   found = sum(x.size * x.dtype.itemsize for x in kept) / (SPEC.num_layers * ROWS * ROW_LEN)
-  assert found == transformer.kept_bytes(SPEC, remat, itemsize=jnp.dtype(dtype).itemsize)
+  assert found == transformer.kept_bytes(SPEC, remat, itemsize=jnp.dtype(dtype).itemsize, tensor=1)
 
 
 @pytest.mark.parametrize("attention", ["plain", pytest.param("blockwise", marks=pytest.mark.slow)])

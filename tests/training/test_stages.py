@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from nests import nest
 from orbax.checkpoint import v1 as ocp
-from test_optimizer import nest
 
 from cpt_jax import config as config_lib
 from cpt_jax import journal, trees
@@ -25,7 +25,7 @@ from cpt_jax.model import expansion, pretrained, transformer
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.preview import dry_run
 from cpt_jax.training import inputs as inputs_lib
-from cpt_jax.training import loop, optimizer, schedule, start, state, step
+from cpt_jax.training import loop, optimizer, schedule, start, state
 from cpt_jax.vocab import initialise
 from cpt_jax.vocab.initialise import OldRows, replaced
 
@@ -153,7 +153,7 @@ def steps_of(spec):
   make = functools.partial(
     dict, decay_rules=((".*", 1.0),), rate_rules=((".*", 1.0),), layer_rates=(), frozen=(), stages=stages, new_rows=spec.new_rows
   )
-  settings = step.ModelSettings(jnp.dtype("float32"), "none", "plain", 0, True)
+  settings = factory.SETTINGS._replace(attention="plain")
   params = transformer.init(spec, jax.random.key(0))
   tx = [factory.optimizer(params, **make(), stage=i, eps=1e-3) for i in range(3)]
   leaves = [optimizer.plan(params, **make(), stage=i) for i in range(3)]
@@ -406,7 +406,7 @@ def test_a_base_that_was_not_grown_has_no_rows_to_train(staged_run, tmp_path):
 def test_the_operations_of_a_stage_leave_out_what_it_does_not_compute(straight, staged_run):
   spec = spec_lib.from_hf(spec_lib.load_hf_config(staged_run.start.hf))
   full, _ = spec_lib.flops_per_token(spec, 32)
-  weights = 2.0 * (spec_lib.matmul_parameters(spec) - 320 * 32)  # the layers' gradients, in the first two stages
+  weights = 2.0 * (sum(spec_lib.matmul_leaves(spec).values()) - 320 * 32)  # the layers' gradients, in the first two stages
   evals = {record["step"]: record["flops"] for record in journal.read(straight / "metrics.jsonl") if record["kind"] == "eval"}
   assert evals == {0: 0, 6: 6 * 128 * (full - weights), 12: 12 * 128 * full - 8 * 128 * weights}
 

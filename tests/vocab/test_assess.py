@@ -1,6 +1,5 @@
 """Whether a vocabulary fits: counts, distances, the curve on held-out text, every answer, and the two commands."""
 
-import gzip
 import itertools
 import json
 import string
@@ -11,27 +10,18 @@ import pytest
 import tokenizers as tokenizers_library
 from hypothesis import given
 from hypothesis import strategies as st
+from shipped import poems
 
 from cpt_jax.cli import app
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.store import corpus, prepare
-from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store import corpus, prepare, tokenization
 from cpt_jax.vocab import assess, grow, kinds, verdict
 from cpt_jax.vocab import texts as texts_lib
 
 
-def poems(root, num_bytes, *, name="poetry_ci"):
-  texts, total = [], 0
-  with gzip.open(root / "examples" / "corpora" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-    while total < num_bytes:
-      texts.append(json.loads(next(file))["text"])
-      total += len(texts[-1].encode())
-  return texts
-
-
 def test_counts_are_of_all_tokens_in_one_pass(root, fixtures):
   paths = (root / "examples" / "base", fixtures / "sentencepiece")
-  tokenizer_list = [tokenizer_lib.load(path) for path in paths]
+  tokenizer_list = [tokenization.load(path) for path in paths]
   texts = [json.loads(line)["text"] for line in (fixtures / "corpus.jsonl").read_text().splitlines()]
   seen = []
   counted = assess.count(tokenizer_list, iter([texts[:70], texts[70:]]), on_part=seen.append)
@@ -92,7 +82,7 @@ def test_a_rule_is_its_figure_against_its_threshold(name, value):
 
 
 def assessment(root, path, domain, general, **more):
-  tokenizer = tokenizer_lib.load(path)
+  tokenizer = tokenization.load(path)
   sides = [assess.count([tokenizer], iter([texts])) for texts in (domain, general)]
   sample = texts_lib.Sample(domain[::2], domain[1::2])
   return assess.assess(
@@ -152,12 +142,12 @@ def test_assessing_and_growing_the_shipped_base(root, tmp_path, fixtures, capsys
   grown = json.loads((tmp_path / "grown" / "vocabulary.json").read_text())
   assert (grown["base_vocab_size"], grown["vocab_size"], grown["rows"]) == (4096, 4160, 4160)
   assert grown["changes"]["protected, all"]["changed_documents"] == 0 and len(grown["pieces"]) == 64
-  tokenizer = tokenizer_lib.load(tmp_path / "grown")
+  tokenizer = tokenization.load(tmp_path / "grown")
   spec = spec_lib.from_hf(spec_lib.load_hf_config(tmp_path / "grown"))
   assert tokenizer.fingerprint == grown["fingerprint"] and tokenizer.vocab_size == 4160 <= spec.vocab_size
   # A store of the grown tokenizer does not fit the base that did not grow.
   from cpt_jax.config import Problems
-  from cpt_jax.store.store import open_store
+  from cpt_jax.store.token_store import open_store
   from cpt_jax.stream import sources
 
   prepare.prepare([str(tmp_path / "zh.txt")], tokenizer=str(tmp_path / "grown"), output=str(tmp_path / "s"), progress=False)

@@ -13,17 +13,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import bench_data_sides
-import bench_samples
-import bench_step
-
 from cpt_jax.training import console
+from tools.bench import bench_data_sides, bench_samples
+from tools.bench.bench_samples import Section
 
 OPEN_SECS, OPEN_BYTES, SEEK_SECS, PACKED_RATE = 5.0, 200e6, 0.05, 5e6  # the bars
 
 _CLOCKS = ("wall_secs", "cpu_secs")
-
-Section = tuple[dict[str, Any], list[list[Any]]]
 
 
 def measure_mixture(bench: Any) -> Section:
@@ -190,8 +186,8 @@ def _texts(corpus: pathlib.Path) -> Iterator[str]:
 
 def _run_side(bench: Any, what: str, **options: Any) -> Any:
   cores = ",".join(map(str, bench.cores))
-  command = [sys.executable, bench_data_sides.__file__, what, str(bench.directory), json.dumps(options), cores]
-  environment = bench_step.environment(bench.cores) | {"RAYON_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+  command = bench_samples.command("bench_data_sides", what, bench.directory, json.dumps(options), cores)
+  environment = bench_samples.environment(bench.cores) | {"RAYON_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
   return json.loads(bench_samples.call(command, env=environment).splitlines()[-1])
 
 

@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+from tools.bench import bench_samples
+from tools.bench.bench_samples import status
+
 BATCH_ROWS, ROW_LEN = 8, 2048
 RAMPED_STEPS, RAMPED_ROWS = 1_000_000, 1024  # a million steps that hold row 10**9
 POSITIONS = (0, 10**6, 10**9)
@@ -229,13 +231,12 @@ PAIRS = {  # ours, and the one that it is held against
 
 def make_stores(directory: pathlib.Path, num_sources: int, *, texts: Iterator[str], tokenizer: pathlib.Path) -> None:
   """Writes token stores `stores_{M}/{m}`, the texts dealt out in turn."""
-  from cpt_jax.store import store
-  from cpt_jax.store import tokenizer as tokenizer_lib
+  from cpt_jax.store import token_files, tokenization
 
-  loaded = tokenizer_lib.load(str(tokenizer))
+  loaded = tokenization.load(str(tokenizer))
   every = list(texts)
   for m in range(num_sources):
-    with store.StoreWriter(
+    with token_files.StoreWriter(
       directory / f"stores_{num_sources}" / str(m),
       vocab_size=loaded.vocab_size,
       eos_id=loaded.eos_id,
@@ -473,20 +474,10 @@ def _datatrove(text: str, *, tokenizer: str, output: str) -> Callable[[], Any]:
   return work
 
 
-def status(*names: str) -> list[int]:
-  """Bytes of fields of /proc/self/status; 0 where the system has none."""
-  path = pathlib.Path("/proc/self/status")
-  fields = dict(line.split(":", 1) for line in path.read_text().splitlines()) if path.exists() else {}
-  return [int(fields[name].split()[0]) << 10 if name in fields else 0 for name in names]
-
-
 _MEASURE = {"read": read, "read_packed": read_packed, "seek": seek, "tokenize": tokenize}
 
 
-def _main(what: str, directory: str, options: str, on_cores: str) -> None:
-  # ORDER: cores first. Libraries count them once, when they start their threads.
-  if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, [int(core) for core in on_cores.split(",")])
+def _main(what: str, directory: str, options: str) -> None:
   try:
     result = _MEASURE[what](pathlib.Path(directory), **json.loads(options))
   except ImportError as error:
@@ -497,5 +488,5 @@ def _main(what: str, directory: str, options: str, on_cores: str) -> None:
 
 
 if __name__ == "__main__":
-  sys.path.insert(0, str(_ROOT))
-  _main(*sys.argv[1:])
+  bench_samples.take_cores(sys.argv[4])
+  _main(*sys.argv[1:4])

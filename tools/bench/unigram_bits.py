@@ -5,14 +5,11 @@ each with 1 added.
 """
 
 import math
-import pathlib
 import sys
 
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))  # a clone that is not installed
 
 from cpt_jax.config import ConfigError
 from cpt_jax.stream.sources import Source

@@ -1,7 +1,7 @@
 """Run directories of a probe -> a small file of what was measured; such files -> the tables and figures of docs/experiments.md.
 
-Run:   python tools/experiments/plan_experiment.py --collect plan/poetry/trials --output examples/plans/measured/poetry.jsonl
-       python tools/experiments/plan_experiment.py examples/plans/measured/*.jsonl --output docs/experiments
+Run:   python -m tools.experiments.plan_experiment --collect plan/poetry/trials --output examples/plans/measured/poetry.jsonl
+       python -m tools.experiments.plan_experiment examples/plans/measured/*.jsonl --output docs/experiments
 
 The second needs no training: laws are fitted to the runs of the smallest budget on the grid, and held against the other runs,
 which
@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))  # a clone that is not installed
-
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError
 from cpt_jax.laws import cpt_law, curves
@@ -29,7 +27,7 @@ from cpt_jax.planning import choose, recommend
 from cpt_jax.planning.cells import Cell
 from cpt_jax.planning.predictor import fit_sources
 from cpt_jax.planning.trials import replay_share
-from cpt_jax.results import runs as runs_lib
+from cpt_jax.results.runs import read_runs
 from cpt_jax.training import console
 
 # Share of the forgetting without replay that a share of replay removes: Ibrahim et al. 2403.08763, from tables 2 and 4.
@@ -59,7 +57,7 @@ def collect(folder: pathlib.Path) -> list[Record]:
       "eval_steps": run.eval_steps_E.tolist(),
       "losses": {name: [round(float(loss), 6) for loss in losses_E] for name, losses_E in run.losses.items()},
     }
-    for run in runs_lib.read_runs(folder)
+    for run in read_runs(folder)
     if run.is_complete
   ]
 

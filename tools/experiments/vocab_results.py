@@ -1,6 +1,6 @@
 """What vocab_experiment.py measured -> the tables of docs/experiments.md, section 2, and a figure; needs no training.
 
-Run:   python tools/experiments/vocab_results.py examples/vocabulary/measured/*.jsonl --figure docs/experiments/vocabulary.png
+Run:   python -m tools.experiments.vocab_results examples/vocabulary/measured/*.jsonl --figure docs/experiments/vocabulary.png
 
 Every difference is one of bits per byte, on the same documents, between runs with the same seed; `none` is the base as it is.
 Tables are Markdown.
@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))  # a clone that is not installed
 
 from cpt_jax.config import ConfigError
 from cpt_jax.results import recovery

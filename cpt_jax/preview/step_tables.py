@@ -1,15 +1,11 @@
-"""A config and a topology -> its training step compiled for chips that are not there: memory, FLOPs, transfers, roofline.
+"""The record of a compiled step -> tables for people, and the verdict that the recipes quote.
 
-Invariant: needs no chip, no weights and no data; what the compiler says and what is arithmetic stand apart (docs/scaling.md).
+Invariant: says what stands in the record and computes nothing but sums and units.
 """
 
-import importlib.metadata
-import pathlib
 from typing import Any
 
 from cpt_jax.devices import chips
-from cpt_jax.preview import ahead, step_report
-from cpt_jax.preview.roofline import Place
 from cpt_jax.training import console
 
 _MEMORY_WORDS = {
@@ -18,54 +14,6 @@ _MEMORY_WORDS = {
   "layer": "the layer at work, gathered parameters, the rest",
   "packing": "gaps, or (below 0) memory used twice",
 }
-
-
-def compile_record(config: Any, topology: chips.Topology, *, name: str, hlo: str = "") -> dict[str, Any]:
-  """The step of a config on a topology, as `preview.step_report` describes it; its optimized program's text goes into `hlo`.
-
-  Raises:
-    ConfigError: what a run would refuse, or a compiler that is not installed.
-  """
-  target = ahead.open_target(config, topology)
-  config, spec = target.config, target.spec
-  job = step_report.Job(
-    topology=topology,
-    mesh=dict(target.mesh.shape),
-    spec=spec,
-    batch_rows=config.train.batch_rows,
-    microbatches=config.train.microbatches,
-    row_len=config.data.row_len,
-    remat=config.model.remat,
-    loss_chunk=config.model.loss_chunk,
-  )
-  record = {"config": name, "topology": str(topology), "chips": topology.num_chips, "mesh": dict(job.mesh)}
-  record |= {"batch_rows": job.batch_rows, "microbatches": job.microbatches, "row_len": job.row_len, "remat": job.remat}
-  record["versions"] = _versions(topology)
-  held = ahead.held(target)
-  state_bytes = sum(held.values())
-  compiled = ahead.compile_step(target)
-  if isinstance(compiled, ahead.Refused):
-    verdict = {"needed_bytes": compiled.needed_bytes, "usable_bytes": compiled.limit_bytes, "fits": False}
-    verdict |= {"refused": compiled.message, "state_bytes": state_bytes}
-    return record | {"memory": verdict, "advice": step_report.advice(job, state_bytes=state_bytes)}
-  if hlo:
-    pathlib.Path(hlo).write_text(compiled.text, encoding="utf-8")
-  needed = compiled.memory._asdict()
-  host = needed.pop("host")
-  needed.pop("donated")  # in the others already
-  needed |= {"program": compiled.program_bytes, "base for drift": held["base for drift"]}
-  record["memory"] = step_report.memory(needed, job) | {"host_bytes": host, "state_bytes": state_bytes}
-  places = [Place(domain, coords) for domain, coords in zip(target.domains, target.coords, strict=True)]
-  record |= step_report.measure(compiled.text, job, places)
-  record["compile_secs"] = compiled.compile_secs
-  if not record["memory"]["fits"]:
-    record["advice"] = step_report.advice(job, state_bytes=state_bytes)
-  return record
-
-
-def _versions(topology: chips.Topology) -> dict[str, str]:
-  compiler = "libtpu" if topology.chip.platform == "tpu" else "jax-cuda13-plugin"
-  return {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", compiler)}
 
 
 def show(record: dict[str, Any]) -> None:

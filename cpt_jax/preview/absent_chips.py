@@ -1,4 +1,4 @@
-"""A config and the name of a topology -> its training step, compiled for chips that are not there, and the memory that it needs.
+"""A config and a topology -> its training step, compiled for chips that are not there, and the memory that it needs.
 
 Invariant: the program is the one that a run compiles (training.step, the real optimizer, shardings and mesh); nothing is
 computed, no weight and no text is read.
@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.devices.chips import Chip, Topology
 from cpt_jax.model.spec import ModelSpec
-from cpt_jax.preview import memory
+from cpt_jax.preview import hlo, memory
+from cpt_jax.preview.roofline import Place
 from cpt_jax.training import inputs as inputs_lib
-from cpt_jax.training import optimizer, start, state, step
+from cpt_jax.training import optimizer, start, state
 
 # platform -> (module of the compiler, extra that installs it)
 _COMPILERS = {"tpu": ("libtpu", "tpu-aot"), "cuda": ("jax_plugins.xla_cuda13", "gpu-aot")}
@@ -34,6 +34,7 @@ class Compiled(NamedTuple):
   memory: memory.Memory
   program_bytes: int  # of the chip, for the program itself
   text: str  # optimized HLO
+  program: hlo.Module  # the same, read
   compile_secs: float
 
 
@@ -50,8 +51,7 @@ class Target(NamedTuple):
 
   topology: Topology
   mesh: jax.sharding.Mesh
-  domains: tuple[int, ...]  # of each device of the mesh: its slice or host
-  coords: tuple[tuple[int, ...], ...]  # of each device: its place in the torus; () for a GPU
+  places: tuple[Place, ...]  # of each device of the mesh
   config: Any
   spec: ModelSpec
 
@@ -70,12 +70,14 @@ def open_target(config: Any, topology: Topology) -> Target:
   devices = topology_devices(topology)
   mesh = mesh_lib.make_mesh(**config.mesh, devices=devices)
   inputs_lib.check_mesh(mesh.shape, spec, config)
-  placed = list(mesh.devices.flat)
+  return Target(topology, mesh, tuple(_place(device, topology) for device in mesh.devices.flat), config, spec)
+
+
+def _place(device: Any, topology: Topology) -> Place:
   if topology.chip.platform == "cuda":
-    per_host = topology.shape[0]
-    return Target(topology, mesh, tuple(d.id // per_host for d in placed), ((),) * len(placed), config, spec)
-  domains = tuple(getattr(d, "slice_index", None) or 0 for d in placed)
-  return Target(topology, mesh, domains, tuple(tuple(d.coords) for d in placed), config, spec)
+    (per_host,) = topology.shape
+    return Place(device.id // per_host, ())
+  return Place(getattr(device, "slice_index", None) or 0, tuple(device.coords))
 
 
 def topology_devices(topology: Topology) -> Sequence[Any]:
@@ -126,12 +128,8 @@ def compile_step(target: Target) -> Compiled | Refused:
   config = target.config
   with jax.set_mesh(target.mesh):
     weights = [entry.loss_weight for entry in config.data.sources.values()] or [1.0]
-    stage = optimizer.largest_stage(config, target.spec)
-    update = step.from_config(config, target.spec, source_weights=weights, stage=stage)
-    train_state = state.abstract(target.spec, optimizer.from_config(config, target.spec))
-    rate = jax.ShapeDtypeStruct((), jnp.float32)
-    lowered = jax.jit(update, donate_argnums=0).trace(train_state, memory.abstract_batch(config, target.mesh), rate)
-    lowered = lowered.lower(lowering_platforms=(target.topology.chip.platform,))
+    traced, train_state = memory.trace_step(config, target.spec, source_weights=weights)
+    lowered = traced.lower(lowering_platforms=(target.topology.chip.platform,))
     start_secs = time.monotonic()
     try:
       compiled = lowered.compile()
@@ -143,12 +141,13 @@ def compile_step(target: Target) -> Compiled | Refused:
   compile_secs = time.monotonic() - start_secs
   analysis, text = compiled.memory_analysis(), compiled.as_text()
   assert analysis is not None and text is not None, "compilers of TPUs and GPUs have both"
-  found = memory.of_compiled(compiled, train_state, is_scanned=config.model.scan)
+  program = hlo.parse(text)
+  found = memory.of_compiled(analysis, program, train_state, is_scanned=config.model.scan)
   if target.topology.chip.platform == "tpu":
     # By its temporaries a TPU's program would be too large where its compiler, which knows, lets it pass: they hold buffers that
     # do not live at one time. What counts there is the peak.
     found = found._replace(packing=found.packing + analysis.peak_memory_in_bytes - found.total)
-  return Compiled(found, analysis.generated_code_size_in_bytes, text, compile_secs)
+  return Compiled(found, analysis.generated_code_size_in_bytes, text, program, compile_secs)
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

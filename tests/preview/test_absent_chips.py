@@ -10,7 +10,7 @@ from cpt_jax.config import ConfigError
 from cpt_jax.devices import chips, environment
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.preview import ahead, memory
+from cpt_jax.preview import absent_chips, memory
 from cpt_jax.training import inputs as inputs_lib
 from cpt_jax.training import start
 
@@ -20,7 +20,7 @@ RECIPES += ["llama3_70b_256xh100"]
 
 def command(path):
   """(config, topology) of the command in a recipe's docstring."""
-  match = re.search(r"tools/aot_compile\.py --config=(\S+) --topology=(\S+)", path.read_text(encoding="utf-8"))
+  match = re.search(r"cpt compile --config=(\S+) --topology=(\S+)", path.read_text(encoding="utf-8"))
   assert match, f"{path}: its docstring says how it is compiled"
   return match.groups()
 
@@ -64,7 +64,7 @@ def test_the_shapes_are_those_of_the_models_that_they_are_named_after(root):
   ],
 )
 def test_a_compiler_that_runs_out_of_memory_is_a_verdict_with_its_figures(message, expected):
-  found = ahead.read_refusal(message)
+  found = absent_chips.read_refusal(message)
   assert (found.needed_bytes, found.limit_bytes) == expected
   assert found.message == message
 
@@ -77,20 +77,20 @@ def test_a_compiler_that_runs_out_of_memory_is_a_verdict_with_its_figures(messag
   ],
 )
 def test_any_other_error_of_a_compiler_stays_one(message):
-  assert ahead.read_refusal(message) is None
+  assert absent_chips.read_refusal(message) is None
 
 
 @pytest.mark.parametrize(("topology", "extra"), [("v5e:4x4", "tpu-aot"), ("h100:1x8", "gpu-aot")])
 def test_a_compiler_that_is_not_there_is_named_with_its_extra(monkeypatch, topology, extra):
-  monkeypatch.setattr(ahead, "_is_installed", lambda module: False)
+  monkeypatch.setattr(absent_chips, "_is_installed", lambda module: False)
   with pytest.raises(ConfigError, match=re.escape(f"pip install 'cpt_jax[{extra}]'")):
-    ahead.topology_devices(chips.parse_topology(topology))
+    absent_chips.topology_devices(chips.parse_topology(topology))
 
 
 def test_every_gpu_of_the_table_has_a_description_for_its_compiler():
   for chip in chips.CHIPS:
     if chip.platform == "cuda":
-      text = ahead.gpu_target(chip)
+      text = absent_chips.gpu_target(chip)
       assert f"device_memory_size: {chip.hbm_bytes} " in text
       assert text.count("{") == text.count("}")
 
@@ -108,7 +108,7 @@ def test_the_batch_is_the_one_that_the_loader_hands_over(random_batch):
 
 def test_a_run_holds_parameters_two_moments_and_the_base_in_half_precision(tiny_spec):
   mesh = mesh_lib.make_mesh(data=2, fsdp=4, context=1, tensor=1)
-  found = ahead.held(ahead.Target(chips.parse_topology("h100:1x8"), mesh, (), (), config_lib.default(), tiny_spec))
+  found = absent_chips.held(absent_chips.Target(chips.parse_topology("h100:1x8"), mesh, (), config_lib.default(), tiny_spec))
   params = 4 * spec_lib.num_parameters(tiny_spec) // 4  # every leaf has a width, which fsdp divides
   counts = 4 * (tiny_spec.vocab_size + 10)  # of updates: of each row of the table, and of ten leaves
   assert found == {"state": 3 * params + counts, "base for drift": params // 2}
