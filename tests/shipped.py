@@ -1,9 +1,7 @@
-"""What is shipped beside the package, for tests: the texts of the examples and the tools."""
+"""What is shipped beside the package, for tests: the texts of the examples."""
 
 import gzip
 import json
-import subprocess
-import sys
 
 
 def poems(root, num_bytes, *, name="poetry_ci"):
@@ -13,8 +11,3 @@ def poems(root, num_bytes, *, name="poetry_ci"):
       texts.append(json.loads(next(file))["text"])
       total += len(texts[-1].encode())
   return texts
-
-
-def run_tool(root, name, *arguments):
-  command = [sys.executable, str(root / "tools" / name), *map(str, arguments)]
-  return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)

@@ -15,7 +15,7 @@ from typing import Any
 
 from cpt_jax import config as config_lib
 from cpt_jax import journal, shipped
-from cpt_jax.config import Problems, durations
+from cpt_jax.config import Problems
 from cpt_jax.diagnosis import measure, verdict
 from cpt_jax.diagnosis.measure import Base
 from cpt_jax.diagnosis.verdict import Figures, Verdict
@@ -117,7 +117,7 @@ def diagnose(
   folder = pathlib.Path(output) if output else _free_directory("diagnosis")
   if folder.exists() and not folder.is_dir():
     problems.add(f"--output={folder}: is a file; name a directory")
-  base = measure.open_base(str(hf), problems)
+  base = measure.open_base(shipped.find(os.fspath(hf)), problems)
   opened, prepared = _open(paths, base, folder, problems)
   assert base is not None
 
@@ -153,7 +153,7 @@ def _read_sources(sources: Mapping[str, str | os.PathLike] | Iterable[str], prob
     elif name in paths:
       problems.add(f"--sources {entry!r}: {name} is {paths[name]} already; give every source a name of its own")
     else:
-      paths[name] = path
+      paths[name] = shipped.find(path)
   if len(paths) < 2:
     problems.add("--sources: name the general source and at least one to learn, e.g. --sources general=store/en,domain=store/law")
   return paths
@@ -169,7 +169,7 @@ def _general(general: str, paths: Mapping[str, str], problems: Problems) -> str:
 
 def _budget(budget: str, problems: Problems) -> float | None:
   try:
-    return durations.parse_tokens(budget) if budget else None
+    return config_lib.parse_tokens(budget) if budget else None
   except ValueError as error:
     problems.add(f"--budget={error}")
     return None

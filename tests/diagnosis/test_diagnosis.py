@@ -214,9 +214,9 @@ GENERAL = figures("general")
   ],
 )
 def test_every_kind(case, kinds, practice):
-  found = verdict.judge(figures(**case), GENERAL)
-  assert (found.kinds, found.practice) == (kinds, practice)
-  assert found.because and practice in ("", *verdict.PRACTICES)
+  judged = verdict.judge(figures(**case), GENERAL)
+  assert (judged.kinds, judged.practice) == (kinds, practice)
+  assert judged.because and practice in ("", *verdict.PRACTICES)
 
 
 @pytest.mark.parametrize(
@@ -236,8 +236,8 @@ def test_every_kind(case, kinds, practice):
   ],
 )
 def test_every_answer_about_the_vocabulary(case, budget, expected):
-  found = verdict.judge(figures(**case), GENERAL, budget_tokens=budget)
-  assert found.vocabulary == expected and found.vocabulary_because
+  judged = verdict.judge(figures(**case), GENERAL, budget_tokens=budget)
+  assert judged.vocabulary == expected and judged.vocabulary_because
 
 
 @given(*[st.booleans()] * 5)
@@ -353,14 +353,14 @@ def test_the_command_on_the_shipped_base_and_texts(root, tmp_path, capsys, one_d
   ]
   record = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
   assert record["general"] == "english" and set(record["sources"]) == {"english", "poetry"}
-  (found,) = record["verdicts"]
-  assert found["kinds"] == ["language"] and found["vocabulary"] == "choose another base"
+  (judged,) = record["verdicts"]
+  assert judged["kinds"] == ["language"] and judged["vocabulary"] == "choose another base"
   assert record["sources"]["poetry"]["text"]["unit"] == "character"
-  assert found["findings"]["far"]["met"] and not found["findings"]["long"]["met"]
+  assert judged["findings"]["far"]["met"] and not judged["findings"]["long"]["met"]
   for text in ("LANGUAGE", "CHOOSE ANOTHER BASE", "begin at 0.001", str(tmp_path / "out" / "diagnosis.json"), "next:"):
     assert text in said.out, text
   # The command that it ends with has keys that exist.
-  command = shlex.split(found["next_command"].replace("\\\n", " "))
+  command = shlex.split(judged["next_command"].replace("\\\n", " "))
   assert command[:2] == ["cpt", "train"] and "--config.train.length=1e+06 tokens" in command
   config_lib.check_overrides([part.replace("--config=", f"--config={root}/") for part in command])
   assert config_lib.load_file(str(root / command[2].removeprefix("--config="))).data.sources.language.role == "domain"
@@ -380,7 +380,7 @@ def test_the_example_of_the_domain_recipe_says_what_it_would_do(root, tmp_path, 
   command = line.split(".main ")[1] if ".main " in line else line.split("train ")[1]
   assert app.main(["train", *shlex.split(command), "--dry_run"]) == 0
   said = capsys.readouterr().out
-  assert "100 steps" in said and f"into {tmp_path / 'store'}" in said
+  assert "100 steps" in said and "prepare  domain: 1 file(s)" in said
 
 
 def test_everything_wrong_is_said_at_once(root, tmp_path, fixtures, capsys, monkeypatch):

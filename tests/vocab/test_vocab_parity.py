@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from shipped import poems, run_tool
+from shipped import poems
 
+from cpt_jax.cli import app
 from cpt_jax.store import tokenization
 from cpt_jax.vocab import grow, kinds
 
@@ -56,8 +57,7 @@ def test_transformers_loads_the_grown_model_with_its_old_logits(root, tmp_path):
   transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
   (tmp_path / "zh.txt").write_text("\n\f\n".join(poems(root, 300_000)), encoding="utf-8")
   options = ["--domain", tmp_path / "zh.txt", "--size", 50, "--output", tmp_path / "grown"]
-  done = run_tool(root, "grow_vocab.py", "--hf", root / "examples" / "base", *options)
-  assert done.returncode == 0, done.stderr
+  assert app.main(["vocab", "grow", "--hf", str(root / "examples" / "base"), *map(str, options)]) == 0
   logits = []
   ids = torch.tensor([[5, 99, 1000, 2047, 17, 4000]])
   for directory in (root / "examples" / "base", tmp_path / "grown"):
