@@ -116,6 +116,14 @@ def random_batch():
 
 
 @pytest.fixture(scope="session")
+def stores(tmp_path_factory):
+  """Four small stores by name, whose tokens tell their document."""
+  import loaders
+
+  return loaders.write_all(tmp_path_factory.mktemp("stores"))
+
+
+@pytest.fixture(scope="session")
 def made_once(tmp_path_factory):
   """Makes a directory in the first of pytest's processes that asks for it; the others wait: `made_once(name, make)`."""
   own = tmp_path_factory.getbasetemp()
@@ -236,3 +244,14 @@ def one_device():
 
   with in_process.one_device(), jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1)):
     yield
+
+
+@pytest.fixture
+def any_rate(monkeypatch):
+  """Rates that make a run diverge at once are taken, too."""
+  import dataclasses
+
+  from cpt_jax import config as config_lib
+
+  key = config_lib.KEYS["schedule.lr_peak"]
+  monkeypatch.setitem(config_lib.KEYS, key.name, dataclasses.replace(key, at_most=None))

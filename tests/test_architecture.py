@@ -1,7 +1,9 @@
 """The layers of the package, held by its imports; and what the light layers must not pull in."""
 
 import ast
+import collections
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,10 +14,13 @@ LAYERS = [
   ["exits", "shipped", "progress", "hub", "config.durations", "config.errors", "config.shares", "config.keys", "config.times"]
   + ["config.stages", "config.check", "config.files", "config.describe", "journal", "trees"],
   ["devices.environment", "devices.chips", "devices.hosts", "devices.mesh", "devices.signals", "devices.launch", "devices.ssh"],
-  ["store.documents", "store.tokenizer", "store.corpus", "store.chat", "store.store", "store.decontaminate", "store.prepare"]
-  + ["store.cluster", "store.machines", "store.integrity"],
-  ["stream.batch", "stream.sources", "stream.selection", "stream.packing", "stream.shuffle", "stream.quotas", "stream.mixture"]
-  + ["stream.order", "stream.pipeline", "stream.excerpts"],
+  ["store.records", "store.compressed", "store.lines", "store.parquet", "store.documents"]
+  + ["store.spelling", "store.tokenizer_files", "store.tokenizer_json", "store.sentencepiece_model", "store.tokenization"]
+  + ["store.corpus", "store.chat", "store.token_files", "store.token_store", "store.integrity", "store.decontaminate"]
+  + ["store.units", "store.work", "store.processes", "store.assembly", "store.prepare", "store.cluster", "store.machines"],
+  ["stream.batch", "stream.sources", "stream.selection", "stream.policies", "stream.packing", "stream.layout_files"]
+  + ["stream.shuffle", "stream.quotas", "stream.mixture", "stream.order", "stream.tally", "stream.heldout", "stream.pipeline"]
+  + ["stream.summary", "stream.excerpts"],
   ["vocab.verdict", "vocab.bases", "vocab.scores", "vocab.fast", "vocab.sentencepiece", "vocab.kinds", "vocab.candidates"]
   + ["vocab.changes", "vocab.texts", "vocab.grow", "vocab.assess", "vocab.similarity", "vocab.initialise"],
   ["model.spec", "model.rope", "model.layers", "model.visible", "model.blockwise", "model.flash", "model.cudnn"]
@@ -91,6 +96,48 @@ def test_every_module_stands_in_a_layer_and_imports_downwards(root):
 def test_light_modules_do_not_load_jax(root, module):
   code = f"import sys, {module}; sys.exit(any(name == 'jax' or name.startswith('jax.') for name in sys.modules))"
   assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+MOST_LINES, MOST_FUNCTION_LINES = 500, 80
+STORIES = {"training.loop._run": 150, "planning.planner.plan": 120}  # told in numbered parts, in one place
+
+
+def sources_of(root):
+  """Every Python file of the project: its path from the root, and its text."""
+  folders = ("cpt_jax", "tools", "tests", "examples", "configs", "recipes")
+  return {str(p.relative_to(root)): p.read_text(encoding="utf-8") for f in folders for p in sorted((root / f).rglob("*.py"))}
+
+
+def test_a_module_has_the_same_name_wherever_it_is_imported(root):
+  known, names = {f"cpt_jax.{name}" for name in modules(root)}, collections.defaultdict(dict)
+  for path, text in sources_of(root).items():
+    for node in ast.walk(ast.parse(text)):
+      if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        for alias in node.names:
+          target = f"{node.module}.{alias.name}"
+          if target in known and path != "cpt_jax/__init__.py":
+            names[target].setdefault(alias.asname or alias.name, path)
+  assert not {target: found for target, found in names.items() if len(found) > 1}
+
+
+def test_headers_name_no_callers(root):
+  # Who calls a module is for a reader's tools: every fifth such line was wrong.
+  callers = re.compile(r"(?im)^\s*(called|used|read|imported) by\b")
+  assert not [path for path, text in sources_of(root).items() if callers.search(ast.get_docstring(ast.parse(text)) or "")]
+
+
+def test_files_and_functions_are_short_enough_to_be_held(root):
+  long_files, long_functions = set(), set()
+  for path, text in sources_of(root).items():
+    if path.startswith(("tests/", "tools/bench/")):
+      continue
+    if text.count("\n") > MOST_LINES:
+      long_files.add(path)
+    name = path.removeprefix("cpt_jax/").removesuffix(".py").replace("/", ".")
+    for node in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)):
+      if (node.end_lineno or 0) - node.lineno + 1 > STORIES.get(f"{name}.{node.name}", MOST_FUNCTION_LINES):
+        long_functions.add(f"{name}.{node.name}")
+  assert not long_files and not long_functions
 
 
 def test_no_module_is_a_drawer(root):

@@ -5,7 +5,8 @@ from typing import Any
 
 from cpt_jax import exits, shipped
 from cpt_jax.cli import manual
-from cpt_jax.store import chat, decontaminate, documents, integrity, machines
+from cpt_jax.store import chat, decontaminate, integrity, machines
+from cpt_jax.store.records import RECORDS, Rules
 
 _FILTERS = "datatrove's rules for English web text, in this order"
 
@@ -18,7 +19,8 @@ def parser() -> manual.Parser:
     Tokenises text files into a store, from which runs read. The same command, given again, goes on where it was interrupted, and
     does nothing once the store is finished. Records that cannot be read are skipped and listed in the store's bad_records.jsonl.
 
-    A .txt file is one document, or several with a form feed between them; .jsonl and .parquet files hold a document a record.
+    A .txt file is one document, or several with a line between two that holds one form feed alone (printf '\\f\\n'); .jsonl and
+    .parquet files hold a document a record.
     Without --executor the processes of this machine do the work; with it datatrove's executors (pip install 'cpt_jax[prep]'),
     which can filter, and find documents that are nearly alike.""",
     example="""
@@ -32,9 +34,7 @@ def parser() -> manual.Parser:
   add("--input", metavar="FILES", help="Path or quoted glob of .txt, .jsonl or .parquet (.gz, .zst too); repeatable.", **again)
   add("--tokenizer", default="", metavar="DIR", help="The base model, or its tokenizer.json or SentencePiece model.")
   add("--output", default="", metavar="DIR", help="The store to make.")
-  add(
-    "--records", default="text", choices=documents.RECORDS, help="What .jsonl and .parquet records hold; prompt: and its answer."
-  )
+  add("--records", default="text", choices=RECORDS, help="What .jsonl and .parquet records hold; prompt: and its answer.")
   add("--train_on", default="all", choices=chat.TRAIN_ON, help="Which tokens of messages and prompts count in the loss.")
   add("--text_field", default="", help="Field of the text, the messages or the prompt; by default as --records is named.")
   add("--answer_field", default="answer", help="Field of the answer, for --records=prompt.")
@@ -52,7 +52,7 @@ def parser() -> manual.Parser:
   add("--verify", default="", metavar="DIR", help="Instead of preparing: read a store whole and check every file's digest.")
   add("--executor", default="", choices=("", *machines.EXECUTORS), help="Where datatrove runs the tasks.")
   p.switch("dry_run", default=False, help="Say what the executor would do, with the scripts of Slurm, and write nothing.")
-  add("--max_tasks", default=256, help="Tasks in a stage at most, and so token files; each has 8 MiB of input or more.", **number)
+  add("--max_tasks", default=256, help="Tasks in a phase at most, and so token files; each has 8 MiB of input or more.", **number)
   add("--filters", type=manual.words, default=[], metavar="A,B", help=f"{_FILTERS}: {','.join(machines.FILTERS)}.")
   p.switch("dedup", default=False, help="Keep one document of those that are nearly alike (datatrove's MinHash).")
   add("--language", default="", help="datatrove's splitter of words, e.g. eng (needs its packages); by default our own.")
@@ -79,17 +79,16 @@ def run(args: Namespace) -> int:
   contamination = None
   if args.decontaminate:
     contamination = decontaminate.build(args.decontaminate, fields=fields, ngram_words=args.ngram_words)
-  names = ("output", "eos_token", "records", "train_on", "text_field", "answer_field", "on_bad", "max_bad")
-  how: dict[str, Any] = {name: getattr(args, name) for name in names} | {"tokenizer": shipped.find(args.tokenizer)}
-  how["max_document_bytes"] = int(args.max_document_mb * (1 << 20))
+  names = ("eos_token", "records", "train_on", "text_field", "answer_field", "on_bad", "max_bad")
+  of_rules: dict[str, Any] = {name: getattr(args, name) for name in names} | {
+    "max_document_bytes": int(args.max_document_mb * (1 << 20))
+  }
+  how: dict[str, Any] = {"output": args.output, "tokenizer": shipped.find(args.tokenizer), "rules": Rules(**of_rules)}
   try:
     if uses_datatrove:
-      of_machines: dict[str, Any] = {name: getattr(args, name) for name in machines.Asked._fields} | {
-        "executor": args.executor or "local"
-      }
-      task = machines.Task(**how | {"text_field": args.text_field or args.records})
-      asked = machines.Asked(**of_machines)
-      lines = machines.prepare(inputs, asked, task=task, contamination=contamination, dry_run=args.dry_run)
+      of_machines: dict[str, Any] = {name: getattr(args, name) for name in machines.Asked._fields}
+      asked = machines.Asked(**of_machines | {"executor": args.executor or "local"})
+      lines = machines.prepare(inputs, asked, task=machines.Task(**how), contamination=contamination, dry_run=args.dry_run)
     else:
       import cpt_jax
 

@@ -14,14 +14,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cpt_jax import config as config_lib
-from cpt_jax import shipped
+from cpt_jax import journal, shipped
 from cpt_jax.config import Problems
 from cpt_jax.diagnosis import measure, verdict
 from cpt_jax.diagnosis.measure import Base
 from cpt_jax.diagnosis.verdict import Figures, Verdict
 from cpt_jax.progress import Progress
-from cpt_jax.store import documents, prepare
-from cpt_jax.store import store as stores
+from cpt_jax.store import documents, prepare, token_store
 from cpt_jax.stream.sources import least_heldout_frac, too_few_documents
 from cpt_jax.training import checkpoint
 
@@ -118,7 +117,7 @@ def diagnose(
   folder = pathlib.Path(output) if output else _free_directory("diagnosis")
   if folder.exists() and not folder.is_dir():
     problems.add(f"--output={folder}: is a file; name a directory")
-  base = measure.open_base(str(hf), problems)
+  base = measure.open_base(shipped.find(os.fspath(hf)), problems)
   opened, prepared = _open(paths, base, folder, problems)
   assert base is not None
 
@@ -136,7 +135,7 @@ def diagnose(
   found = Diagnosis(base, general, settings, base_peak_lr, figures, verdicts, commands, prepared, notes, folder)
   folder.mkdir(parents=True, exist_ok=True)
   text = json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n"
-  stores.write_atomically(folder / "diagnosis.json", text.encode())
+  journal.write_atomically(folder / "diagnosis.json", text.encode())
   return found
 
 
@@ -154,7 +153,7 @@ def _read_sources(sources: Mapping[str, str | os.PathLike] | Iterable[str], prob
     elif name in paths:
       problems.add(f"--sources {entry!r}: {name} is {paths[name]} already; give every source a name of its own")
     else:
-      paths[name] = path
+      paths[name] = shipped.find(path)
   if len(paths) < 2:
     problems.add("--sources: name the general source and at least one to learn, e.g. --sources general=store/en,domain=store/law")
   return paths
@@ -187,11 +186,11 @@ def _free_directory(name: str) -> pathlib.Path:
 
 def _open(
   paths: dict[str, str], base: Base | None, output: pathlib.Path, problems: Problems
-) -> tuple[dict[str, stores.TokenStore], list[str]]:
+) -> tuple[dict[str, token_store.TokenStore], list[str]]:
   """The stores by name, those of text made below `output`, and what is to be said of these; raises all problems first."""
   texts = {}
   for name, path in paths.items():
-    is_text = bool(documents.kind_of(path)) or any(c in path for c in "*?[")
+    is_text = bool(documents.file_kind(path)[0]) or any(c in path for c in "*?[")
     if is_text and not pathlib.Path(path).is_dir():
       with problems.collect():
         documents.find_files([path], flag=f"--sources {name}")
@@ -208,7 +207,7 @@ def _open(
 
 
 def _measure(
-  base: Base, opened: dict[str, stores.TokenStore], *, general: str, tokens: int, heldout_frac: float, row_len: int
+  base: Base, opened: dict[str, token_store.TokenStore], *, general: str, tokens: int, heldout_frac: float, row_len: int
 ) -> dict[str, Figures]:
   samples, held = {}, {}
   with Progress() as progress:
@@ -235,7 +234,7 @@ def _plain(value: Any) -> Any:
 def _command(
   one: Verdict,
   base: Base,
-  pair: dict[str, stores.TokenStore],
+  pair: dict[str, token_store.TokenStore],
   *,
   held: float,
   budget_tokens: float | None,
@@ -269,7 +268,7 @@ def _command(
   return " \\\n    ".join(["cpt train", *options])
 
 
-def _heldout(pair: dict[str, stores.TokenStore], wanted: float) -> tuple[float, list[str]]:
+def _heldout(pair: dict[str, token_store.TokenStore], wanted: float) -> tuple[float, list[str]]:
   """`wanted`, or the least share (two digits, rounded up) at which every store holds a document out; what is in the way."""
   notes, least = [], 0.0
   for name, store in pair.items():

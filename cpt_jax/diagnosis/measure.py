@@ -1,6 +1,6 @@
 """A base model and token stores -> the figures of every source, as `diagnose` judges them.
 
-Invariant: the base is evaluated as a run does it (stream.pipeline.evaluation_rows, training.perplexity), on the run's own
+Invariant: the base is evaluated as a run does it (stream.heldout.evaluation_rows, training.perplexity), on the run's own
 held-out documents where there are enough of them; nothing is loaded whole but the base and the stores' indices.
 """
 
@@ -21,10 +21,8 @@ from cpt_jax.diagnosis.verdict import Figures
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.progress import Progress
-from cpt_jax.store import corpus
-from cpt_jax.store import store as stores
-from cpt_jax.store import tokenizer as tokenizer_lib
-from cpt_jax.stream import excerpts, pipeline, sources
+from cpt_jax.store import corpus, token_store, tokenization
+from cpt_jax.stream import excerpts, heldout, sources
 from cpt_jax.stream.excerpts import Excerpts
 from cpt_jax.training import perplexity, step
 
@@ -40,13 +38,13 @@ class Base(NamedTuple):
 
   path: str
   spec: spec_lib.ModelSpec
-  tokenizer: tokenizer_lib.Tokenizer
+  tokenizer: tokenization.Tokenizer
 
 
 class Held(NamedTuple):
   """What the base is evaluated on of a source."""
 
-  rows: pipeline.HeldOut
+  rows: heldout.HeldOut
   sample: str  # what it is, for people
 
 
@@ -64,15 +62,15 @@ def open_base(path: str, problems: Problems) -> Base | None:
     spec = spec_lib.from_hf(spec_lib.load_hf_config(path))
     pretrained.check_files(path, spec)
   with problems.collect():
-    tokenizer = tokenizer_lib.load(path)
+    tokenizer = tokenization.load(path)
   return None if spec is None or tokenizer is None else Base(path, spec, tokenizer)
 
 
-def open_store(name: str, path: str, base: Base | None, problems: Problems) -> stores.TokenStore | None:
+def open_store(name: str, path: str, base: Base | None, problems: Problems) -> token_store.TokenStore | None:
   """A source's store, made with the base's tokenizer; None, and what is wrong in `problems`."""
   here = f"--sources {name}={path}"
   try:
-    store = stores.open_store(path)
+    store = token_store.open_store(path)
   except ConfigError as error:
     problems.add(f"--sources {name}: {error}")
     return None
@@ -104,7 +102,7 @@ def row_len(base: Base, wanted: int = 0) -> int:
 
 
 def hold_out(
-  name: str, number: int, store: stores.TokenStore, base: Base, *, max_tokens: int, heldout_frac: float, row_len: int
+  name: str, number: int, store: token_store.TokenStore, base: Base, *, max_tokens: int, heldout_frac: float, row_len: int
 ) -> Held:
   """What the base is evaluated on: the documents that a run with `heldout_frac` and eval.tokens=`max_tokens` holds out.
 
@@ -118,19 +116,19 @@ def hold_out(
   source = sources.measured(name, store, heldout_frac=heldout_frac)
   candidates = source.heldout_documents
   if source.num_pairs(candidates):
-    chosen = pipeline.whole_documents(candidates, store.lengths, max_tokens=max_tokens, max_bytes=0)
+    chosen = heldout.whole_documents(candidates, store.lengths, max_tokens=max_tokens, max_bytes=0)
     if len(chosen) >= MIN_DOCUMENTS and max_tokens / 2 <= source.num_pairs(chosen) <= max_tokens:
-      doc_bytes = pipeline.document_bytes(store, chosen, base.tokenizer)
-      rows_of = pipeline.evaluation_rows(store, chosen, lengths=store.lengths, doc_bytes=doc_bytes, **options)
+      doc_bytes = heldout.document_bytes(store, chosen, base.tokenizer)
+      rows_of = heldout.evaluation_rows(store, chosen, lengths=store.lengths, doc_bytes=doc_bytes, **options)
       return Held(rows_of, f"{len(chosen):,} held-out documents")
   drawn = excerpts.draw(store, max_tokens=max_tokens, part_tokens=min(PART_TOKENS, row_len))
   doc_bytes = np.array([_text_bytes(drawn, i, base.tokenizer) for i in range(len(drawn))], np.int64)
   everything = np.arange(len(drawn))
-  rows_of = pipeline.evaluation_rows(drawn, everything, lengths=drawn.lengths, doc_bytes=doc_bytes, **options)
+  rows_of = heldout.evaluation_rows(drawn, everything, lengths=drawn.lengths, doc_bytes=doc_bytes, **options)
   return Held(rows_of, f"excerpts of {len(drawn):,} documents" if drawn.num_cut else f"{len(drawn):,} documents")
 
 
-def _text_bytes(drawn: Excerpts, i: int, tokenizer: tokenizer_lib.Tokenizer) -> int:
+def _text_bytes(drawn: Excerpts, i: int, tokenizer: tokenization.Tokenizer) -> int:
   """UTF-8 bytes of an excerpt's text, as far as it counts in the loss."""
   ids = drawn.excerpt(i)
   text = tokenizer.decode(ids[drawn.loss_mask(i, 0, len(ids))].tolist())
@@ -182,7 +180,7 @@ class Sample(NamedTuple):
   parts: list[np.ndarray]  # excerpts, views of the store
 
 
-def describe(store: stores.TokenStore, base: Base, *, max_tokens: int = TEXT_TOKENS) -> Sample:
+def describe(store: token_store.TokenStore, base: Base, *, max_tokens: int = TEXT_TOKENS) -> Sample:
   """Vocabulary, lengths and text of a source, from a sample of `max_tokens`."""
   tokenizer = base.tokenizer
   drawn = excerpts.draw(store, max_tokens=max_tokens)

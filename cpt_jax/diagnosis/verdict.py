@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from cpt_jax.store.corpus import Lengths, Text, new_scripts_frac
-from cpt_jax.vocab import verdict as vocab_verdict
+from cpt_jax.vocab import verdict
 from cpt_jax.vocab.verdict import EXPAND, KEEP, REPEATS, Finding, Rule
 
 NONE, DOMAIN, LANGUAGE, LONG = "none needed", "domain knowledge", "language", "long context"
@@ -79,12 +79,12 @@ RULES = {
   rule.name: rule
   for rule in (
     Rule("near", "JS distance over the noise floor", "<=", 0.05, "bits", "hand: halves of one corpus 0.01, other topics 0.27"),
-    vocab_verdict.RULES["far"],
+    verdict.RULES["far"],
     Rule("other script", "letters in scripts new to it", ">=", 0.5, "%", "hand: more of the text than not"),
     Rule("as good", "base/xz over general's", "<=", 1.05, "x", "hand: within 5%, or within two standard errors of none"),
     Rule("high loss", "base/xz over general's", ">=", 1.25, "x", "hand: domains and Python to 1.1, Chinese and French 1.5 up"),
     Rule("long", "tokens past the base's context", ">=", 0.5, "%", "hand: more of the text than not"),
-    *(vocab_verdict.RULES[name] for name in ("own saves", "bytes", "unknown", "enough text")),
+    *(verdict.RULES[name] for name in ("own saves", "bytes", "unknown", "enough text")),
   )
 }
 
@@ -226,8 +226,8 @@ def judge(figures: Figures, general: Figures, *, budget_tokens: float | None = N
     which,
     practice,
     _because(figures, general, which, practice),
-    vocab_verdict.answer(met),
-    _vocabulary_because(figures, general, vocab_verdict.answer(met), findings),
+    verdict.answer(met),
+    _vocabulary_because(figures, general, verdict.answer(met), findings),
     tuple(findings.values()),
   )
 

@@ -1,7 +1,7 @@
 """Tokens -> hidden states -> logits: the decoder, its parameters and their logical axes.
 
 Invariant: parameters are a plain nested dict in float32, layers stacked along their first dimension and scanned; NNX modules
-only declare them. Letters of dimensions: cpt_jax/model/__init__.py.
+only declare them. Letters of dimensions: cpt_jax/stream/batch.py.
 """
 
 import functools
@@ -15,8 +15,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from cpt_jax.devices import mesh as mesh_lib
-from cpt_jax.model import attention as attention_lib
 from cpt_jax.model import layers, rope
+from cpt_jax.model.attention import attend
 from cpt_jax.model.spec import ModelSpec
 from cpt_jax.model.visible import KEPT
 
@@ -167,8 +167,8 @@ def apply(
   # Programs are made for the different windows, and each layer says which is its own.
   windows = [window or tokens_BT.shape[1] for window in spec.windows_at(tokens_BT.shape[1])]
   different = tuple(sorted(set(windows)))
-  attend = functools.partial(
-    attention_lib.attend,
+  in_window = functools.partial(
+    attend,
     segments_BT=segments_BT,
     kind=settings.attention,
     windows=different,
@@ -178,7 +178,7 @@ def apply(
   def layer(x_BTD, stacked):
     weights, layer_window = stacked
     x_BTD = checkpoint_name(x_BTD, "input")
-    x_BTD = x_BTD + _attention(weights, spec, x_BTD, rotation, functools.partial(attend, layer_window=layer_window))
+    x_BTD = x_BTD + _attention(weights, spec, x_BTD, rotation, functools.partial(in_window, layer_window=layer_window))
     normed_BTD = layers.rms_norm(x_BTD, weights["mlp_norm"], eps=spec.norm_eps)
     return x_BTD + layers.swiglu(normed_BTD, weights["w_gate"], weights["w_up"], weights["w_down"]), None
 

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cpt_jax import config as config_lib
-from cpt_jax.store.store import write_atomically
+from cpt_jax.journal import write_atomically
 
 
 def as_python(config: Any, *, about: str) -> str:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError
+from cpt_jax.journal import write_atomically
 from cpt_jax.planning import config_files
 from cpt_jax.planning.cells import Cell
 from cpt_jax.planning.recommend import Recommendation
 from cpt_jax.planning.trials import Trial, at_point
 from cpt_jax.results.runs import Run
-from cpt_jax.store.store import write_atomically
 
 # A rate is stable while its domain loss is at most this much above the lowest of the rates below it, in nats; chosen by hand:
 # some times what two seeds of short runs differ by, and little beside what a rate costs that is really too high.
@@ -106,7 +106,7 @@ def trained_tokens(found: Sequence[FinishedTrial], *, budget_tokens: int, tokens
 def planned_config(config: Any, plan: Recommendation, *, budget_tokens: int | None, made_by: str) -> Any:
   """The config of the recommended run, with what is predicted of it; `budget_tokens` None leaves its length as it was."""
   c = at_point(config, rate=float(f"{plan.rate:.5g}"), replay=float(f"{plan.replay:.5g}"))
-  with c.unlocked():
+  with c.unlocked(), c.ignore_type():
     if budget_tokens is not None:
       c.train.length = f"{budget_tokens} tokens"
     c.plan.losses = tuple((name, *(round(x, 5) for x in (said.loss, said.low, said.high))) for name, said in plan.losses.items())

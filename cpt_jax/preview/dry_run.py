@@ -17,9 +17,8 @@ from cpt_jax.config import Problems
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.preview import memory
-from cpt_jax.store import documents
-from cpt_jax.store import tokenizer as tokenizer_lib
-from cpt_jax.stream import sources
+from cpt_jax.store import documents, tokenization
+from cpt_jax.stream import sources, summary
 from cpt_jax.training import console, guard, loop, optimizer, schedule, start, state, step
 from cpt_jax.training import inputs as inputs_lib
 
@@ -78,7 +77,7 @@ def mesh_sizes(config: Any) -> tuple[dict[str, int], str]:
 
 
 def _data(inputs: inputs_lib.Inputs, num_steps: int) -> None:
-  config, summaries = inputs.config, inputs.loader.describe()
+  config, summaries = inputs.config, summary.describe(inputs.loader)
   positions = num_steps * config_lib.tokens_per_step(config)
   console.table(
     f"data: {num_steps:,} steps x {config.train.batch_rows} rows x {config.data.row_len} positions = {console.count(positions)}, "
@@ -129,7 +128,7 @@ def _unprepared(config: Any, missing: dict[str, Any], num_steps: int) -> None:
       num_bytes = sum(pathlib.Path(file).stat().st_size for file in files)
       console.say(f"prepare  {name}: {len(files)} file(s) of {entry.text}, {console.size(num_bytes)}, into {entry.store}")
   with problems.collect():
-    tokenizer_lib.load(config.data.tokenizer)
+    tokenization.load(config.data.tokenizer)
   problems.raise_if_any()
   console.say(
     "         not known before that: documents, tokens, epochs, and when a source ends. The run prepares first; cpt prepare does "

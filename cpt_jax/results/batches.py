@@ -1,6 +1,6 @@
 """A run and a step -> the texts in the rows of its batch, as the model was given them.
 
-Invariant: reads the run's own record of its data and its stores, never the config as it is now; every row is a function of its
+Invariant: reads the run's own periods and its stores, never the config as it is now; every row is a function of its
 number alone.
 """
 
@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store import tokenization
 from cpt_jax.stream import pipeline
 
 
@@ -20,24 +20,24 @@ def rows_of(run: pathlib.Path, step: int, chosen: list[int]) -> list[dict[str, A
     ConfigError: no such run, step or row, or a store that is not what it was.
   """
   try:
-    record = json.loads((run / "segments.json").read_text(encoding="utf-8"))
+    periods = json.loads((run / "periods.json").read_text(encoding="utf-8"))
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
   except FileNotFoundError as error:
     raise ConfigError(f"--run={run}: {pathlib.Path(error.filename).name} is missing; name the --workdir of a run") from None
-  loader = pipeline.from_record(record, step)
+  loader = pipeline.from_periods(periods, step)
   if step >= loader.end_step:
     raise ConfigError(f"--step={step}: the run ends at step {loader.end_step}, where a source of it runs out")
   wrong = [b for b in chosen if not 0 <= b < loader.batch_rows]
   if wrong:
     raise ConfigError(f"--rows={wrong}: a batch has the rows 0 to {loader.batch_rows - 1}")
-  tokenizer = tokenizer_lib.load(config["data"]["tokenizer"])
+  tokenizer = tokenization.load(config["data"]["tokenizer"])
   return [_row(loader, tokenizer, step, b) for b in chosen or range(loader.batch_rows)]
 
 
-def _row(loader: pipeline.Loader, tokenizer: tokenizer_lib.Tokenizer, step: int, b: int) -> dict[str, Any]:
+def _row(loader: pipeline.Loader, tokenizer: tokenization.Tokenizer, step: int, b: int) -> dict[str, Any]:
   index = step * loader.batch_rows + b
   m, nth, pieces = loader.locate(index)
-  source, plan, batch = loader.sources[m], loader.plans[m], loader.row(index)
+  source, layout, batch = loader.sources[m], loader.layouts[m], loader.row(index)
   documents = []
   for doc, start, length in pieces:
     tokens = source.store.tokens(doc, start, length + 1).tolist()
@@ -52,7 +52,7 @@ def _row(loader: pipeline.Loader, tokenizer: tokenizer_lib.Tokenizer, step: int,
     "row": b,
     "source": source.name,
     "source_row": nth,
-    "epoch": nth // plan.num_rows,
+    "epoch": nth // layout.num_rows,
     "filled": int((batch.segments_BT > 0).sum()),
     "targets": int((batch.weights_BT > 0).sum()),
     "documents": documents,
@@ -61,7 +61,7 @@ def _row(loader: pipeline.Loader, tokenizer: tokenizer_lib.Tokenizer, step: int,
 
 def row_len_of(run: pathlib.Path) -> int:
   """Positions of a row."""
-  return json.loads((run / "segments.json").read_text(encoding="utf-8"))["settings"]["data.row_len"]
+  return json.loads((run / "periods.json").read_text(encoding="utf-8"))["settings"]["data.row_len"]
 
 
 def lines(row: dict[str, Any], *, chars: int, row_len: int) -> list[str]:

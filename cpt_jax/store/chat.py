@@ -24,7 +24,8 @@ import jinja2.sandbox
 import numpy as np
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store.tokenizer import Located, Spellings, Tokenizer
+from cpt_jax.store.spelling import Located, Spellings
+from cpt_jax.store.tokenization import Tokenizer
 
 TRAIN_ON = ("all", "answers")
 _MAX_TURNS = 1000  # of a conversation whose answers are found by rendering it up to each of them

@@ -2,9 +2,9 @@
 
 Invariant: a unit of work is done by the same code as in store.prepare, so without filters the store's files are the same bytes.
 
-The stages: with deduplication `signatures` (a task for each unit), `buckets` (a task for each bucket of MinHash) and
+The phases: with deduplication `signatures` (a task for each unit), `buckets` (a task for each bucket of MinHash) and
 `clusters` (one task), which find near-duplicates; then `tokens` (a task for each unit). datatrove marks finished tasks in
-`OUTPUT.work/STAGE/completions`. The end of it, `store.json`, is written by the caller, or under Slurm by one more stage.
+`OUTPUT.work/PHASE/completions`. The end of it, `store.json`, is written by the caller, or under Slurm by one more phase.
 """
 
 import itertools
@@ -28,9 +28,12 @@ from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import decontaminate, documents, prepare, store
-from cpt_jax.store.documents import Document
-from cpt_jax.store.prepare import Job, PrepareReport, Task
+from cpt_jax.journal import write_atomically
+from cpt_jax.store import decontaminate, documents, prepare, units, work
+from cpt_jax.store.prepare import PrepareReport
+from cpt_jax.store.records import Document
+from cpt_jax.store.units import InputFile
+from cpt_jax.store.work import Job, Task
 
 FILTERS = {
   "gopher_repetition": GopherRepetitionFilter,
@@ -130,9 +133,9 @@ class Texts(_Step):
     self._job = job
 
   def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[datatrove.data.Document]:
-    """Yields them; bad records are listed by the stage that writes tokens."""
+    """Yields them; bad records are listed by the phase that writes tokens."""
     for piece in self._job.units[rank]:
-      for record in prepare.open_part(self._job.task, piece.part):
+      for record in documents.open_part(piece.part, self._job.task.rules):
         if isinstance(record, Document):
           yield _to_datatrove(record)
 
@@ -150,7 +153,7 @@ class Tokens(_Step):
     """Does unit `rank`."""
     os.environ["RAYON_NUM_THREADS"] = str(self._num_threads)  # of the tokenizers library
     with self.track_time("unit"):
-      prepare.run_unit(self._job, rank, self._select)
+      work.run_unit(self._job, rank, self._select)
 
   def _select(self, number: int, found: Iterable[Document], left_out: dict[str, int]) -> Iterator[Document]:
     passed: Any = map(_to_datatrove, found)
@@ -192,7 +195,7 @@ class Close(_Step):
 
 
 def _check_done(job: Job, loaded: Any = None) -> bool:
-  missing = [i for i, marker in enumerate(prepare.read_markers(job)) if marker is None]
+  missing = [i for i, marker in enumerate(units.read_markers(job.task.output, job.units)) if marker is None]
   if missing:
     raise ConfigError(
       f"--output {job.task.output}: {len(missing)} of {len(job.units)} units are not done (the first: {missing[0]}), or their "
@@ -201,11 +204,11 @@ def _check_done(job: Job, loaded: Any = None) -> bool:
   return True
 
 
-# The stages.
+# The phases.
 
 
-class Stage(NamedTuple):
-  """Tasks that can run at the same time, after those of the stage before."""
+class Phase(NamedTuple):
+  """Tasks that can run at the same time, after those of the phase before."""
 
   name: str
   num_tasks: int
@@ -217,8 +220,8 @@ def work_directory(output: str) -> Path:
   return Path(f"{output.rstrip(os.sep)}.work")
 
 
-def stages(job: Job, selection: Selection, *, num_threads: int) -> list[Stage]:
-  """All stages up to the token files."""
+def phases(job: Job, selection: Selection, *, num_threads: int) -> list[Phase]:
+  """All phases up to the token files."""
   found, steps, num_units = [], selection.steps(), len(job.units)
   folder = str(work_directory(job.task.output).absolute() / "minhash")
   if selection.dedup:
@@ -227,10 +230,10 @@ def stages(job: Job, selection: Selection, *, num_threads: int) -> list[Stage]:
     signature = minhash.MinhashDedupSignature(f"{folder}/signatures", config=config, language=words)
     buckets = minhash.MinhashDedupBuckets(f"{folder}/signatures", f"{folder}/buckets", config=config)
     clusters = minhash.MinhashDedupCluster(f"{folder}/buckets", f"{folder}/remove", config=config)
-    found.append(Stage("signatures", num_units, [Texts(job), *(step for _, step in steps), signature]))
-    found += [Stage("buckets", config.num_buckets, [buckets]), Stage("clusters", 1, [clusters])]
+    found.append(Phase("signatures", num_units, [Texts(job), *(step for _, step in steps), signature]))
+    found += [Phase("buckets", config.num_buckets, [buckets]), Phase("clusters", 1, [clusters])]
     steps = [*selection.steps(), (NEAR_DUPLICATE, minhash.MinhashDedupFilter(f"{folder}/remove"))]
-  return [*found, Stage("tokens", num_units, [Tokens(job, steps, num_threads=num_threads)])]
+  return [*found, Phase("tokens", num_units, [Tokens(job, steps, num_threads=num_threads)])]
 
 
 def prepare_on(
@@ -251,8 +254,8 @@ def prepare_on(
     task: settings.
     contamination: leave out documents that share words with these evaluation texts.
     selection: filters and deduplication.
-    max_units: of work, and so of tasks in a stage.
-    unit_bytes: as of `prepare.plan`.
+    max_units: of work, and so of tasks in a phase.
+    unit_bytes: as of `units.cut`.
 
   Raises:
     ConfigError: as prepare.prepare, and units that could not be done.
@@ -266,9 +269,9 @@ def prepare_on(
   def run_units(job: Job, loaded: Any) -> bool:
     directory = work_directory(task.output)
     _forget(job, directory)
-    found = stages(job, selection, num_threads=_num_threads(machines))
+    found = phases(job, selection, num_threads=_num_threads(machines))
     if machines.executor == "slurm":
-      found.append(Stage("store", 1, [Close(arguments)]))
+      found.append(Phase("store", 1, [Close(arguments)]))
     executors = _executors(machines, found, directory, job_name=Path(task.output).name)
     if machines.executor == "slurm":
       handed_in.append(executors[-1])
@@ -287,44 +290,43 @@ def describe(
   machines: Machines, inputs: list[str], *, task: Task, contamination, selection: Selection, max_units: int
 ) -> list[str]:
   """What `prepare_on` would do, for people; writes nothing."""
-  files = documents.find_files(inputs)
-  job = Job(task, prepare.plan(files, max_units=max_units), [], {})
-  found = stages(job, selection, num_threads=_num_threads(machines))
+  files = [InputFile.of(path) for path in documents.find_files(inputs)]
+  job = Job(task, units.cut(files, unit_bytes=0, max_units=max_units), {})
+  found = phases(job, selection, num_threads=_num_threads(machines))
   if machines.executor == "slurm":
-    found.append(Stage("store", 1, [Close({})]))
-  lines = [f"{len(files)} files, {sum(map(os.path.getsize, files)):,} bytes -> {task.output}, by executor {machines.executor}"]
+    found.append(Phase("store", 1, [Close({})]))
+  lines = [f"{len(files)} files, {sum(file.bytes for file in files):,} bytes -> {task.output}, by executor {machines.executor}"]
   if contamination:
     lines.append(f"  without documents that share words with {contamination.num_texts:,} evaluation texts")
-  for number, stage in enumerate(found):
-    steps = [name for name, _ in selection.steps()] if stage.name in ("signatures", "tokens") else []
-    if stage.name == "tokens":
+  for number, phase in enumerate(found):
+    steps = [name for name, _ in selection.steps()] if phase.name in ("signatures", "tokens") else []
+    if phase.name == "tokens":
       steps += [NEAR_DUPLICATE] * selection.dedup + ["contamination"] * (contamination is not None)
     through = f" through {', '.join(steps)}" if steps else ""
-    lines.append(f"  stage {number + 1}  {stage.name:<10} {stage.num_tasks:>5} tasks{through}")
+    lines.append(f"  phase {number + 1}  {phase.name:<10} {phase.num_tasks:>5} tasks{through}")
   lines.append(f"  logs and finished tasks: {work_directory(task.output)}")
   if machines.executor == "slurm":
     with tempfile.TemporaryDirectory() as temporary:  # datatrove makes a directory for logs when it is asked for the script
       executors = _executors(machines, found, Path(temporary), job_name=Path(task.output).name)
-      scripts = [_script(executor, stage) for executor, stage in zip(executors, found, strict=True)]
+      scripts = [_script(executor, phase) for executor, phase in zip(executors, found, strict=True)]
     lines += [script.replace(temporary, str(work_directory(task.output).absolute())) for script in scripts]
   return lines
 
 
-def _script(executor: Any, stage: Stage) -> str:
+def _script(executor: Any, phase: Phase) -> str:
   command = f"srun -l -n 1 launch_pickled_pipeline {executor.logging_dir.resolve_paths('executor.pik')}"
-  return f"\n{stage.name}:\n{executor.get_launch_file_contents(executor.get_sbatch_args(stage.num_tasks), command)}"
+  return f"\n{phase.name}:\n{executor.get_launch_file_contents(executor.get_sbatch_args(phase.num_tasks), command)}"
 
 
 def _forget(job: Job, directory: Path) -> None:
   """Removes what was done for other texts or settings, and marks of finished tasks whose result is gone."""
-  keys = [prepare.unit_key(unit, stats) for unit, stats in zip(job.units, job.stats, strict=True)]
-  plan = json.dumps({"settings": job.settings, "units": keys}).encode("utf-8")
-  file = directory / "plan.json"
-  if not file.exists() or file.read_bytes() != plan:
+  said = json.dumps({"settings": job.settings, "units": [units.key(unit) for unit in job.units]}).encode("utf-8")
+  file = directory / "job.json"
+  if not file.exists() or file.read_bytes() != said:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    store.write_atomically(file, plan)
-  for number, marker in enumerate(prepare.read_markers(job)):
+    write_atomically(file, said)
+  for number, marker in enumerate(units.read_markers(job.task.output, job.units)):
     if marker is None:
       (directory / "tokens" / "completions" / f"{number:05d}").unlink(missing_ok=True)
   shutil.rmtree(directory / "store", ignore_errors=True)
@@ -342,14 +344,14 @@ def _workers(machines: Machines) -> int:
   return machines.workers or (_cores() if machines.executor == "local" else -1)
 
 
-def _executors(machines: Machines, found: list[Stage], directory: Path, *, job_name: str) -> list[PipelineExecutor]:
-  """An executor for each stage; those of Slurm depend on the one before."""
+def _executors(machines: Machines, found: list[Phase], directory: Path, *, job_name: str) -> list[PipelineExecutor]:
+  """An executor for each phase; those of Slurm depend on the one before."""
   root = str(Path(__file__).resolve().parents[2])  # for a clone that is not installed
   executors: list[Any] = []
-  for stage in found:
-    common = {"pipeline": stage.pipeline, "tasks": stage.num_tasks, "logging_dir": str(directory.absolute() / stage.name)}
+  for phase in found:
+    common = {"pipeline": phase.pipeline, "tasks": phase.num_tasks, "logging_dir": str(directory.absolute() / phase.name)}
     if machines.executor == "local":
-      executors.append(LocalPipelineExecutor(**common, workers=min(_workers(machines), stage.num_tasks)))
+      executors.append(LocalPipelineExecutor(**common, workers=min(_workers(machines), phase.num_tasks)))
       continue
     common |= {"workers": _workers(machines), "cpus_per_task": machines.cpus_per_task, "mem_per_cpu_gb": machines.mem_per_cpu_gb}
     if machines.executor == "ray":
@@ -361,7 +363,7 @@ def _executors(machines: Machines, found: list[Stage], directory: Path, *, job_n
     executors.append(
       SlurmPipelineExecutor(
         **common,
-        job_name=f"{job_name}-{stage.name}",
+        job_name=f"{job_name}-{phase.name}",
         partition=machines.partition,
         time=machines.time,
         qos=machines.qos,

@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import documents, store
+from cpt_jax.journal import write_atomically
+from cpt_jax.store import documents
+from cpt_jax.store.records import BadRecord, Document, Part, Rules
 
 NGRAM_WORDS = 13
 MIN_WORDS = 8  # a text of fewer than `ngram_words` words is matched as a whole down to this; below it GPT-3 saw matches by chance
@@ -132,7 +134,7 @@ class Contamination:
       arrays |= {f"hash_{grams.num_words}": grams.hash_G, f"first_{grams.num_words}": grams.first_G}
     content = io.BytesIO()
     np.savez(content, **arrays)
-    store.write_atomically(path, content.getvalue())
+    write_atomically(path, content.getvalue())
 
 
 def load(path: str | os.PathLike) -> Contamination:
@@ -204,11 +206,11 @@ def from_texts(texts: list[str], *, files: list[str], file_T: np.ndarray, ngram_
 def _read(file: str, fields: list[str]) -> list[str]:
   """The texts of a file, record by record."""
   found: dict[int, list[str]] = {}
-  bad: dict[int, documents.BadRecord] = {}
-  kind, _ = documents.kind_of(file) or ("", "")
+  bad: dict[int, BadRecord] = {}
+  kind, _ = documents.file_kind(file)
   for field in fields[:1] if kind == "txt" else fields:
-    for record in documents.PartReader(documents.Part(file), text_field=field):
-      if isinstance(record, documents.Document):
+    for record in documents.open_part(Part(file), Rules(text_field=field)):
+      if isinstance(record, Document):
         found.setdefault(record.line, []).append(record.text)
       else:
         bad.setdefault(record.line, record)

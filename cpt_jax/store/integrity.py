@@ -3,7 +3,8 @@
 Invariant: reads all of it, changes nothing.
 """
 
-from cpt_jax.store import documents, store
+from cpt_jax.store.documents import DataError
+from cpt_jax.store.token_store import open_store
 
 
 def verify(path: str) -> str:
@@ -13,8 +14,8 @@ def verify(path: str) -> str:
     ConfigError: no whole store there, or one without digests.
     DataError: files that are not what was written, a line each.
   """
-  opened = store.open_store(path)
+  opened = open_store(path)
   damaged = opened.verify()
   if damaged:
-    raise documents.DataError("\n".join([f"{path}: damaged; copy it again or make it again:", *damaged]))
+    raise DataError("\n".join([f"{path}: damaged; copy it again or make it again:", *damaged]))
   return f"{path}: whole; {opened.num_documents:,} documents, {opened.num_tokens:,} tokens"

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from cpt_jax.config import Problems, did_you_mean
 from cpt_jax.store import decontaminate
-from cpt_jax.store.prepare import PrepareReport, Task
+from cpt_jax.store.prepare import PrepareReport
+from cpt_jax.store.work import Task
 
 FILTERS = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
 EXECUTORS = ("local", "slurm", "ray")
@@ -21,7 +22,7 @@ class Asked(NamedTuple):
   """Where the tasks of a preparation run, and which documents they leave out."""
 
   executor: str = "local"
-  max_tasks: int = 256  # in a stage, and so token files; each has 8 MiB of input or more
+  max_tasks: int = 256  # in a phase, and so token files; each has 8 MiB of input or more
   filters: tuple[str, ...] = ()  # of FILTERS, in this order
   dedup: bool = False  # keep one document of those that are nearly alike
   language: str = ""  # datatrove's splitter of words; empty = our own
@@ -37,7 +38,7 @@ class Asked(NamedTuple):
 
 def check(inputs: list[str], asked: Asked, task: Task, *, dry_run: bool) -> None:
   """Raises a ConfigError that lists all that is wrong."""
-  problems, records = Problems(), task.records
+  problems, records = Problems(), task.rules.records
   given = {"input": inputs, "tokenizer": task.tokenizer, "output": task.output}
   if missing := [f"--{name}" for name, value in given.items() if not value]:
     problems.add(f"{' and '.join(missing)} missing, e.g. --input='texts/*.jsonl' --tokenizer=path/to/base --output=store/name")

@@ -1,6 +1,17 @@
 """The batch: what a training or evaluation step is given.
 
 Invariant: shifted once, in packing; segment 0 / weight 0 is padding; one row holds one source.
+
+Arrays end in their dimensions, in the order in which they lie, here and everywhere in the package: `probs_BNTS`.
+
+  B  rows of a batch               N  query heads                     F  width of the feed-forward part
+  T  positions of a row, queries   K  key and value heads             V  vocabulary
+  S  positions of a row, keys      G  query heads of a key head, N/K  L  layers
+  D  width                         H  head size                       M  sources
+  A  microbatches                  R  trials side by side
+
+`P` and `Q` are the positions of a block. A letter that a module needs beside these is named at its head. The suffix is the whole
+shape, never a device's part of it; trees and scalars have none.
 """
 
 from typing import Any, NamedTuple
@@ -9,10 +20,7 @@ Array = Any  # numpy on a host, jax on its devices
 
 
 class Batch(NamedTuple):
-  """B rows of T positions. Position t of a row predicts `targets_BT` from `tokens_BT[:, :t+1]` of its segment.
-
-  Letters of dimensions: cpt_jax/model/__init__.py.
-  """
+  """B rows of T positions. Position t of a row predicts `targets_BT` from `tokens_BT[:, :t+1]` of its segment."""
 
   tokens_BT: Array  # int32, ids below the vocabulary size; 0 where padded
   targets_BT: Array  # int32, the next token of the same document; 0 where padded

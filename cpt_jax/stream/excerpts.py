@@ -6,7 +6,7 @@ book does not stand for a shelf.
 
 import numpy as np
 
-from cpt_jax.store.store import TokenStore
+from cpt_jax.store.token_store import TokenStore
 from cpt_jax.stream.packing import Documents
 from cpt_jax.stream.sources import mix64
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cpt_jax.stream.quotas import AT_END, BLOCK_STEPS, NEVER, Curves, End, Knot, Period, Quotas
+from cpt_jax.stream.quotas import AT_END, BLOCK_STEPS, NEVER, Curves, Cycle, End, Knot, Quotas
 
 __all__ = ["End", "Knot", "Mixture"]
 
@@ -43,10 +43,10 @@ class Mixture:
   ended it has given exactly L, as a quota of L makes unit L - 1 due. A unit that had begun when its source fell to share 0 may
   be drawn later.
 
-  Constant shares that are fractions of a common denominator up to 2**20 have a period of so many steps that all quotas become
+  Constant shares that are fractions of a common denominator up to 2**20 have a cycle of so many steps that all quotas become
   whole. A unit that may be drawn before that time is due by then, and counts that sum to the quotas' sum then are the quotas;
-  so the rows go on as from the start, and one period is worked out, however long the run is. It is repeated up to the last
-  whole period before a source ends.
+  so the rows go on as from the start, and one cycle is worked out, however long the run is. It is repeated up to the last
+  whole cycle before a source ends.
 
   Rows do not depend on `num_steps`: a longer run begins with the rows of the shorter one, if the knots in steps are the same.
 
@@ -74,17 +74,17 @@ class Mixture:
     self._curves = Curves(shares_M, batch_rows=batch_rows)
     self._chunk = functools.lru_cache(64)(self._chunk_rows)
 
-    # Whole periods first, if there is one and no source ends in it; then the rest.
+    # Whole cycles first, if there is one and no source ends in it; then the rest.
     constant_M = self._curves.constant_from(start_step)
-    period = Period.of(constant_M, batch_rows=batch_rows) if constant_M else None
-    num_periods = period.num_before(limits) if period else 0
+    cycle = Cycle.of(constant_M, batch_rows=batch_rows) if constant_M else None
+    num_cycles = cycle.num_before(limits) if cycle else 0
     self._rest_step, count_M = start_step, np.zeros(self.num_sources, np.int64)
-    if period and num_periods:
-      self._rest_step = min(start_step + num_periods * period.num_steps, num_steps)
-      self._period_steps, self._period_counts_M = period.num_steps, period.counts_M
-      steps, endless = min(period.num_steps, self._rest_step - start_step), [NEVER] * self.num_sources
-      quotas = Quotas(period, limits=endless, actions=actions, batch_rows=batch_rows, num_steps=steps)
-      self._period = _Draws(quotas, start=0, count_M=count_M)
+    if cycle and num_cycles:
+      self._rest_step = min(start_step + num_cycles * cycle.num_steps, num_steps)
+      self._cycle_steps, self._cycle_counts_M = cycle.num_steps, cycle.counts_M
+      steps, endless = min(cycle.num_steps, self._rest_step - start_step), [NEVER] * self.num_sources
+      quotas = Quotas(cycle, limits=endless, actions=actions, batch_rows=batch_rows, num_steps=steps)
+      self._cycle = _Draws(quotas, start=0, count_M=count_M)
       count_M = self._repeated_counts(self._rest_step)
     self._quotas = Quotas(self._curves, limits=limits, actions=actions, batch_rows=batch_rows, num_steps=num_steps)
     self._rest = _Draws(self._quotas, start=self._rest_step, count_M=count_M)
@@ -118,8 +118,8 @@ class Mixture:
     return share_M / (math.fsum(share_M) or 1.0)
 
   def _repeated_counts(self, step: int) -> np.ndarray:
-    num_periods, at = divmod(step - self.start_step, self._period_steps)
-    return num_periods * self._period_counts_M + self._period.counts(at)
+    num_cycles, at = divmod(step - self.start_step, self._cycle_steps)
+    return num_cycles * self._cycle_counts_M + self._cycle.counts(at)
 
   def _chunk_rows(self, step: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
     """Source and number of each row of a part of a batch, every source's rows spread evenly over the batch.

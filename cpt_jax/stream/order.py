@@ -1,6 +1,6 @@
-"""Segments of a run, each with its own mixture -> which source, and which of its rows, row `i` of the run is.
+"""Periods of a run, each with its own mixture -> which source, and which of its rows, row `i` of the run is.
 
-Invariant: what was read stays as it was. A change of shares, sources or length begins a segment at the step where the run goes
+Invariant: what was read stays as it was. A change of shares, sources or length begins a period at the step where the run goes
 on, and every source goes on in it from the row where it was, or behind rows that were given up.
 """
 
@@ -29,13 +29,12 @@ class Read(NamedTuple):
   tokens: int = 0  # targets that count in the loss
   documents: int = 0  # that were begun, once for each time
   epochs: float = 0.0  # 1.5 = one and a half
-  # Of text: a document that is cut over rows has its bytes shared out by pairs. None where the store or an older record, of a
-  # source that is not read any more, does not say.
+  # Of text: a document that is cut over rows has its bytes shared out by pairs. None where the store does not say.
   bytes: int | None = 0
 
 
-class Segment(NamedTuple):
-  """The steps from `start_step` to the next segment's, in which sources are mixed in one way."""
+class Period(NamedTuple):
+  """The steps from `start_step` to the next period's, in which sources are mixed in one way."""
 
   start_step: int
   read: dict[str, Read]  # before it, of each source so far
@@ -43,7 +42,7 @@ class Segment(NamedTuple):
   skipped: dict[str, list[list[int]]] = {}  # noqa: RUF012 (never changed): source -> its rows [first, stop) that were passed over
 
   def num_skipped(self, name: str) -> int:
-    """Rows of a source that were passed over before this segment."""
+    """Rows of a source that were passed over before this period."""
     return sum(stop - first for first, stop in self.skipped.get(name, ()))
 
   def to_json(self) -> dict:
@@ -52,18 +51,18 @@ class Segment(NamedTuple):
     return found | ({"skipped": self.skipped} if self.skipped else {})
 
 
-def from_json(segment: Mapping[str, Any]) -> Segment:
-  """What `Segment.to_json` was."""
-  return Segment(segment["start_step"], reads_from_json(segment["read"]), segment["sources"], segment.get("skipped", {}))
+def from_json(period: Mapping[str, Any]) -> Period:
+  """What `Period.to_json` was."""
+  return Period(period["start_step"], reads_from_json(period["read"]), period["sources"], period.get("skipped", {}))
 
 
 def reads_from_json(reads: Mapping[str, Any]) -> dict[str, Read]:
-  """What was read of each source, as a record keeps it; older ones count no bytes."""
-  return {name: Read(**{"bytes": None, **read}) for name, read in reads.items()}
+  """What was read of each source, as periods and checkpoints keep it."""
+  return {name: Read(**read) for name, read in reads.items()}
 
 
 def terms(source: Any, *, epoch_rows: int) -> dict[str, Any]:
-  """What a segment keeps of a data.sources.Source whose epoch has so many rows; JSON-able."""
+  """What a period keeps of a stream.sources.Source whose epoch has so many rows; JSON-able."""
   epochs = source.max_epochs or (0.0 if source.at_end == "repeat" else 1.0)
   return {
     "store": str(source.store.path),
@@ -83,14 +82,14 @@ def terms(source: Any, *, epoch_rows: int) -> dict[str, Any]:
 
 
 def continued(
-  past: Sequence[Segment],
+  past: Sequence[Period],
   sources: dict[str, dict[str, Any]],
   *,
   step: int,
   read: dict[str, Read],
   skip: Mapping[str, int] | None = None,
-) -> tuple[Segment, ...]:
-  """The segments of a run that goes on at `step` with these sources: those of its past, and one more where something changed.
+) -> tuple[Period, ...]:
+  """The periods of a run that goes on at `step` with these sources: those of its past, and one more where something changed.
 
   `read`: what was read of each source before `step`. `skip`: how many of its next rows each source passes over at `step`.
 
@@ -98,8 +97,8 @@ def continued(
     ConfigError: a line for each source whose rows would not be what they were.
   """
   wrong, known = [], {}
-  for segment in past:
-    known |= segment.sources
+  for period in past:
+    known |= period.sources
   for name, now in sources.items():
     for key, words in _CONTENT.items() if read.get(name, Read()).rows else ():
       if known[name][key] != now[key]:
@@ -110,8 +109,8 @@ def continued(
       + "\nThis would change which rows were read. Put it back, or give the changed text another name: a new source begins at "
       "its first row."
     )
-  past = [_found_again(segment, sources) for segment in past]
-  kept = [segment for segment in past if segment.start_step < step]  # of one that begins here nothing was read
+  past = [_found_again(period, sources) for period in past]
+  kept = [period for period in past if period.start_step < step]  # of one that begins here nothing was read
   if skip:
     skipped = dict(past[-1].skipped)
     for name, num_rows in skip.items():
@@ -119,80 +118,80 @@ def continued(
       *before, last = skipped.get(name) or [[first, first]]
       joined = [[last[0], first + num_rows]] if last[1] == first else [last, [first, first + num_rows]]
       skipped[name] = [*before, *joined]
-    return (*kept, Segment(step, read, sources, skipped))
-  for segments in (past, kept):  # the latter: a change is taken back before a step was made with it
-    if segments and list(segments[-1].sources.items()) == list(sources.items()):
-      return tuple(segments)
-  return (*kept, Segment(step, read, sources, past[-1].skipped if past else {}))
+    return (*kept, Period(step, read, sources, skipped))
+  for periods in (past, kept):  # the latter: a change is taken back before a step was made with it
+    if periods and list(periods[-1].sources.items()) == list(sources.items()):
+      return tuple(periods)
+  return (*kept, Period(step, read, sources, past[-1].skipped if past else {}))
 
 
-def _found_again(segment: Segment, sources: dict[str, dict[str, Any]]) -> Segment:
-  """The segment with its stores where they lie now: they may have moved."""
+def _found_again(period: Period, sources: dict[str, dict[str, Any]]) -> Period:
+  """The period with its stores where they lie now: they may have moved."""
   found = {
     name: {**terms, "store": sources[name]["store"]}
     if name in sources and sources[name]["fingerprint"] == terms["fingerprint"]
     else terms
-    for name, terms in segment.sources.items()
+    for name, terms in period.sources.items()
   }
-  return segment._replace(sources=found)
+  return period._replace(sources=found)
 
 
 class Order:
   """The rows of a run of `num_steps`, or less where a source's end stops it: see `end_step`."""
 
-  def __init__(self, segments: Sequence[Segment], *, num_steps: int, batch_rows: int):
-    self.segments, self.batch_rows = tuple(segments), batch_rows
-    self._starts = [segment.start_step for segment in segments]
+  def __init__(self, periods: Sequence[Period], *, num_steps: int, batch_rows: int):
+    self.periods, self.batch_rows = tuple(periods), batch_rows
+    self._starts = [period.start_step for period in periods]
     self._stops = [*self._starts[1:], num_steps]
     self._mixture = functools.cache(self._make_mixture)
-    last = self._mixture(len(segments) - 1)
+    last = self._mixture(len(periods) - 1)
     self.end_step = last.end_step
-    names = list(self.segments[-1].sources)
-    self.ends = tuple((names[end.source], end.step, end.action) for end in last.ends)  # of sources, in the last segment
+    names = list(self.periods[-1].sources)
+    self.ends = tuple((names[end.source], end.step, end.action) for end in last.ends)  # of sources, in the last period
 
   def locate(self, row: int) -> tuple[str, int]:
     """Source of row `row` of the run, and which of the source's rows it is, from 0 over the whole run."""
-    k = self._segment(row // self.batch_rows)
+    k = self._period(row // self.batch_rows)
     m, nth = self._mixture(k).locate(row)
     name = self._names(k)[m]
     return name, self._position(k, name) + nth
 
   def rows(self, step: int) -> dict[str, int]:
     """Rows that each source gave before `step`, sources of the past too."""
-    k = self._segment(step)
-    rows = {name: read.rows for name, read in self.segments[k].read.items()}
+    k = self._period(step)
+    rows = {name: read.rows for name, read in self.periods[k].read.items()}
     for name, count in zip(self._names(k), self._mixture(k).counts(step).tolist(), strict=True):
       rows[name] = self._begin(k, name) + count
     return rows
 
   def positions(self, step: int) -> dict[str, int]:
     """The row at which each source stands before `step`: those that it gave, and those that it passed over."""
-    segment = self.segments[self._segment(step)]
-    return {name: rows + segment.num_skipped(name) for name, rows in self.rows(step).items()}
+    period = self.periods[self._period(step)]
+    return {name: rows + period.num_skipped(name) for name, rows in self.rows(step).items()}
 
   def shares(self, step: int) -> dict[str, float]:
     """Normalised shares of the batch of `step`."""
-    k = self._segment(step)
+    k = self._period(step)
     return dict(zip(self._names(k), self._mixture(k).shares(step).tolist(), strict=True))
 
-  def _segment(self, step: int) -> int:
+  def _period(self, step: int) -> int:
     k = bisect.bisect_right(self._starts, step) - 1
     if k < 0:
       raise IndexError(f"step {step} is before this run's first, {self._starts[0]}")
     return k
 
   def _names(self, k: int) -> list[str]:
-    return list(self.segments[k].sources)
+    return list(self.periods[k].sources)
 
   def _begin(self, k: int, name: str) -> int:
-    return self.segments[k].read.get(name, Read()).rows
+    return self.periods[k].read.get(name, Read()).rows
 
   def _position(self, k: int, name: str) -> int:
-    """The source's row at which the segment finds it."""
-    return self._begin(k, name) + self.segments[k].num_skipped(name)
+    """The source's row at which the period finds it."""
+    return self._begin(k, name) + self.periods[k].num_skipped(name)
 
   def _make_mixture(self, k: int) -> Mixture:
-    found = self.segments[k].sources
+    found = self.periods[k].sources
     return Mixture(
       [terms["share"] for terms in found.values()],
       num_steps=self._stops[k],

@@ -24,7 +24,7 @@ BLOCK_STEPS = 1024  # steps that are worked out at once
 FRAC_BITS = 40  # quotas are whole numbers of 2**-40 rows
 _ONE = 1 << FRAC_BITS
 _MASK = _ONE - 1
-_MAX_DENOMINATOR = 1 << 20  # see Period
+_MAX_DENOMINATOR = 1 << 20  # see Cycle
 _DECIMAL = decimal.Context(prec=50)  # a float keeps 17 digits, so all that is rounded from these is rounded correctly
 
 
@@ -156,7 +156,7 @@ class _LogRamp:
     return float(anchor) * self._ratios[: stop - start]
 
 
-class Period:
+class Cycle:
   """The schedule of constant shares that are exact fractions: after `num_steps` steps every quota is whole, and it ends there.
 
   Each step rounds a source's quota, n / P of the batch's rows, off by less than 2**-40 rows; the last step makes that good, less
@@ -173,7 +173,7 @@ class Period:
     self.counts_M, self._quota_M, self._last_M = np.array(counts), np.array(quotas), np.array(last)
 
   @classmethod
-  def of(cls, shares_M: Sequence[float], *, batch_rows: int) -> "Period | None":
+  def of(cls, shares_M: Sequence[float], *, batch_rows: int) -> "Cycle | None":
     """None if the shares, as they are written, have no common denominator up to 2**20."""
     exact = [fractions.Fraction(str(share)) for share in shares_M]
     total = sum(exact)
@@ -182,7 +182,7 @@ class Period:
     return cls([share / total for share in exact], batch_rows=batch_rows)
 
   def num_before(self, limits: Sequence[int]) -> int:
-    """How many periods are over before any source's quota passes its limit."""
+    """How many cycles are over before any source's quota passes its limit."""
     return min(limit // rows for limit, rows in zip(limits, self.counts_M.tolist(), strict=True) if rows)
 
   def shares(self, start: int, stop: int) -> np.ndarray:
@@ -191,7 +191,7 @@ class Period:
 
   def quotas(self, start: int, stop: int, open_M: np.ndarray) -> np.ndarray:
     """See Schedule."""
-    assert open_M.all(), "a period ends before a source does"
+    assert open_M.all(), "a cycle ends before a source does"
     num_steps = max(min(stop, self.num_steps) - start, 0)
     quotas = np.repeat(self._quota_M[:, None], num_steps, 1)
     if num_steps and start + num_steps == self.num_steps:

@@ -13,8 +13,8 @@ import numpy as np
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.store import tokenizer as tokenizer_lib
-from cpt_jax.store.store import TokenStore, open_store
+from cpt_jax.store import tokenization
+from cpt_jax.store.token_store import TokenStore, open_store
 
 Knots = tuple[tuple[float, float, str], ...]
 # More than this share is never advised to be held out (by hand): little would be left to learn from.
@@ -191,7 +191,7 @@ def _tokenizer_fingerprint(config, problems: Problems) -> tuple[str, str] | None
   if not path:
     return None
   try:
-    return path, tokenizer_lib.load(path).fingerprint
+    return path, tokenization.load(path).fingerprint
   except ConfigError as error:
     problems.add(f"{'data.tokenizer' if config.data.tokenizer else 'start.hf'}: {error}")
     return None

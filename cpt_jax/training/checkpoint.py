@@ -27,9 +27,9 @@ from cpt_jax import config as config_lib
 from cpt_jax import trees
 from cpt_jax.config import ConfigError
 from cpt_jax.devices import hosts
+from cpt_jax.journal import write_atomically
 from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec, from_hf
-from cpt_jax.store.store import write_atomically
 from cpt_jax.training import guard, optimizer
 from cpt_jax.training.perplexity import SourceLoss
 from cpt_jax.training.state import TrainState

@@ -72,21 +72,6 @@ def size(num_bytes: float) -> str:
   return f"{num_bytes:.0f} B"
 
 
-def progress() -> rich.progress.Progress:
-  """A bar of steps on a terminal, nothing elsewhere."""
-  return rich.progress.Progress(
-    rich.progress.TextColumn("[bold]{task.description}"),
-    rich.progress.BarColumn(bar_width=24),
-    rich.progress.MofNCompleteColumn(),
-    rich.progress.TimeElapsedColumn(),
-    rich.progress.TextColumn("left"),
-    rich.progress.TimeRemainingColumn(),
-    console=console,
-    transient=True,
-    disable=not console.is_terminal,
-  )
-
-
 class TrainProgress:
   """The bar of a run (a terminal) or a line at each `show` (a file or a pipe)."""
 
@@ -213,12 +198,12 @@ def stage(index: int, stages: Sequence[Any]) -> str:
 def data_changes(loader: Any, *, rate: float) -> None:
   """What is new in a run that goes on, and where it ends before its length."""
   if loader.is_changed:
-    before, now = (list(segment.sources) for segment in loader.order.segments[-2:])
+    before, now = (list(period.sources) for period in loader.order.periods[-2:])
     words = [f"{name} joins" for name in now if name not in before] + [f"{name} leaves" for name in before if name not in now]
-    skipped = {name: loader.order.segments[-1].num_skipped(name) - loader.order.segments[-2].num_skipped(name) for name in now}
+    skipped = {name: loader.order.periods[-1].num_skipped(name) - loader.order.periods[-2].num_skipped(name) for name in now}
     words += [f"{n:,} rows of {name} are passed over" for name, n in skipped.items() if n]
     changed = "; ".join(words) or "shares or lengths changed"
-    say(f"data     segment {len(loader.order.segments)} begins at step {loader.start_step}: {changed}; next rate {rate:.3e}")
+    say(f"data     period {len(loader.order.periods)} begins at step {loader.start_step}: {changed}; next rate {rate:.3e}")
   if loader.end_step < loader.num_steps:
     why = ", ".join(f"{name} runs out" for name, step, action in loader.order.ends if action != "renormalise")
     say(

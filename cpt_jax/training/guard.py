@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cpt_jax import journal
-from cpt_jax.store.store import write_atomically
+from cpt_jax.journal import write_atomically
 from cpt_jax.stream.sources import Knots, Source
 
 FILE = "guard.jsonl"

@@ -16,7 +16,8 @@ from cpt_jax.devices import hosts
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import pretrained
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.store import prepare, store
+from cpt_jax.store import prepare, token_files
+from cpt_jax.store.records import Rules
 from cpt_jax.stream import pipeline, sources
 from cpt_jax.training import console, guard, optimizer, schedule, start
 
@@ -97,7 +98,7 @@ def open_texts(resolved: Resolved, workdir: pathlib.Path | None = None, *, write
     ConfigError: everything that is wrong with them, a line each.
   """
   config, problems = resolved.config, Problems()
-  with hosts.main_first("data"):  # the others find its stores and packing plans, or make their own on their own disks
+  with hosts.main_first("data"):  # the others find its stores and the layouts of rows, or make their own on their own disks
     if writes:
       _prepare_missing_stores(config)
     opened = sources.from_config(config, problems)
@@ -117,7 +118,7 @@ def open_texts(resolved: Resolved, workdir: pathlib.Path | None = None, *, write
       past=past,
       start_step=begin.step,
       skip=guard.rows_to_skip(decisions, step=begin.step),
-      keep_plans=writes,
+      keep_layouts=writes,
     )
   asked = {source.name: source.share for source in opened}
   return Inputs(**vars(resolved), begin=begin, loader=loader, decisions=decisions, asked=asked)
@@ -126,7 +127,9 @@ def open_texts(resolved: Resolved, workdir: pathlib.Path | None = None, *, write
 def unprepared(config: Any) -> dict[str, Any]:
   """The entries of the sources that name their text and whose store is not finished yet, by name."""
   entries = config.data.sources.items()
-  return {name: entry for name, entry in entries if entry.text and not (pathlib.Path(entry.store) / store.MANIFEST).exists()}
+  return {
+    name: entry for name, entry in entries if entry.text and not (pathlib.Path(entry.store) / token_files.MANIFEST).exists()
+  }
 
 
 def _prepare_missing_stores(config: Any) -> None:
@@ -136,9 +139,11 @@ def _prepare_missing_stores(config: Any) -> None:
       [entry.text],
       tokenizer=config.data.tokenizer,
       output=entry.store,
-      on_bad=config.data.on_bad,
-      max_bad=config.data.max_bad,
-      **{key: entry[key] for key in ("records", "text_field", "answer_field", "train_on")},
+      rules=Rules(
+        on_bad=config.data.on_bad,
+        max_bad=config.data.max_bad,
+        **{key: entry[key] for key in ("records", "text_field", "answer_field", "train_on")},
+      ),
     )
     for line in report.lines():
       console.say(line)

@@ -19,9 +19,9 @@ from cpt_jax import config as config_lib
 from cpt_jax import journal
 from cpt_jax.config import ConfigError
 from cpt_jax.devices import chips
+from cpt_jax.journal import write_atomically
 from cpt_jax.model.loss import Sums
 from cpt_jax.model.spec import ModelSpec, flops_per_token
-from cpt_jax.store.store import write_atomically
 from cpt_jax.training import optimizer
 from cpt_jax.training.perplexity import SourceLoss
 from cpt_jax.training.step import StepMetrics
@@ -231,9 +231,9 @@ def summary(
   return {"step": step, "sources": sources, "checkpoint": checkpoint, "exported": exported, "guard": guard}
 
 
-def write_segments(run_dir: pathlib.Path, record: dict) -> None:
-  """Keeps which rows the run reads, segment by segment, as `stream.pipeline.from_record` takes it."""
-  write_atomically(run_dir / "segments.json", json.dumps(record, indent=1).encode())
+def write_periods(run_dir: pathlib.Path, periods: dict) -> None:
+  """Keeps which rows the run reads, period by period, as `stream.pipeline.from_periods` takes it."""
+  write_atomically(run_dir / "periods.json", json.dumps(periods, indent=1).encode())
 
 
 def write_summary(run_dir: pathlib.Path, result: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ def evaluate(
   to_device: Callable,
   parts: Callable[[Any], Iterable] = lambda sums: (sums,),
 ) -> list[dict[str, SourceLoss]]:
-  """Loss of `params` on the held-out documents of each source (name -> stream.pipeline.HeldOut), for each run that they are of.
+  """Loss of `params` on the held-out documents of each source (name -> stream.heldout.HeldOut), for each run that they are of.
 
   `parts` divides the sums of the jitted `eval_step` between the runs.
   """

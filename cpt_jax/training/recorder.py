@@ -46,7 +46,7 @@ class Recorder:
     """Opens the files, without what they hold of a future that was given up; process 0 alone writes any."""
     first_step, tensorboard = self.inputs.begin.step, self.inputs.config.log.tensorboard
     if hosts.is_main():
-      metrics.write_segments(self.workdir, self.loader.record())
+      metrics.write_periods(self.workdir, self.loader.periods())
       guard.drop_after(self.workdir, first_step)
     run_dir = self.workdir if hosts.is_main() else None
     self._writer = metrics.Writer(run_dir, start_step=first_step, evaluates_first=evaluates_first, tensorboard=tensorboard)

@@ -19,9 +19,8 @@ from cpt_jax import hub
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model.spec import ModelSpec, from_hf, load_hf_config
-from cpt_jax.training import guard, perplexity
-from cpt_jax.training import optimizer as optimizer_lib
-from cpt_jax.training import state as state_lib
+from cpt_jax.stream import pipeline
+from cpt_jax.training import guard, optimizer, perplexity, state
 from cpt_jax.training.checkpoint import read_meta, reader, saved_steps
 from cpt_jax.training.perplexity import SourceLoss
 from cpt_jax.training.state import TrainState
@@ -35,13 +34,13 @@ class Start(NamedTuple):
   step: int = 0  # updates finished in the state that is loaded; 0 where only parameters are
   checkpoint: int = -1  # step of the checkpoint that is read, of this run or another
 
-  def describe(self, *, optimizer: str = "", moments: str = "") -> str:
+  def describe(self, *, optimizer: str | None = None, moments: str | None = None) -> str:
     """One line for people; `optimizer` and `moments` as in config.start, where it is to be said what becomes of moments."""
     fresh = f"moments of {moments} for what it had" if moments else "optimizer state fresh"
     return {
       "run": f"this run's own checkpoint at step {self.step}: parameters, optimizer state and data position",
       "resume": f"{self.path} at step {self.step}: parameters"
-      + {"keep": ", optimizer state and step", "reset": "; optimizer state and step reset", "": ""}[optimizer],
+      + {"keep": ", optimizer state and step", "reset": "; optimizer state and step reset", None: ""}[optimizer],
       "hf": f"{self.path} (Hugging Face): parameters; {fresh}",
       "weights": f"{self.path}: parameters; optimizer state fresh",
       "scratch": f"random parameters for {self.path}; optimizer state fresh",
@@ -120,11 +119,12 @@ def data_past(begin: Start) -> dict | None:
   if begin.kind not in ("run", "resume"):
     return None
   past = read_meta(begin.path, begin.checkpoint)["loader"]
+  pipeline.check_formats(past)
   if begin.kind == "resume" and begin.step == 0:  # steps are counted anew, rows go on
     merged: dict = {}
-    for segment in past["segments"]:
-      merged |= segment["sources"]
-    past = {**past, "segments": [{**past["segments"][-1], "start_step": 0, "read": past["read"], "sources": merged}]}
+    for period in past["periods"]:
+      merged |= period["sources"]
+    past = {**past, "periods": [{**past["periods"][-1], "start_step": 0, "read": past["read"], "sources": merged}]}
   return past
 
 
@@ -205,7 +205,7 @@ def initial_state(
   start: Start,
   params: Any,
   spec: ModelSpec,
-  optimizer: optax.GradientTransformation,
+  tx: optax.GradientTransformation,
   *,
   keep_optimizer: bool,
   moments: str,
@@ -213,17 +213,17 @@ def initial_state(
   """The state before the first update of this process; `params` are those of the base, `moments` as in start.moments."""
   if start.kind == "run" or (start.kind == "resume" and keep_optimizer):
     kept = reader(start.path)
-    state = kept.restore(start.checkpoint, state_lib.abstract(spec, optimizer))
+    restored = kept.restore(start.checkpoint, state.abstract(spec, tx))
     kept.close()
-    return state
+    return restored
   if start.kind == "hf" and moments:
     before = reader(moments)
-    opt_state = before.restore_moments(_newest_step(moments, "start.moments"), state_lib.abstract(spec, optimizer).opt_state)
+    opt_state = before.restore_moments(_newest_step(moments, "start.moments"), state.abstract(spec, tx).opt_state)
     before.close()
     # Padding rows were counted with the others, and may be rows of pieces now.
-    opt_state = optimizer_lib.without_rows(opt_state, first=spec.base_vocab_size or spec.num_ids)
-    return state_lib.create(params, optimizer, opt_state=opt_state)
-  return state_lib.create(params, optimizer)
+    opt_state = optimizer.without_rows(opt_state, first=spec.base_vocab_size or spec.num_ids)
+    return state.create(params, tx, opt_state=opt_state)
+  return state.create(params, tx)
 
 
 def files_dir(config: Any, base: Start) -> str:

@@ -17,7 +17,7 @@ from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import loss, transformer
 from cpt_jax.model.spec import ModelSpec
 from cpt_jax.stream.batch import Batch
-from cpt_jax.training import optimizer as optimizer_lib
+from cpt_jax.training import optimizer
 from cpt_jax.training.state import TrainState
 
 
@@ -64,16 +64,16 @@ def from_config(
 ) -> TrainStep:
   """The update that a config asks for in one of its train.stages; `source_weights` as in `make_train_step`, `max_documents` as in
   `transformer.Settings`."""
-  leaves = optimizer_lib.from_config_plan(config, spec, stage=stage)
+  leaves = optimizer.from_config_plan(config, spec, stage=stage)
   return make_train_step(
     spec,
-    optimizer_lib.from_config(config, spec, stage=stage),
+    optimizer.from_config(config, spec, stage=stage),
     settings=settings_from_config(config, max_documents=max_documents),
     source_weights=source_weights,
     microbatches=config.train.microbatches,
     accumulate_dtype=config.train.accumulate_dtype,
     z_loss=config.train.z_loss,
-    hold=functools.partial(optimizer_lib.hold, leaves=leaves, new_rows=spec.new_rows),
+    hold=functools.partial(optimizer.hold, leaves=leaves, new_rows=spec.new_rows),
   )
 
 
@@ -84,7 +84,7 @@ def hidden_states(params: Any, batch: Batch, spec: ModelSpec, *, settings: trans
 
 def make_train_step(
   spec: ModelSpec,
-  optimizer: optax.GradientTransformation,
+  tx: optax.GradientTransformation,
   *,
   settings: transformer.Settings,
   source_weights: Sequence[float],
@@ -130,7 +130,7 @@ def make_train_step(
     grads = jax.tree.map(lambda g: g * scale, grads)
     rate = jnp.asarray(rate, jnp.float32)
     with jax.named_scope("update"):
-      updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, state.opt_state, state.params, rate=rate)
+      updates, opt_state = optax.with_extra_args_support(tx).update(grads, state.opt_state, state.params, rate=rate)
       params = optax.apply_updates(state.params, updates)
     grad_norm = optax.tree.norm(grads)
     # A choice, not a branch: it joins the pass over the parameters that the update makes anyway.

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cpt_jax.config import ConfigError, Problems, parse_tokens
+from cpt_jax import config as config_lib
+from cpt_jax import shipped
+from cpt_jax.config import ConfigError, Problems
+from cpt_jax.journal import write_atomically
 from cpt_jax.progress import Progress
-from cpt_jax.store import corpus, documents
-from cpt_jax.store import tokenizer as tokenizer_lib
-from cpt_jax.store.store import write_atomically
+from cpt_jax.store import corpus, documents, tokenization
 from cpt_jax.vocab import candidates, grow, kinds, verdict
 from cpt_jax.vocab import texts as texts_lib
 from cpt_jax.vocab.bases import Base
@@ -113,7 +114,7 @@ class Counted:
 
 
 def count(
-  tokenizer_list: Sequence[tokenizer_lib.Tokenizer],
+  tokenizer_list: Sequence[tokenization.Tokenizer],
   batches: Iterator[list[str]],
   *,
   on_part: Callable[[str], object] = lambda _: None,
@@ -135,7 +136,7 @@ def count(
   return counted
 
 
-def fit(tokenizer: tokenizer_lib.Tokenizer, counts_V: np.ndarray, text: corpus.Text) -> Fit:
+def fit(tokenizer: tokenization.Tokenizer, counts_V: np.ndarray, text: corpus.Text) -> Fit:
   """Figures of a vocabulary from its counts on a text."""
   tokens = int(counts_V.sum())
   if not tokens:
@@ -190,7 +191,7 @@ def _embedding_width(directory: pathlib.Path) -> int | None:
 
 def assess(
   path: str,
-  tokenizer: tokenizer_lib.Tokenizer,
+  tokenizer: tokenization.Tokenizer,
   domain_2V: np.ndarray,
   general_2V: np.ndarray,
   *,
@@ -294,13 +295,13 @@ def compare(
     DataError: text that cannot be read.
   """
   problems, files = Problems(), {}
-  paths = [str(path) for path in tokenizers]
+  paths = [shipped.find(os.fspath(path)) for path in tokenizers]
   for name, patterns in ("domain", domain), ("general", general):
     if not patterns:
       problems.add(f"--{name} is empty: name text files, e.g. --{name} 'texts/{name}/*.jsonl.gz'")
       continue
     with problems.collect():
-      files[name] = documents.find_files(list(patterns), flag=f"--{name}")
+      files[name] = documents.find_files([shipped.find(pattern) for pattern in patterns], flag=f"--{name}")
   if not paths:
     problems.add("--tokenizers is empty: name the base's Hugging Face directory, then others to compare it with")
   if len(set(paths)) < len(paths):
@@ -309,13 +310,13 @@ def compare(
     problems.add(f"--domain_gb={domain_gb}: give 10^9 bytes above 0")
   budget_tokens = None
   try:
-    budget_tokens = parse_tokens(budget) if budget else None
+    budget_tokens = config_lib.parse_tokens(budget) if budget else None
   except ValueError as error:
     problems.add(f"--budget={error}")
   opened = {}
   for path in paths:
     with problems.collect():
-      opened[path] = tokenizer_lib.load(path)
+      opened[path] = tokenization.load(path)
   problems.raise_if_any()
   domain_bytes = None if domain_gb is None else domain_gb * 1e9
   found = _compare(opened, files, domain_bytes=domain_bytes, budget_tokens=budget_tokens)
@@ -328,7 +329,7 @@ def compare(
 
 
 def _compare(
-  opened: dict[str, tokenizer_lib.Tokenizer],
+  opened: dict[str, tokenization.Tokenizer],
   files: dict[str, list[str]],
   *,
   domain_bytes: float | None,

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store import tokenization
 from cpt_jax.store.corpus import script_of
-from cpt_jax.store.tokenizer import SPACE, is_byte_piece
+from cpt_jax.store.spelling import SPACE, is_byte_piece
 
 _ONE_SCRIPT = {"Hiragana": "Han", "Katakana": "Han", "Katakana-hiragana": "Han", "Bopomofo": "Han"}  # as SentencePiece's trainer
 
@@ -49,7 +49,7 @@ class Base(abc.ABC):
   file_name: str  # of the tokenizer's file in a Hugging Face directory
   texts: dict[int, str]  # id -> piece, in the model's own spelling, without special and added tokens
 
-  def __init__(self, tokenizer: tokenizer_lib.Tokenizer):
+  def __init__(self, tokenizer: tokenization.Tokenizer):
     self.tokenizer = tokenizer
     self.vocab_size = tokenizer.vocab_size
     self.extra: list[str] = []  # the characters of the symbols from vocab_size on

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-from cpt_jax.store.tokenizer import byte_characters
+from cpt_jax.store.spelling import byte_characters
 from cpt_jax.vocab.bases import Base, Piece, Words
 
 _FIRST = 0x10000  # code point of symbol 0; there are 2^20 from here on

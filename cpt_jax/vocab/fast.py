@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store.tokenizer import Tokenizer
+from cpt_jax.store.tokenization import Tokenizer
 from cpt_jax.vocab.bases import Base, Piece, Words, check_pieces
 from cpt_jax.vocab.scores import unigram_scores
 

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store import tokenization
 from cpt_jax.vocab import candidates
-from cpt_jax.vocab import changes as changes_lib
 from cpt_jax.vocab import texts as texts_lib
 from cpt_jax.vocab.bases import Base, Piece, Words
 from cpt_jax.vocab.candidates import Candidates
-from cpt_jax.vocab.changes import Changes
+from cpt_jax.vocab.changes import NO_CHANGES, Changes, compare
 
 # Parts of the candidates in the order of use or count, from the rarest.
 BANDS = {"all": (0.0, 1.0), "low": (0.0, 0.5), "high": (0.5, 1.0)}
@@ -52,7 +51,7 @@ class Grown:
   base: Base
   pieces: list[Piece]  # of ids base.vocab_size, ...
   raw: bytes  # the tokenizer's file
-  tokenizer: tokenizer_lib.Tokenizer
+  tokenizer: tokenization.Tokenizer
   band: Band
   num_candidates: int
   num_outside: int  # candidates outside the band
@@ -69,10 +68,10 @@ class Grown:
 
   def changes(self, batches: Iterator[list[str]]) -> Changes:
     """What growth changes in the tokenisation of texts."""
-    lengths_W, total = self.lengths_W(), changes_lib.NO_CHANGES
+    lengths_W, total = self.lengths_W(), NO_CHANGES
     for batch in batches:
       old, new = self.base.tokenizer.encode_contents(batch), self.tokenizer.encode_contents(batch)
-      total += changes_lib.compare(batch, old, new, lengths_W=lengths_W)
+      total += compare(batch, old, new, lengths_W=lengths_W)
     return total
 
 
@@ -81,7 +80,7 @@ def num_rows(vocab_size: int, *, multiple: int) -> int:
   return -(-vocab_size // multiple) * multiple
 
 
-def count_ids(tokenizer: tokenizer_lib.Tokenizer, batches: Iterator[list[str]]) -> np.ndarray:
+def count_ids(tokenizer: tokenization.Tokenizer, batches: Iterator[list[str]]) -> np.ndarray:
   """How often each id stands in the texts, int64 [V]."""
   counts_V = np.zeros(tokenizer.vocab_size, np.int64)
   for batch in batches:
@@ -225,11 +224,11 @@ def _offenders(base: Base, raw: bytes, chosen: Sequence[Piece], protect: Batches
   return offenders
 
 
-def load_grown(base: Base, raw: bytes) -> tokenizer_lib.Tokenizer:
+def load_grown(base: Base, raw: bytes) -> tokenization.Tokenizer:
   """The grown file as a tokenizer, with the base's side files."""
   with tempfile.TemporaryDirectory() as directory:
     write_tokenizer(base, raw, pathlib.Path(directory))
-    return tokenizer_lib.load(directory)
+    return tokenization.load(directory)
 
 
 def write_tokenizer(base: Base, raw: bytes, directory: pathlib.Path) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError, did_you_mean
-from cpt_jax.store.tokenizer import SPACE, byte_characters
+from cpt_jax.store.spelling import SPACE, byte_characters
 from cpt_jax.vocab.bases import Piece
 from cpt_jax.vocab.similarity import Neighbours
 

@@ -12,7 +12,8 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store.tokenizer import SPACE, Tokenizer
+from cpt_jax.store.spelling import SPACE
+from cpt_jax.store.tokenization import Tokenizer
 from cpt_jax.vocab.bases import Base, Piece, Words, check_pieces
 from cpt_jax.vocab.scores import unigram_scores
 

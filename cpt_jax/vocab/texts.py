@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from cpt_jax.store import documents
 from cpt_jax.store.documents import DataError
+from cpt_jax.store.records import BadRecord, Part, Rules
 
 # A long document is cut at line ends, so that samples of a few books are of all of them, and encoding uses every core.
 PART_CHARACTERS = 32_768
@@ -31,10 +32,10 @@ def parts(files: list[str], *, on_bytes: Callable[[int], None] = lambda _: None)
     DataError: a record that cannot be read; its file and line are named.
   """
   for file in files:
-    reader = documents.PartReader(documents.Part(file))
+    reader = documents.open_part(Part(file), Rules())
     told = 0
     for record in reader:
-      if isinstance(record, documents.BadRecord):
+      if isinstance(record, BadRecord):
         if record.reason == "empty text":
           continue
         raise DataError(f"{record.file}:{record.line}: {record.reason}; correct the file or leave it out")

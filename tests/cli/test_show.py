@@ -7,9 +7,9 @@ import sys
 import factory
 import pytest
 
-from cpt_jax.store import prepare
-from cpt_jax.store import tokenizer as tokenizer_lib
-from cpt_jax.store.store import open_store
+from cpt_jax.store import prepare, tokenization
+from cpt_jax.store.token_store import open_store
+from cpt_jax.stream import pipeline
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +26,12 @@ def run(tmp_path_factory, fixtures):
       factory.source("a", store, share=share, heldout_frac=0.1),
       factory.source("b", store, role="replay", heldout_frac=0.1),
     ]
-    return factory.loader(found, num_steps=9, batch_rows=4, row_len=64, packing_policy="best_fit", **options)
+    return factory.loader(found, num_steps=9, batch_rows=4, row_len=64, **options)
 
   first = loader(1.0)
-  second = loader(3.0, past=json.loads(json.dumps(first.state(3))), start_step=3)
+  second = loader(3.0, begin=pipeline.Begin(3, json.loads(json.dumps(first.state(3)))))
   (directory / "run").mkdir()
-  (directory / "run" / "segments.json").write_text(json.dumps(second.record()))
+  (directory / "run" / "periods.json").write_text(json.dumps(second.periods()))
   (directory / "run" / "config.json").write_text(json.dumps({"data": {"tokenizer": str(fixtures / "tokenizer")}}))
   return directory / "run", first, second
 
@@ -44,7 +44,7 @@ def test_it_shows_what_the_run_read(run, cpt, fixtures, step):
   assert shown.returncode == 0, shown.stderr
   rows = [json.loads(line) for line in shown.stdout.splitlines()]
   assert [row["row"] for row in rows] == [0, 1, 2, 3]
-  tokenizer = tokenizer_lib.load(fixtures / "tokenizer")
+  tokenizer = tokenization.load(fixtures / "tokenizer")
   for row in rows:
     batch = reader.row(4 * step + row["row"])
     assert row["source"] == reader.names[int(batch.source_B[0])]
@@ -73,7 +73,7 @@ def test_it_needs_no_device(run, root):
     (["--step=9"], "the run has the steps 0 to 8"),
     (["--step=1", "--rows=7"], "rows 0 to 3"),
     ([], "required: --step"),
-    (["--step=1", "--run=nowhere"], "segments.json is missing"),
+    (["--step=1", "--run=nowhere"], "periods.json is missing"),
   ],
 )
 def test_what_cannot_be_shown_is_said(run, cpt, flags, message):

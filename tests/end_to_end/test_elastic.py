@@ -10,16 +10,15 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from test_hosts import Fleet, trained
+from fleet import Fleet, trained
 
 from cpt_jax import config as config_lib
 from cpt_jax import journal
 from cpt_jax.config import ConfigError
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.store import prepare
-from cpt_jax.store import tokenizer as tokenizer_lib
-from cpt_jax.store.store import open_store
+from cpt_jax.store import prepare, tokenization
+from cpt_jax.store.token_store import open_store
 from cpt_jax.stream import pipeline
 from cpt_jax.stream.shuffle import Shuffle
 from cpt_jax.training import checkpoint
@@ -161,7 +160,7 @@ def test_killed_and_changed_on_the_way_it_ends_with_the_ledger_of_the_plan(fleet
   changed_at = checkpoint.saved_steps(workdir)[-1]
   changed = stage(second, 2, more=27)
   changed.kill()
-  assert f"segment 2 begins at step {changed_at}: added joins; small leaves" in changed.out(0)
+  assert f"period 2 begins at step {changed_at}: added joins; small leaves" in changed.out(0)
   assert changed_at < checkpoint.saved_steps(workdir)[-1] < 240
   last = fleet(second, workdir, num=3)
   assert last.codes() == [0] * 3, str(last)
@@ -171,8 +170,8 @@ def test_killed_and_changed_on_the_way_it_ends_with_the_ledger_of_the_plan(fleet
   limits = {"small": int(0.25 * recounts["small"].plan.num_rows), "added": recounts["added"].plan.num_rows}
   mixtures = [{name: mixed[name]["share"] for name in sorted(mixed)} for mixed in (FIRST, SECOND)]  # as a ConfigDict has them
   run = plan_on_paper([(0, mixtures[0]), (changed_at, mixtures[1])], limits, num_steps=240, batch_rows=12)
-  kept = json.loads((workdir / "segments.json").read_text())
-  assert [(s["start_step"], sorted(s["sources"])) for s in kept["segments"]] == [(0, sorted(FIRST)), (changed_at, sorted(SECOND))]
+  kept = json.loads((workdir / "periods.json").read_text())
+  assert [(s["start_step"], sorted(s["sources"])) for s in kept["periods"]] == [(0, sorted(FIRST)), (changed_at, sorted(SECOND))]
   read, read_after = {}, {0: {}}  # source -> rows, targets, documents
   for step, rows in enumerate(run):
     for name, nth in rows:
@@ -191,7 +190,7 @@ def test_killed_and_changed_on_the_way_it_ends_with_the_ledger_of_the_plan(fleet
     windows = [s["window"] for record in ledger for s in record["sources"] if s["source"] == name]
     assert [sum(window[key] for window in windows) for key in ("rows", "tokens", "documents")] == entry
     assert sum(window["epochs"] for window in windows) == pytest.approx(entry[0] / recounts[name].plan.num_rows)
-  recorded = {name: [r["rows"], r["tokens"], r["documents"]] for name, r in kept["segments"][1]["read"].items()}
+  recorded = {name: [r["rows"], r["tokens"], r["documents"]] for name, r in kept["periods"][1]["read"].items()}
   assert recorded == read_after[changed_at]
 
   # Each step was trained on once, and on these rows.
@@ -216,7 +215,7 @@ def main(directory, workdir, *options):
 
 def base_loss(place, record, name) -> float:
   """Of the base on a source's held-out documents, by a plain log-softmax."""
-  reader = pipeline.from_record(record, record["num_steps"] - 1, tokenizer=tokenizer_lib.load(place / "base"))
+  reader = pipeline.from_periods(record, record["num_steps"] - 1, tokenizer=tokenization.load(place / "base"))
   model = spec_lib.from_hf(spec_lib.load_hf_config(place / "base"))
   params = transformer.init(model, jax.random.key(0))
   total, count = 0.0, 0.0
@@ -238,9 +237,9 @@ def test_a_source_that_joins_is_compared_with_the_base(write_config, place, tmp_
   other = [f"--config.data.sources.watched.{key}={place}/poetry{end}" for key, end in (("store", ""), ("text", ".jsonl"))]
   done = main(after, workdir, *other, "--config.debug.stop_after=10")
   assert done.returncode == 0, done.stdout + done.stderr
-  assert "segment 2 begins at step 8: added joins; next rate" in done.stdout
-  record = json.loads((workdir / "segments.json").read_text())
-  assert [segment["start_step"] for segment in record["segments"]] == [0, 8]
+  assert "period 2 begins at step 8: added joins; next rate" in done.stdout
+  record = json.loads((workdir / "periods.json").read_text())
+  assert [period["start_step"] for period in record["periods"]] == [0, 8]
   last = [r for r in journal.read(workdir / "metrics.jsonl") if r["kind"] == "eval"][-1]
   for name, source in last["sources"].items():
     assert source["loss"] - source["change"] == pytest.approx(base_loss(place, record, name), abs=1e-4), name

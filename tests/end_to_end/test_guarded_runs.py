@@ -98,21 +98,21 @@ def told(workdir):
   files = {name: journal.read(workdir / name) for name in ("metrics.jsonl", "ledger.jsonl", guard.FILE)}
   speed = {"tokens_per_sec", "mfu"}
   files["metrics.jsonl"] = [{k: v for k, v in r.items() if k not in speed} for r in files["metrics.jsonl"]]
-  return {**files, "segments": json.loads((workdir / "segments.json").read_text())}
+  return {**files, "periods": json.loads((workdir / "periods.json").read_text())}
 
 
 def reached(workdir, step):
   return any(record["step"] >= step for record in journal.read(workdir / "metrics.jsonl"))
 
 
-def segments_begun(workdir):
-  file = workdir / "segments.json"
-  return len(json.loads(file.read_text())["segments"]) if file.exists() else 0
+def periods_begun(workdir):
+  file = workdir / "periods.json"
+  return len(json.loads(file.read_text())["periods"]) if file.exists() else 0
 
 
 def passes_over(workdir):
-  file = workdir / "segments.json"
-  return file.exists() and "skipped" in json.loads(file.read_text())["segments"][-1]
+  file = workdir / "periods.json"
+  return file.exists() and "skipped" in json.loads(file.read_text())["periods"][-1]
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_a_jump_goes_back_and_a_ramp_does_not_and_kills_change_nothing(run, tmp_
   rewind = "--config.guard.on_collapse=rewind"
   code, said = run(tmp_path / "ramp", rewind, shares=RAMP)
   assert code == 0, said
-  assert not (tmp_path / "ramp" / guard.FILE).exists() and segments_begun(tmp_path / "ramp") == 1
+  assert not (tmp_path / "ramp" / guard.FILE).exists() and periods_begun(tmp_path / "ramp") == 1
 
   whole = tmp_path / "whole"
   code, said = run(whole, rewind)
@@ -128,11 +128,11 @@ def test_a_jump_goes_back_and_a_ramp_does_not_and_kills_change_nothing(run, tmp_
   first, *_ = found = guard.read(whole)
   assert (first["step"], first["act"], first["to_step"], first["guard"]) == (20, "rewind", 10, "collapse")
   assert first["rise"]["general"] > RISE and "back to step 10, from where the shares move at half their speed" in said
-  record = told(whole)["segments"]
-  assert [segment["start_step"] for segment in record["segments"]][:2] == [0, 10]
-  assert record["segments"][1]["sources"]["general"]["share"] == first["shares"]["general"]
+  record = told(whole)["periods"]
+  assert [period["start_step"] for period in record["periods"]][:2] == [0, 10]
+  assert record["periods"][1]["sources"]["general"]["share"] == first["shares"]["general"]
   # The model saw the rows that the record says: the shares of the ramp that the jump became, not those of the jump.
-  reader = pipeline.from_record(record, 12)
+  reader = pipeline.from_periods(record, 12)
   assert 0.1 < reader.order.shares(12)["general"] < 0.95
   ledger = told(whole)["ledger.jsonl"]
   assert sum(source["rows"] for source in ledger[-1]["sources"]) == 40 * 8
@@ -141,7 +141,7 @@ def test_a_jump_goes_back_and_a_ramp_does_not_and_kills_change_nothing(run, tmp_
   workdir = tmp_path / "killed"
   code, _ = run(workdir, rewind, until=lambda: (workdir / guard.FILE).exists())
   assert code == -signal.SIGKILL
-  code, _ = run(workdir, rewind, until=lambda: segments_begun(workdir) > 1 and reached(workdir, 14))
+  code, _ = run(workdir, rewind, until=lambda: periods_begun(workdir) > 1 and reached(workdir, 14))
   assert code == -signal.SIGKILL
   code, said = run(workdir, rewind)
   assert code == 0, said
@@ -164,9 +164,9 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_one_that_is_held_keeps_its_
   code, said = run(tmp_path / "held", *options, shares=steep)
   assert code == 0 and "nothing to hold" in said, said
   (found,) = guard.read(tmp_path / "held")
-  record = told(tmp_path / "held")["segments"]
-  assert found["act"] == "hold" and record["segments"][1]["start_step"] == found["to_step"] == found["step"] < 20
-  shares = [pipeline.from_record(record, step).order.shares(step)["general"] for step in (found["step"] - 1, found["step"], 39)]
+  record = told(tmp_path / "held")["periods"]
+  assert found["act"] == "hold" and record["periods"][1]["start_step"] == found["to_step"] == found["step"] < 20
+  shares = [pipeline.from_periods(record, step).order.shares(step)["general"] for step in (found["step"] - 1, found["step"], 39)]
   np.testing.assert_allclose(shares, shares[0])
   killed = tmp_path / "killed"
   code, _ = run(killed, *options, shares=steep, until=lambda: (killed / guard.FILE).exists())
@@ -185,11 +185,11 @@ def test_rows_of_a_spike_are_passed_over_and_a_kill_changes_nothing(run, tmp_pat
   code, said = run(whole, *options, shares=even)
   first, *_ = guard.read(whole)
   assert first["act"] == "skip" and first["to_step"] < min(first["outside_since"].values()), said
-  record = told(whole)["segments"]
-  assert record["segments"][-1]["skipped"] == {name: [window] for name, window in first["source_rows"].items()}
+  record = told(whole)["periods"]
+  assert record["periods"][-1]["skipped"] == {name: [window] for name, window in first["source_rows"].items()}
   # All rows of the run in order: none twice, and those that are missing are the ones that are listed.
   last = checkpoint.saved_steps(whole)[-1]
-  reader = pipeline.from_record(record, last - 1)
+  reader = pipeline.from_periods(record, last - 1)
   rows = [reader.order.locate(i) for i in range(last * 8)]
   for name, (begin, stop) in first["source_rows"].items():
     read = [nth for source, nth in rows if source == name]
@@ -247,7 +247,7 @@ def test_updates_with_numbers_that_are_not_finite_are_skipped_and_listed_and_too
   code, said = start(tmp_path / "clean")
   assert code == 0 and not (tmp_path / "clean" / guard.FILE).exists(), said
   # A token of the base that only a few steps read, no two of them in a row.
-  reader = pipeline.from_record(json.loads((tmp_path / "clean" / "segments.json").read_text()), 39)
+  reader = pipeline.from_periods(json.loads((tmp_path / "clean" / "periods.json").read_text()), 39)
   seen = [set(np.unique(reader._batch(2 * step, 2).tokens_BT)) for step in range(40)]
   steps_of = {token: [step for step in range(40) if token in seen[step]] for token in set.union(*seen)}
   alone = lambda steps: len(steps) > 1 and all(b - a > 1 for a, b in itertools.pairwise(steps)) and steps[0] > 1  # noqa: E731

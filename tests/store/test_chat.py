@@ -13,8 +13,7 @@ import pytest
 import tokenizers
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import chat
-from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store import chat, tokenization
 
 NOW = datetime.datetime(2024, 7, 26, 12, 0)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
@@ -150,7 +149,7 @@ def directory(tmp_path_factory, model):
 @pytest.fixture(scope="module")
 def encoders(directory):
   """An Encoder by (kind, train_on)."""
-  loaded = {kind: tokenizer_lib.load(directory(*KINDS[kind][:2], BOS.get(kind))) for kind in KINDS}
+  loaded = {kind: tokenization.load(directory(*KINDS[kind][:2], BOS.get(kind))) for kind in KINDS}
   return {
     (kind, train_on): chat.Encoder(loaded[kind], records="messages", train_on=train_on, now=NOW)
     for kind in KINDS
@@ -159,7 +158,7 @@ def encoders(directory):
 
 
 def encoder(path, *, records="messages", train_on="answers", now=NOW):
-  return chat.Encoder(tokenizer_lib.load(path), records=records, train_on=train_on, now=now)
+  return chat.Encoder(tokenization.load(path), records=records, train_on=train_on, now=now)
 
 
 def reason(path, conversation, **kwargs):
@@ -243,7 +242,7 @@ def test_a_prompt_without_a_template_is_one_text(fixtures, prompt, answer):
   prompt = prompt.replace("\u2581", "")
   path = fixtures / "tokenizer"  # a normaliser that puts a letter in front, bytes for rare letters
   (found,) = encoder(path, records="prompt").encode([messages(prompt, answer)])
-  loaded = tokenizer_lib.load(path)
+  loaded = tokenization.load(path)
   assert found.ids == loaded.encode_batch([prompt + answer])[0]
   (whole,) = encoder(path, records="prompt", train_on="all").encode([messages(prompt, answer)])
   assert whole.ids == found.ids and whole.loss_mask is None
@@ -277,7 +276,7 @@ def test_settings_and_functions_of_the_template(directory):
 {{ m | tojson }} {{ [bos_token, eos_token, unk_token] }} {{ strftime_now('%d %b %Y') }} {{ tools is none }}
 {% endfor %}"""
   path = directory(template, bos_token="<s>")
-  rendered = chat.Template(template, tokens=tokenizer_lib.load(path).named_tokens, now=NOW).render(
+  rendered = chat.Template(template, tokens=tokenization.load(path).named_tokens, now=NOW).render(
     messages("<&'\u00e9", "x", "stop")
   )
   line = '{"role": "%s", "content": "%s"} %s 26 Jul 2024 True\n'
@@ -289,12 +288,12 @@ def test_template_is_found_as_transformers_does(directory):
   path = directory(CHATML)
   for value in [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}], "d":
     (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": value}))
-    assert tokenizer_lib.load(path).chat_template == "d"
+    assert tokenization.load(path).chat_template == "d"
   (path / "chat_template.jinja").write_text("file")
-  assert tokenizer_lib.load(path).chat_template == "file"
+  assert tokenization.load(path).chat_template == "file"
   (path / "chat_template.jinja").write_bytes(b"\xff")
   with pytest.raises(ConfigError, match=r"chat_template\.jinja: invalid UTF-8"):
-    tokenizer_lib.load(path)
+    tokenization.load(path)
 
 
 def test_eos_that_only_the_settings_name_is_known_to_the_template(directory):
@@ -316,7 +315,7 @@ def test_no_template_or_a_broken_one(directory, template, words):
 def test_sentencepiece_alone_is_refused(tmp_path, fixtures):
   path = shutil.copytree(fixtures / "sentencepiece", tmp_path / "s")
   (found,) = encoder(path, records="prompt", train_on="all").encode([messages("a", "b")])
-  assert found.ids == tokenizer_lib.load(path).encode_batch(["ab"])[0]
+  assert found.ids == tokenization.load(path).encode_batch(["ab"])[0]
   with pytest.raises(ConfigError, match=r"convert it to a tokenizer\.json"):
     encoder(path, records="prompt")
   (path / "chat_template.jinja").write_text(CHATML)
@@ -412,7 +411,7 @@ def normalised(directory):
     path = directory("")
     content = json.loads((path / "tokenizer.json").read_text())
     (path / "tokenizer.json").write_text(json.dumps({**content, "normalizer": normalizer}))
-    found[name] = tokenizer_lib.load(path)
+    found[name] = tokenization.load(path)
   return found
 
 
@@ -432,7 +431,7 @@ def test_loss_mask_is_that_of_a_loop(begins, cuts):
 @hypothesis.given(texts=st.lists(CONTENTS, max_size=6))
 def test_places_of_tokens_never_fall(fixtures, normalised, edit, has_control, texts):
   text = "<s>".join(texts)
-  located = tokenizer_lib.load(fixtures / "tokenizer") if edit == "llama" else normalised[edit]
+  located = tokenization.load(fixtures / "tokenizer") if edit == "llama" else normalised[edit]
   (found,) = located.locate([text], has_control=has_control)
   begins = [found.begin(i) for i in range(len(found.ids))]
   assert begins == sorted(begins) and all(0 <= b < len(text) for b in begins)
@@ -503,7 +502,7 @@ def test_text_tokens_and_masks_are_those_of_transformers(directory, kind, in_fil
   transformers = pytest.importorskip("transformers")
   path = directory(_THEIRS[kind], KINDS.get(kind, ("", "<|im_end|>"))[1], BOS.get(kind, "<|begin_of_text|>"), in_file)
   theirs = transformers.AutoTokenizer.from_pretrained(str(path))
-  loaded, now = tokenizer_lib.load(path), datetime.datetime.now()
+  loaded, now = tokenization.load(path), datetime.datetime.now()
   template = chat.Template(loaded.chat_template, tokens=loaded.named_tokens, now=now)
   ours = chat.Encoder(loaded, records="messages", train_on="all", now=now)
   for talk in _TALKS + [_SYSTEM + talk for talk in _TALKS if kind != "mistral"]:
@@ -539,7 +538,7 @@ def test_smollm2_with_chatml(tmp_path):
   shutil.copy(materials / "smollm2" / "tokenizer.json", tmp_path)
   shutil.copy(materials / "smollm2" / "config.json", tmp_path)
   (tmp_path / "chat_template.jinja").write_text(CHATML)
-  loaded = tokenizer_lib.load(tmp_path)
+  loaded = tokenization.load(tmp_path)
   assert loaded.named_tokens == {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
   texts = sorted((materials / "corpora" / "en").glob("*austen*"))[0].read_text(encoding="utf-8")[:200_000].split("\n\n")
   texts = [t for t in texts if t.strip()]

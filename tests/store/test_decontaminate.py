@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import decontaminate, documents, prepare, store
+from cpt_jax.store import decontaminate, documents, prepare, token_files, token_store, units
 
 # What each piece of text is to the rule, written down by hand.
 FOLDED = {
@@ -224,8 +224,8 @@ def test_prepared_store_is_that_of_the_clean_documents(tmp_path, fixtures, corpu
   contamination = decontaminate.build([evals], fields=["question"])
   report = run(inputs, tmp_path / "s", fixtures, contamination)
   clean = [t for t, is_planted in documents_ if not is_planted]
-  opened = store.open_store(tmp_path / "s")
-  assert opened.doc_hashes().tolist() == [store.text_hash(t) for t in clean]
+  opened = token_store.open_store(tmp_path / "s")
+  assert opened.doc_hashes().tolist() == [token_files.text_hash(t) for t in clean]
   assert report.left_out == {"contaminated": len(documents_) - len(clean)} and report.num_bad == 1
   listed = [json.loads(line) for line in (tmp_path / "s" / prepare.CONTAMINATED).read_text().splitlines()]
   places = {}
@@ -245,13 +245,14 @@ def test_number_of_processes_and_units_change_nothing(tmp_path, fixtures, corpus
   inputs, evals, _ = corpus
   contamination = decontaminate.build([evals], fields=["question"])
   reports = [run(inputs, tmp_path / str(i), fixtures, contamination, **c) for i, c in enumerate(({}, changes))]
-  stores = [store.open_store(tmp_path / str(i)) for i in range(2)]
+  stores = [token_store.open_store(tmp_path / str(i)) for i in range(2)]
   assert stores[0].doc_hashes().tolist() == stores[1].doc_hashes().tolist()
   for name in prepare.CONTAMINATED, prepare.BAD_RECORDS:
     assert (tmp_path / "0" / name).read_text() == (tmp_path / "1" / name).read_text()
   again = run(inputs, tmp_path / "0", fixtures, contamination)
-  units = prepare.plan(documents.find_files([inputs]), unit_bytes=10_000)  # a unit with the end of one file and another file
-  assert any(len(unit) == 2 and unit[0].part.start for unit in units)
+  files = [units.InputFile.of(file) for file in documents.find_files([inputs])]
+  cut = units.cut(files, unit_bytes=10_000, max_units=256)  # a unit with the end of one file and another file
+  assert any(len(unit) == 2 and unit[0].part.start for unit in cut)
   assert again.was_finished and again[1:7] == reports[0][1:7] and again[9:] == reports[1][9:]
 
 

@@ -13,20 +13,20 @@ import pytest
 import zstandard
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import documents
-from cpt_jax.store.documents import BadRecord, Document, Part, PartReader
+from cpt_jax.store import compressed, documents, parquet
+from cpt_jax.store.records import ROLES, BadRecord, Document, Part, Rules
 
 
-def read(path, **kwargs):
-  return list(PartReader(Part(str(path)), **kwargs))
+def read(path, **rules):
+  return list(documents.open_part(Part(str(path)), Rules(**rules)))
 
 
-def read_in_parts(path, part_bytes, **kwargs):
+def read_in_parts(path, part_bytes, **rules):
   """What the parts give, lines counted from the file's start."""
   found = []
   for part in documents.split(str(path), part_bytes=part_bytes):
     before = documents.lines_before(part)
-    found += [r._replace(line=r.line + before) for r in PartReader(part, **kwargs)]
+    found += [r._replace(line=r.line + before) for r in documents.open_part(part, Rules(**rules))]
   return found
 
 
@@ -211,7 +211,8 @@ def test_several_members_and_frames(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".txt.gz", ".txt.zst", ".jsonl.zst"])
 def test_decompression_bomb_stops_early(tmp_path, suffix, monkeypatch):
-  monkeypatch.setattr(documents, "_BOMB_BYTES", 4 << 20)
+  monkeypatch.setattr(compressed, "BOMB_BYTES", 4 << 20)
+  monkeypatch.setattr(parquet, "BOMB_BYTES", 4 << 20)
   path = tmp_path / f"a{suffix}"
   data = bytes(1 << 20)
   if suffix.endswith("gz"):
@@ -273,9 +274,7 @@ def test_invalid_utf8_in_parquet(tmp_path):
 
 # Conversations.
 
-CONVERSATIONS = st.lists(
-  st.fixed_dictionaries({"role": st.sampled_from(documents.ROLES), "content": TEXTS}), min_size=1, max_size=5
-)
+CONVERSATIONS = st.lists(st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": TEXTS}), min_size=1, max_size=5)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".parquet"])

@@ -5,6 +5,7 @@ import errno
 import gzip
 import json
 import os
+import pathlib
 import random
 import resource
 import shutil
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -22,8 +24,10 @@ import pytest
 import zstandard
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import documents, prepare, store
-from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store import documents, prepare, token_files, token_store, tokenization, units
+from cpt_jax.store.records import BadRecord, Part, Rules
+from cpt_jax.store.units import InputFile
+from cpt_jax.store.work import Worker
 
 UNIT_BYTES = 20_000
 
@@ -55,9 +59,11 @@ def inputs(tmp_path_factory, texts):
   return [str(path / "*.jsonl*"), str(path / "*.txt"), str(path / "f.parquet")]
 
 
-def run(inputs, output, fixtures, **kwargs):
-  arguments = {"tokenizer": str(fixtures / "tokenizer"), "num_workers": 1, "unit_bytes": UNIT_BYTES, "progress": False} | kwargs
-  return prepare.prepare([str(i) for i in inputs], output=str(output), **arguments)
+def run(inputs, output, fixtures, **changes):
+  """Prepares; `changes` are of the arguments or of the rules."""
+  rules = Rules(**{key: changes.pop(key) for key in Rules._fields if key in changes})
+  arguments = {"tokenizer": str(fixtures / "tokenizer"), "num_workers": 1, "unit_bytes": UNIT_BYTES, "progress": False} | changes
+  return prepare.prepare([str(i) for i in inputs], output=str(output), rules=rules, **arguments)
 
 
 def content(path):
@@ -74,21 +80,21 @@ def reference(tmp_path_factory, inputs, fixtures):
 
 
 def test_store_holds_the_documents_in_order(reference, inputs, fixtures):
-  loaded, expected, bad = tokenizer_lib.load(fixtures / "tokenizer"), [], []
+  loaded, expected, bad = tokenization.load(fixtures / "tokenizer"), [], []
   for file in documents.find_files(inputs):
-    for record in documents.PartReader(documents.Part(file)):
-      (bad if isinstance(record, documents.BadRecord) else expected).append(record)
-  opened = store.open_store(reference)
+    for record in documents.open_part(Part(file), Rules()):
+      (bad if isinstance(record, BadRecord) else expected).append(record)
+  opened = token_store.open_store(reference)
   assert opened.num_documents == len(expected) > 300
   for i, (document, ids) in enumerate(zip(expected, loaded.encode_batch([d.text for d in expected]), strict=True)):
     assert opened.document(i).tolist() == ids, document
   assert opened.doc_bytes().tolist() == [len(d.utf8) for d in expected]
-  assert opened.doc_hashes().tolist() == [store.text_hash(d.text) for d in expected]
+  assert opened.doc_hashes().tolist() == [token_files.text_hash(d.text) for d in expected]
   assert (opened.tokenizer_fingerprint, opened.eos_id, opened.vocab_size) == (loaded.fingerprint, 2, 300)
   found = [json.loads(line) for line in (reference / prepare.BAD_RECORDS).read_text().splitlines()]
   assert found == [b._asdict() for b in bad] and len(bad) == 5
   assert len(opened.manifest["files"]) > 5
-  assert not (reference / store.IN_PROGRESS).exists()
+  assert not (reference / token_files.IN_PROGRESS).exists()
 
 
 @pytest.mark.parametrize("num_workers", [2, 3])
@@ -113,8 +119,8 @@ def test_arbitrary_documents(tmp_path_factory, fixtures, files, unit_bytes):
       run([path / "*.jsonl"], path / "store", fixtures, unit_bytes=unit_bytes)
     return
   report = run([path / "*.jsonl"], path / "store", fixtures, unit_bytes=unit_bytes)
-  opened = store.open_store(path / "store")
-  ids = tokenizer_lib.load(fixtures / "tokenizer").encode_batch(kept)
+  opened = token_store.open_store(path / "store")
+  ids = tokenization.load(fixtures / "tokenizer").encode_batch(kept)
   assert [opened.document(i).tolist() for i in range(opened.num_documents)] == ids
   assert report[1:5] == (len(kept), sum(map(len, ids)), sum(len(t.encode()) for t in kept), len(lost))
   assert [(b.file, b.line) for b in report.bad_records] == lost[:10]
@@ -146,7 +152,7 @@ def test_crash_at_any_rename_then_again_gives_the_same_bytes(tmp_path, inputs, f
     if len(calls) <= crash_at:
       break
     with pytest.raises(ConfigError, match=r"not finished|no such token store|no token file"):
-      store.open_store(tmp_path / "s")
+      token_store.open_store(tmp_path / "s")
     run(inputs, tmp_path / "s", fixtures)
     assert content(tmp_path / "s") == content(reference), crash_at
     points += 1
@@ -156,7 +162,7 @@ def test_crash_at_any_rename_then_again_gives_the_same_bytes(tmp_path, inputs, f
 def start(inputs, output, fixtures, num_workers):
   call = f"prepare.prepare({inputs!r}, tokenizer={str(fixtures / 'tokenizer')!r}, output={str(output)!r}, "
   call += f"num_workers={num_workers}, unit_bytes={UNIT_BYTES}, progress=False)"
-  code = f"import signal; from cpt_jax.data import prepare\nsignal.signal(2, signal.default_int_handler)\n{call}"
+  code = f"import signal; from cpt_jax.store import prepare\nsignal.signal(2, signal.default_int_handler)\n{call}"
   root = fixtures.parent.parent
   return subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
 
@@ -172,7 +178,7 @@ def start(inputs, output, fixtures, num_workers):
 def test_killed_while_it_writes_then_again_gives_the_same_bytes(tmp_path, inputs, fixtures, reference, kind, num_workers):
   output, generator, kills = tmp_path / "s", random.Random(0), 0
   wanted = 0
-  while not (output / store.MANIFEST).exists():
+  while not (output / token_files.MANIFEST).exists():
     process = start(inputs, output, fixtures, num_workers)
     wanted += 3
     while process.poll() is None and num_finished(output) < wanted:
@@ -195,7 +201,7 @@ def num_finished(output):
 
 
 def test_finished_units_are_not_done_again(tmp_path, inputs, fixtures, monkeypatch, capsys):
-  write, names = prepare._Worker._write, []
+  write, names = Worker._write, []
 
   def stop_in_the_middle(self, batch, writer, notes):
     names.append((batch[0].file, batch[0].offset, batch[0].line))
@@ -203,7 +209,7 @@ def test_finished_units_are_not_done_again(tmp_path, inputs, fixtures, monkeypat
       raise KeyboardInterrupt
     return write(self, batch, writer, notes)
 
-  monkeypatch.setattr(prepare._Worker, "_write", stop_in_the_middle)
+  monkeypatch.setattr(Worker, "_write", stop_in_the_middle)
   with pytest.raises(KeyboardInterrupt):
     run(inputs, tmp_path / "s", fixtures)
   run(inputs, tmp_path / "s", fixtures, progress=True)
@@ -213,16 +219,16 @@ def test_finished_units_are_not_done_again(tmp_path, inputs, fixtures, monkeypat
 
 def interrupted(inputs, output, fixtures, monkeypatch, num_units=3, **kwargs):
   """Leaves an unfinished store with so many finished units."""
-  work, calls = prepare._Worker.run, []
+  run_unit, calls = Worker.run, []
 
   def stop(self, *args):
     calls.append(args)
     if len(calls) > num_units:
       raise KeyboardInterrupt
-    work(self, *args)
+    run_unit(self, *args)
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(prepare._Worker, "run", stop)
+    patch.setattr(Worker, "run", stop)
     run(inputs, output, fixtures, **kwargs)
 
 
@@ -246,7 +252,7 @@ def test_unfinished_store_takes_up_fewer_inputs(tmp_path, fixtures, texts, monke
   run([tmp_path / "0.txt"], tmp_path / "s", fixtures, unit_bytes=1 << 20)
   run([tmp_path / "0.txt"], tmp_path / "again", fixtures, unit_bytes=1 << 20)
   assert content(tmp_path / "s") == content(tmp_path / "again")
-  assert store.open_store(tmp_path / "s").num_documents == 40
+  assert token_store.open_store(tmp_path / "s").num_documents == 40
 
 
 def test_unfinished_store_of_another_tokenizer_is_refused(tmp_path, inputs, fixtures, monkeypatch):
@@ -257,9 +263,9 @@ def test_unfinished_store_of_another_tokenizer_is_refused(tmp_path, inputs, fixt
 
 def test_two_at_once_are_refused(tmp_path, inputs, fixtures):
   with (
-    prepare._locked(tmp_path / "s", {}, "now"),
+    prepare._locked(str(tmp_path / "s"), {}, "now"),
     pytest.raises(ConfigError, match="another process is preparing"),
-    prepare._locked(tmp_path / "s", {}, "now"),
+    prepare._locked(str(tmp_path / "s"), {}, "now"),
   ):
     pass
 
@@ -282,9 +288,9 @@ def test_finished_store_is_left_alone(tmp_path, small, fixtures):
   assert "already finished" in again.lines()[0]
   os.utime(small, (1, 1))  # another time, the same content
   assert run([small], tmp_path / "s", fixtures).was_finished
-  (tmp_path / "s" / store.IN_PROGRESS).mkdir()  # a kill after store.json
+  (tmp_path / "s" / token_files.IN_PROGRESS).mkdir()  # a kill after store.json
   assert run([small], tmp_path / "s", fixtures).was_finished
-  assert content(tmp_path / "s") == before and not (tmp_path / "s" / store.IN_PROGRESS).exists()
+  assert content(tmp_path / "s") == before and not (tmp_path / "s" / token_files.IN_PROGRESS).exists()
 
 
 def test_finished_store_of_other_things_is_refused(tmp_path, small, fixtures):
@@ -366,8 +372,8 @@ def test_wrong_settings(tmp_path, small, fixtures):
 @pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "read-only")])
 def test_disk_errors_are_plain_and_it_goes_on(tmp_path, small, fixtures, monkeypatch, number, words):
   with monkeypatch.context() as patch:
-    patch.setattr(store._Part, "_flush", lambda self: (_ for _ in ()).throw(OSError(number, os.strerror(number), str(self.path))))
-    with pytest.raises(OSError, match=words):
+    patch.setattr(token_files._Part, "_flush", mock.Mock(side_effect=OSError(number, os.strerror(number), "a/b")))
+    with pytest.raises(OSError, match=f"a/b: .*{words}"):
       run([small], tmp_path / "s", fixtures)
   assert run([small], tmp_path / "s", fixtures).num_documents == 20
 
@@ -375,42 +381,66 @@ def test_disk_errors_are_plain_and_it_goes_on(tmp_path, small, fixtures, monkeyp
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_file_size_limit(tmp_path, inputs, fixtures, num_workers):
   """A real write that fails, in the process and in a worker."""
-  root = fixtures.parent.parent
-  code = (
-    "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-    f"from cpt_jax.data import prepare; prepare.prepare({inputs!r}, tokenizer={str(fixtures / 'tokenizer')!r}, "
-    f"output={str(tmp_path / 's')!r}, num_workers={num_workers}, unit_bytes={UNIT_BYTES})"
-  )
-  done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-  assert "the file size limit is reached" in done.stderr.splitlines()[-1]
-  assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+  try:
+    with pytest.raises(OSError, match=r"/s.*: the file size limit is reached"):
+      run(inputs, tmp_path / "s", fixtures, num_workers=num_workers)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_an_output_that_cannot_be_names_its_path(tmp_path, small, fixtures):
+  for output in small / "below" / "s", pathlib.Path("/proc/none/s"):
+    with pytest.raises(OSError, match=rf"{output}: no directory can be made there \(.*choose another"):
+      run([small], output, fixtures)
+
+
+def test_every_error_of_the_disk_names_its_path(tmp_path, small, fixtures, monkeypatch):
+  def fail(number, *path):
+    error = OSError(number, os.strerror(number), *path)
+    monkeypatch.setattr(token_files._Part, "_flush", mock.Mock(side_effect=error))
+    with pytest.raises(OSError, match=": ") as raised:
+      run([small], tmp_path / "s", fixtures)
+    return raised.value.strerror
+
+  assert fail(errno.EIO) == f"{tmp_path / 's'}: Input/output error"
+  assert fail(errno.EIO, "a/b") == "a/b: Input/output error"
+  assert fail(errno.ENOSPC) == f"{tmp_path / 's'}: {prepare._DISK_ADVICE[errno.ENOSPC]}"
+
+
+def test_an_unfinished_store_of_an_older_version_is_refused(tmp_path, small, fixtures):
+  (tmp_path / "s" / token_files.IN_PROGRESS).mkdir(parents=True)
+  (tmp_path / "s" / token_files.IN_PROGRESS / "plan.json").write_text("{}")
+  with pytest.raises(ConfigError, match=r"unfinished store without settings\.json, of an older version; remove it"):
+    run([small], tmp_path / "s", fixtures)
 
 
 def test_file_that_changes_meanwhile(tmp_path, small, fixtures, monkeypatch):
-  write = prepare._Worker._write
+  write = Worker._write
 
   def append(self, *args):
     with open(small, "a") as f:
       f.write('{"text": "more"}\n')
     return write(self, *args)
 
-  monkeypatch.setattr(prepare._Worker, "_write", append)
+  monkeypatch.setattr(Worker, "_write", append)
   with pytest.raises(documents.DataError, match="was changed while it was read"):
     run([small], tmp_path / "s", fixtures)
 
 
-def test_plan_depends_on_sizes_only_and_covers_every_byte(tmp_path):
+def test_units_depend_on_sizes_only_and_covers_every_byte(tmp_path):
   generator = np.random.default_rng(0)
   for i in range(30):
     (tmp_path / f"{i:02d}.txt{'.gz' * (i % 3 == 0)}").write_bytes(bytes(int(generator.integers(0, 5000))))
   files = documents.find_files([str(tmp_path / "*")])
-  units = prepare.plan(files, unit_bytes=3000)
+  found = units.cut([InputFile.of(file) for file in files], unit_bytes=3000, max_units=256)
   covered = dict.fromkeys(files, 0)
-  for piece in (p for unit in units for p in unit):
+  for piece in (p for unit in found for p in unit):
     assert piece.digest_start == covered[piece.part.file]
     covered[piece.part.file] = piece.digest_end
   assert covered == {f: os.path.getsize(f) for f in files}
-  assert [p.part.file for unit in units for p in unit] == sorted(p.part.file for unit in units for p in unit)
+  assert [p.part.file for unit in found for p in unit] == sorted(p.part.file for unit in found for p in unit)
 
 
 # Conversations.
@@ -457,14 +487,14 @@ def test_messages_make_a_store(tmp_path, fixtures, chatty, talks, train_on):
   inputs, good, bad_lines = talks
   arguments = {"tokenizer": str(chatty), "records": "messages", "train_on": train_on}
   report = run(inputs, tmp_path / "s", fixtures, **arguments)
-  opened, loaded = store.open_store(tmp_path / "s"), tokenizer_lib.load(chatty)
+  opened, loaded = token_store.open_store(tmp_path / "s"), tokenization.load(chatty)
   is_alone = train_on == "all"  # a lone question is no fault then
   assert opened.num_documents == report.num_documents == len(good) + is_alone
   assert opened.has_loss_mask == (not is_alone)
   found = [json.loads(line) for line in (tmp_path / "s" / prepare.BAD_RECORDS).read_text().splitlines()]
   assert [(b["file"], b["line"]) for b in found] == [(str(inputs[0]), line) for line in bad_lines[: 4 - is_alone]]
   assert "spells the control token '</s>'" in found[1]["reason"]
-  lone = store.text_hash('[["user","alone"]]')
+  lone = token_files.text_hash('[["user","alone"]]')
   documents_found = [i for i, found_hash in enumerate(opened.doc_hashes()) if found_hash != lone]
   for i, talk in zip(documents_found, good, strict=True):
     ids, said = opened.document(i), "".join(f"[{m['role']}] {m['content']}" for m in talk)
@@ -475,7 +505,7 @@ def test_messages_make_a_store(tmp_path, fixtures, chatty, talks, train_on):
       assert without_spaces(loaded.decode(ids[counted])) == without_spaces(answers) and counted[ids == 2].all()
       assert opened.doc_bytes()[i] == len(answers.encode()) + 2 * len("</s>")
     pairs = json.dumps([[m["role"], m["content"]] for m in talk], ensure_ascii=False, separators=(",", ":"))
-    assert opened.doc_hashes()[i] == store.text_hash(pairs)
+    assert opened.doc_hashes()[i] == token_files.text_hash(pairs)
   manifest = opened.manifest
   assert (manifest["records"], manifest["train_on"], manifest["text_field"]) == ("messages", train_on, "messages")
   assert (
@@ -487,7 +517,7 @@ def test_messages_make_a_store(tmp_path, fixtures, chatty, talks, train_on):
   run(inputs, tmp_path / "t", fixtures, num_workers=2, unit_bytes=3000, **arguments)
   run(inputs, tmp_path / "u", fixtures, num_workers=1, unit_bytes=3000, **arguments)
   assert content(tmp_path / "t") == content(tmp_path / "u")
-  assert (store.open_store(tmp_path / "t").doc_hashes() == opened.doc_hashes()).all()
+  assert (token_store.open_store(tmp_path / "t").doc_hashes() == opened.doc_hashes()).all()
 
 
 def test_hashes_of_conversations_do_not_depend_on_the_tokenizer(tmp_path, fixtures, chatty, talks):
@@ -496,7 +526,7 @@ def test_hashes_of_conversations_do_not_depend_on_the_tokenizer(tmp_path, fixtur
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
   )
   run(talks[0], tmp_path / "b", fixtures, tokenizer=str(chatty), records="messages", train_on="answers")
-  a, b = (store.open_store(tmp_path / name) for name in "ab")
+  a, b = (token_store.open_store(tmp_path / name) for name in "ab")
   assert (a.doc_hashes() == b.doc_hashes()).all() and a.fingerprint != b.fingerprint
 
 
@@ -507,7 +537,7 @@ def test_prompts_make_a_store(tmp_path, fixtures, chatty, has_template):
   arguments = {"records": "prompt", "train_on": "answers", "text_field": "question"}
   directory = chatty if has_template else fixtures / "tokenizer"
   run([tmp_path / "a.jsonl"], tmp_path / "s", fixtures, tokenizer=str(directory), **arguments)
-  opened, loaded = store.open_store(tmp_path / "s"), tokenizer_lib.load(directory)
+  opened, loaded = token_store.open_store(tmp_path / "s"), tokenization.load(directory)
   for i, row in enumerate(rows):
     ids = opened.document(i)
     said = loaded.decode(ids[opened.loss_mask(i, 0, ids.size)])
@@ -539,16 +569,16 @@ def test_stores_of_other_records_are_told_apart(tmp_path, fixtures, chatty, talk
 
 def test_stores_made_before_records_had_kinds_are_taken(tmp_path, small, fixtures):
   run([small], tmp_path / "s", fixtures)
-  file = tmp_path / "s" / store.MANIFEST
+  file = tmp_path / "s" / token_files.MANIFEST
   manifest = json.loads(file.read_text())
   for key in "records", "train_on", "answer_field", "chat_template", "num_targets":
     del manifest[key]
   for entry in manifest["files"]:
     del entry["num_targets"]
-  manifest["digest"] = store._manifest_digest(manifest)
+  manifest["digest"] = token_files._digest(manifest)
   file.write_text(json.dumps(manifest))
   assert run([small], tmp_path / "s", fixtures).was_finished
-  assert store.open_store(tmp_path / "s").verify() == []
+  assert token_store.open_store(tmp_path / "s").verify() == []
 
 
 def test_template_is_told_the_date_of_the_first_start(tmp_path, fixtures, chatty, talks, monkeypatch):
@@ -556,7 +586,7 @@ def test_template_is_told_the_date_of_the_first_start(tmp_path, fixtures, chatty
   same = {"tokenizer": str(chatty), "records": "messages", "train_on": "answers"}
   interrupted(talks[0], tmp_path / "s", fixtures, monkeypatch, **same)
   run(talks[0], tmp_path / "s", fixtures, num_workers=2, **same)
-  opened, loaded = store.open_store(tmp_path / "s"), tokenizer_lib.load(chatty)
+  opened, loaded = token_store.open_store(tmp_path / "s"), tokenization.load(chatty)
   dates = {loaded.decode(opened.document(i)).split("[user]")[0].strip() for i in range(opened.num_documents)}
   assert dates == {opened.manifest["rendered_at"].replace("T", " ")}
   assert run(talks[0], tmp_path / "s", fixtures, **same).was_finished

@@ -18,7 +18,8 @@ import pyarrow.parquet
 import pytest
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import decontaminate, documents, prepare, store
+from cpt_jax.store import decontaminate, documents, prepare, token_files, token_store, units, work
+from cpt_jax.store.records import Rules
 
 UNIT_BYTES = 20_000
 # datatrove forks. JAX warns of that where a test before has started its threads; the children never use it.
@@ -60,7 +61,7 @@ def inputs(tmp_path_factory, texts):
 
 def task(output, fixtures):
   tokenizer = str(fixtures / "tokenizer")
-  return prepare.Task(str(output), tokenizer, "", "text", "all", "text", "answer", documents.MAX_DOCUMENT_BYTES, "skip", -1)
+  return work.Task(str(output), tokenizer, Rules())
 
 
 def machines(cluster, **changes):
@@ -99,15 +100,15 @@ def reference(tmp_path_factory, inputs, fixtures):
 def test_store_is_the_local_tools_byte_for_byte(tmp_path, cluster, inputs, fixtures, reference, workers):
   report = run(cluster, inputs, tmp_path / "s", fixtures, workers=workers)
   assert content(tmp_path / "s") == content(reference)
-  assert report.num_documents == store.open_store(reference).num_documents > 150 and report.num_bad > 2000
-  assert len(store.open_store(tmp_path / "s").manifest["files"]) > 4
+  assert report.num_documents == token_store.open_store(reference).num_documents > 150 and report.num_bad > 2000
+  assert len(token_store.open_store(tmp_path / "s").manifest["files"]) > 4
   completions = tmp_path / "s.work" / "tokens" / "completions"
-  assert len(list(completions.iterdir())) > len(store.open_store(reference).manifest["files"])  # one unit has no document
+  assert len(list(completions.iterdir())) > len(token_store.open_store(reference).manifest["files"])  # one unit has no document
 
 
 @pytest.mark.parity
 def test_interrupted_it_goes_on_and_finished_it_does_nothing(tmp_path, cluster, inputs, fixtures, reference, monkeypatch):
-  done, run_unit = [], prepare.run_unit
+  done, run_unit = [], work.run_unit
 
   def counted(job, number, select):
     if len(done) == 3:
@@ -116,11 +117,11 @@ def test_interrupted_it_goes_on_and_finished_it_does_nothing(tmp_path, cluster, 
     run_unit(job, number, select)
     done.append(number)
 
-  monkeypatch.setattr(prepare, "run_unit", counted)
+  monkeypatch.setattr(work, "run_unit", counted)
   with pytest.raises(KeyboardInterrupt):
     run(cluster, inputs, tmp_path / "s", fixtures)
   with pytest.raises(ConfigError, match="not finished"):
-    store.open_store(tmp_path / "s")
+    token_store.open_store(tmp_path / "s")
   with pytest.raises(ConfigError, match=r"unfinished store with other settings(.|\n)*selection"):
     run(cluster, inputs, tmp_path / "s", fixtures, selection=cluster.Selection([], True, ""))
   os.remove(tmp_path / "s" / "in_progress" / "00001.json")  # a mark of a finished task without its result
@@ -139,7 +140,7 @@ def test_interrupted_it_goes_on_and_finished_it_does_nothing(tmp_path, cluster, 
 def test_near_duplicates_are_looked_for_again_when_texts_change(tmp_path, cluster, fixtures, texts, monkeypatch):
   for i in range(4):
     (tmp_path / f"{i}.txt").write_text("\n\f\n".join([*texts[40 * i : 40 * i + 40], " ".join(texts[170:185])]))
-  inputs, dedup, run_unit = [str(tmp_path / "*.txt")], cluster.Selection([], True, ""), prepare.run_unit
+  inputs, dedup, run_unit = [str(tmp_path / "*.txt")], cluster.Selection([], True, ""), work.run_unit
 
   def fail_at_2(job, number, select):
     if number == 2:
@@ -147,7 +148,7 @@ def test_near_duplicates_are_looked_for_again_when_texts_change(tmp_path, cluste
     run_unit(job, number, select)
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(prepare, "run_unit", fail_at_2)
+    patch.setattr(work, "run_unit", fail_at_2)
     run(cluster, inputs, tmp_path / "s", fixtures, selection=dedup)
   for i in range(1, 4):
     text = (tmp_path / f"{i}.txt").read_text()
@@ -164,9 +165,9 @@ def test_units_that_are_not_done_and_too_many_bad_records(tmp_path, cluster, inp
     monkeypatch.context() as patch,
     pytest.raises(ConfigError, match=r"units are not done \(the first: 0\).*s\.work/tokens/logs"),
   ):
-    patch.setattr(prepare, "run_unit", lambda *arguments: None)  # as when the disk is not shared
+    patch.setattr(work, "run_unit", lambda *arguments: None)  # as when the disk is not shared
     run(cluster, inputs, tmp_path / "s", fixtures)
-  limited = task(tmp_path / "s", fixtures)._replace(max_bad=2001)
+  limited = task(tmp_path / "s", fixtures)._replace(rules=Rules(max_bad=2001))
   arguments = {"contamination": None, "selection": cluster.Selection([], False, ""), "max_units": 256, "unit_bytes": UNIT_BYTES}
   with pytest.raises(documents.DataError, match=r"2004 bad records, more than --max_bad=2001"):
     cluster.prepare_on(machines(cluster), inputs, task=limited, **arguments)
@@ -183,15 +184,12 @@ def test_masked_conversations_are_the_local_tools_too(tmp_path, cluster, fixture
   evals = tmp_path / "evals.txt"
   evals.write_text(texts[50])
   contamination, inputs = decontaminate.build([str(evals)], fields=["text"]), [str(tmp_path / "a.jsonl")]
-  kwargs = {"tokenizer": str(chatty), "records": "messages", "train_on": "answers", "unit_bytes": UNIT_BYTES}
-  local = prepare.prepare(
-    inputs, output=str(tmp_path / "l"), contamination=contamination, num_workers=1, progress=False, **kwargs
-  )
-  work = task(tmp_path / "s", fixtures)._replace(
-    tokenizer=str(chatty), records="messages", train_on="answers", text_field="messages"
-  )
-  arguments = {"contamination": contamination, "selection": cluster.Selection([], False, ""), "max_units": 256}
-  report = cluster.prepare_on(machines(cluster), inputs, task=work, unit_bytes=UNIT_BYTES, **arguments)
+  rules, same = Rules(records="messages", train_on="answers"), {"contamination": contamination, "unit_bytes": UNIT_BYTES}
+  arguments = {"tokenizer": str(chatty), "output": str(tmp_path / "l"), "rules": rules, "num_workers": 1, "progress": False}
+  local = prepare.prepare(inputs, **arguments, **same)
+  chats = work.Task(str(tmp_path / "s"), str(chatty), rules)
+  everything = cluster.Selection([], False, "")
+  report = cluster.prepare_on(machines(cluster), inputs, task=chats, selection=everything, max_units=256, **same)
   assert content(tmp_path / "s") == content(tmp_path / "l")
   assert any(name.endswith(".loss") for name in content(tmp_path / "s"))
   assert report.num_targets < report.num_tokens and report.left_out == {"contaminated": 4} == local.left_out
@@ -222,8 +220,8 @@ def mixed(tmp_path_factory, texts):
 
 def check_mixed(path, report, mixed):
   kinds = mixed[2]
-  hashes = store.open_store(path).doc_hashes().tolist()
-  kept = [t for t in kinds["chosen"] if store.text_hash(t) in hashes]
+  hashes = token_store.open_store(path).doc_hashes().tolist()
+  kept = [t for t in kinds["chosen"] if token_files.text_hash(t) in hashes]
   assert len(kept) == len(hashes)
   assert not set(kept) & {*kinds["short"], *kinds["dirty"]}
   for group in kinds["alike"]:
@@ -246,8 +244,8 @@ def selected(tmp_path_factory, cluster, mixed, fixtures):
 def test_filters_duplicates_and_contamination(selected, mixed, cluster):
   path, report = selected
   check_mixed(path, report, mixed)
-  kept = store.open_store(path).doc_hashes().tolist()
-  order = [store.text_hash(t) for i in range(3) for t in mixed[2]["chosen"][i::3]]
+  kept = token_store.open_store(path).doc_hashes().tolist()
+  order = [token_files.text_hash(t) for i in range(3) for t in mixed[2]["chosen"][i::3]]
   assert kept == [h for h in order if h in kept]
   step = dict(cluster.Selection(["gopher_quality"], False, "").steps())["gopher_quality"]
   from datatrove.data import Document
@@ -261,9 +259,9 @@ def test_a_filter_that_edits(tmp_path, cluster, fixtures):
   line = "This is a plain sentence with quite a few words in it."
   (tmp_path / "a.txt").write_text("\n".join([*[line] * 6, "a line without its full stop"]))
   run(cluster, [str(tmp_path / "a.txt")], tmp_path / "s", fixtures, selection=cluster.Selection(["c4"], False, ""))
-  opened = store.open_store(tmp_path / "s")
+  opened = token_store.open_store(tmp_path / "s")
   expected = "\n".join([line] * 6)
-  assert opened.doc_hashes().tolist() == [store.text_hash(expected)]
+  assert opened.doc_hashes().tolist() == [token_files.text_hash(expected)]
   assert opened.doc_bytes().tolist() == [len(expected)]
 
 
@@ -290,13 +288,13 @@ def test_sentences(cluster):
 def test_plain_store_of_datatrove_has_the_same_tokens(tmp_path, cluster, inputs, fixtures, reference):
   from datatrove.pipeline.tokens import DocumentTokenizer
 
-  files = documents.find_files(inputs)
-  job = prepare.Job(task(tmp_path / "s", fixtures), prepare.plan(files, unit_bytes=UNIT_BYTES), [], {})
+  files = [units.InputFile.of(path) for path in documents.find_files(inputs)]
+  job = work.Job(task(tmp_path / "s", fixtures), units.cut(files, unit_bytes=UNIT_BYTES, max_units=256), {})
   file = str(fixtures / "tokenizer" / "tokenizer.json")
   tokens = DocumentTokenizer(str(tmp_path / "theirs"), file, eos_token="</s>", shuffle_documents=False)
-  stage = cluster.Stage("theirs", len(job.units), [cluster.Texts(job), tokens])
-  cluster._executors(machines(cluster), [stage], tmp_path / "work", job_name="")[0].run()
-  theirs, ours = store.open_store(tmp_path / "theirs"), store.open_store(reference)
+  phase = cluster.Phase("theirs", len(job.units), [cluster.Texts(job), tokens])
+  cluster._executors(machines(cluster), [phase], tmp_path / "work", job_name="")[0].run()
+  theirs, ours = token_store.open_store(tmp_path / "theirs"), token_store.open_store(reference)
   assert theirs.num_documents == ours.num_documents
   for i in range(ours.num_documents):  # with eos_token datatrove leaves out what the tokenizer adds itself, here BOS
     np.testing.assert_array_equal(theirs.document(i), ours.document(i)[1:])
@@ -343,7 +341,7 @@ def test_slurm(tmp_path, cluster, slurm, mixed, selected, fixtures):
   assert run(cluster, mixed[0], tmp_path / "s", fixtures, **kwargs) is None
   assert content(tmp_path / "s") == content(selected[0])
   log = slurm.read_text()
-  jobs = [f"s-{stage}" for stage in ("signatures", "buckets", "clusters", "tokens", "store")]
+  jobs = [f"s-{phase}" for phase in ("signatures", "buckets", "clusters", "tokens", "store")]
   assert [line.removeprefix("#SBATCH --job-name=") for line in log.splitlines() if "--job-name=" in line][::2] == jobs
   for option in "partition=cpu", "time=01:00:00", "qos=low", "account=me", "cpus-per-task=1", "mem-per-cpu=4G":
     assert f"#SBATCH --{option}\n" in log
@@ -378,8 +376,8 @@ def test_dry_run_writes_nothing(tmp_path, root, fixtures, mixed):
   arguments += ["--executor", "slurm", "--partition", "big", "--time", "2:00:00", "--sbatch", "account=us", "--dedup"]
   done = command(root, *arguments, "--filters", "c4,gopher_quality", "--env_command", "module load python")
   assert done.returncode == 0, done
-  assert "stage 4  tokens         1 tasks through c4, gopher_quality, near-duplicate" in done.stdout
-  assert "stage 2  buckets       14 tasks\n" in done.stdout
+  assert "phase 4  tokens         1 tasks through c4, gopher_quality, near-duplicate" in done.stdout
+  assert "phase 2  buckets       14 tasks\n" in done.stdout
   assert done.stdout.count("#SBATCH --partition=big\n") == 5 and "#SBATCH --account=us\n" in done.stdout
   assert f"{tmp_path}/out/s.work/tokens/executor.pik" in done.stdout and "\nmodule load python; export PYTHONPATH=" in done.stdout
   assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cpt_jax.config import ConfigError
 from cpt_jax.stream.mixture import End, Knot, Mixture
-from cpt_jax.stream.quotas import Curves, Period
+from cpt_jax.stream.quotas import Curves, Cycle
 
 
 def all_counts(mixture: Mixture) -> np.ndarray:
@@ -193,9 +193,9 @@ def test_every_row_is_the_oracle_s(case):
 
 
 @pytest.mark.parametrize("shares", [[0.7, 0.2, 0.1], [0.35, 0.0, 0.3, 0.35], [3.0, 4.0]])
-def test_constant_shares_are_the_oracle_s_over_many_periods(shares):
+def test_constant_shares_are_the_oracle_s_over_many_cycles(shares):
   shares_M = [[(0, share)] for share in shares]
-  for limits in (None, [200, *[None] * (len(shares) - 1)]):  # ends in the middle of a period
+  for limits in (None, [200, *[None] * (len(shares) - 1)]):  # ends in the middle of a cycle
     options: dict[str, Any] = {"num_steps": 90, "batch_rows": 4, "start_step": 3, "limits_M": limits}
     assert all_rows(Mixture(shares_M, **options)) == [row for batch in oracle.rows(shares_M, **options) for row in batch]
 
@@ -335,7 +335,7 @@ def test_constant_shares_repeat_however_long_the_run_is():
   assert number == long.counts(10**11)[source] - 1
 
 
-def test_a_short_run_of_a_long_period_begins_as_a_whole_period():
+def test_a_short_run_of_a_long_cycle_begins_as_a_whole_cycle():
   rng = np.random.default_rng(3)
   weights = np.concatenate([rng.integers(1, 40, 6), rng.integers(1000, 3000, 3)])
   weights[-1] += 2**15 - weights.sum()
@@ -343,22 +343,22 @@ def test_a_short_run_of_a_long_period_begins_as_a_whole_period():
   short, long = (Mixture(shares, num_steps=num_steps, batch_rows=1) for num_steps in (1500, 2**15))
   assert all_rows(short) == [long[row] for row in range(1500)]
   np.testing.assert_array_equal(long.counts(2**15), weights)
-  assert len(short._period._sums) == 2  # no more than the run is worked out
+  assert len(short._cycle._sums) == 2  # no more than the run is worked out
 
 
-def test_quotas_of_a_period_are_whole_at_its_end():
+def test_quotas_of_a_cycle_are_whole_at_its_end():
   for shares in ([1 / 3, 0.1], [0.1, 0.2, 0.7], [1.0, 1048574.0, 1.0]):
-    period = Period.of(shares, batch_rows=3)
-    if period is None:  # 1 / 3 as it is written has no small denominator
+    cycle = Cycle.of(shares, batch_rows=3)
+    if cycle is None:  # 1 / 3 as it is written has no small denominator
       assert shares[0] == 1 / 3
       continue
     total = np.zeros(len(shares), object)
-    for start in range(0, period.num_steps, 1 << 16):
-      quotas = period.quotas(start, start + (1 << 16), np.ones(len(shares), bool))
+    for start in range(0, cycle.num_steps, 1 << 16):
+      quotas = cycle.quotas(start, start + (1 << 16), np.ones(len(shares), bool))
       assert (quotas >= 0).all()
       np.testing.assert_array_equal(quotas.sum(0), 3 << 40)
       total += quotas.sum(1).astype(object)
-    np.testing.assert_array_equal(total, period.counts_M.astype(object) << 40)
+    np.testing.assert_array_equal(total, cycle.counts_M.astype(object) << 40)
 
 
 def test_a_large_batch_is_laid_out_in_parts():

@@ -5,68 +5,38 @@ import json
 import re
 import shutil
 
-import factory
 import numpy as np
 import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pipeline import assert_same, write
+from loaders import assert_same, go_on, located, mix
 
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.stream import batch as batches
-from cpt_jax.stream import pipeline
+from cpt_jax.store.token_store import open_store
+from cpt_jax.stream import pipeline, summary
+from cpt_jax.stream.batch import Batch
 
-LENGTHS = {"a": 40, "b": 25, "c": 60, "d": 12}  # documents of each store
 Run = list[list[tuple[str, int]]]  # for each step, the (source, row of the source) of its rows
 
 
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory):
-  """Stores of documents of 1 to 30 tokens, and rows of 16: an epoch is 10 to 60 rows."""
-  where, rng = tmp_path_factory.mktemp("stores"), np.random.default_rng(3)
-  return {name: write(where / name, rng.integers(1, 30, size), name=name) for name, size in LENGTHS.items()}
-
-
-def make(stores, mixed, *, num_steps, batch_rows=5, past=None, start_step=0, **options):
-  """A loader of `mixed`, name -> fields of its source, where `share` is a number or knots."""
-  found = []
-  for name, fields in mixed.items():
-    fields = {"role": "domain", "heldout_frac": 0.2, "share": 1.0, **fields}
-    found.append(factory.source(name, stores[name], **fields))
-  options = {"row_len": 16, "packing_policy": "best_fit", "num_threads": 2, **options}
-  return factory.loader(found, num_steps=num_steps, batch_rows=batch_rows, past=past, start_step=start_step, **options)
-
-
-def go_on(stores, loader, mixed, *, step, num_steps, **options):
-  """The loader of the run that goes on at `step`, from what a checkpoint keeps."""
-  kept = json.loads(json.dumps(loader.state(step)))
-  options = {"batch_rows": loader.batch_rows, **options}
-  return make(stores, mixed, num_steps=num_steps, past=kept, start_step=step, **options)
-
-
 def planned(loader, given: dict[str, int], *, start: int, stop: int) -> Run:
-  """The steps from `start` on as the oracle has them for a segment of `loader`'s sources that begins there."""
+  """The steps from `start` on as the oracle has them for a period of `loader`'s sources that begins there."""
   limits, at_end = [], []
-  for source, plan in zip(loader.sources, loader.plans, strict=True):
+  for source, layout in zip(loader.sources, loader.layouts, strict=True):
     epochs = source.max_epochs or {"repeat": np.inf}.get(source.at_end, 1)
-    limits.append(None if epochs == np.inf else max(int(epochs * plan.num_rows) - given.get(source.name, 0), 0))
+    limits.append(None if epochs == np.inf else max(int(epochs * layout.num_rows) - given.get(source.name, 0), 0))
     at_end.append("error" if source.at_end == "repeat" else source.at_end)
   shares = [[tuple(k) if k[2] != "linear" else tuple(k[:2]) for k in source.share] for source in loader.sources]
   steps = oracle.rows(shares, num_steps=stop, batch_rows=loader.batch_rows, start_step=start, limits_M=limits, at_end_M=at_end)
   return [[(loader.names[m], given.get(loader.names[m], 0) + nth) for m, nth in step] for step in steps]
 
 
-def located(loader, start: int, stop: int) -> Run:
-  rows = loader.batch_rows
-  return [[loader.order.locate(i) for i in range(step * rows, (step + 1) * rows)] for step in range(start, stop)]
-
-
 def count(loader, run: Run, totals: dict[str, list[int]]) -> None:
   """Adds rows, tokens and begun documents of `run` to `totals`, by looking into the store alone."""
   for name, nth in itertools.chain(*run):
     m = loader.names.index(name)
-    pieces = loader.plans[m].pieces(loader._shuffles[m][nth])
+    pieces = loader.layouts[m].pieces(loader._shuffles[m][nth])
     entry = totals.setdefault(name, [0, 0, 0])
     entry[0] += 1
     entry[1] += sum(num for _, _, num in pieces)
@@ -91,7 +61,7 @@ def knots(draw, lowest=0.0):
 
 @st.composite
 def mixtures(draw):
-  names = draw(st.lists(st.sampled_from(sorted(LENGTHS)), min_size=1, max_size=4, unique=True))
+  names = draw(st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=1, max_size=4, unique=True))
   found = {}
   for m, name in enumerate(names):
     at_end = draw(st.sampled_from(["repeat", "repeat", "stop", "renormalise", "renormalise", "error"]))
@@ -106,13 +76,13 @@ changes = st.lists(st.tuples(st.integers(0, 14), st.integers(-3, 20), st.one_of(
 @settings(max_examples=60)
 @given(mixtures(), st.integers(1, 20), changes, st.sampled_from([1, 3, 5, 8]), st.randoms(use_true_random=False))
 def test_whatever_changes_on_the_way_the_past_stays_and_every_source_goes_on(stores, first, length, edits, batch_rows, random):
-  loader = make(stores, first, num_steps=length, batch_rows=batch_rows)
+  loader = mix(stores, first, num_steps=length, batch_rows=batch_rows)
   mixed, run, totals, step = first, [], {}, 0
-  segments = [(0, {}, first)]  # start, rows of each source before it, mixture
+  periods = [(0, {}, first)]  # start, rows of each source before it, mixture
   seen = {}  # step -> its batch, when it was read
   for steps, more, edit in [*edits, (99, 0, None)]:
-    # Read up to the change, and compare with the oracle of the whole segment.
-    stop, (begin, given, _) = min(step + steps, loader.end_step), segments[-1]
+    # Read up to the change, and compare with the oracle of the whole period.
+    stop, (begin, given, _) = min(step + steps, loader.end_step), periods[-1]
     expected = planned(loader, given, start=begin, stop=loader.num_steps)
     assert loader.end_step == begin + len(expected)
     assert located(loader, step, stop) == expected[step - begin : stop - begin]
@@ -124,7 +94,7 @@ def test_whatever_changes_on_the_way_the_past_stays_and_every_source_goes_on(sto
     assert found == totals
     for name, read in loader.read(stop).items():
       if name in loader.names:
-        assert read.epochs == read.rows / loader.plans[loader.names.index(name)].num_rows
+        assert read.epochs == read.rows / loader.layouts[loader.names.index(name)].num_rows
     assert [{**entry, "role": ""} for entry in loader.ledger(stop)] == [
       {"source": name, "role": "", **loader.read(stop)[name]._asdict()}
       for name in [*loader.names, *(n for n in loader.read(stop) if n not in loader.names)]
@@ -133,28 +103,28 @@ def test_whatever_changes_on_the_way_the_past_stays_and_every_source_goes_on(sto
       break
     before, mixed, step = loader, edit or mixed, stop
     loader = go_on(stores, loader, mixed, step=step, num_steps=max(loader.num_steps + more, step))
-    is_same = [[*m.items()] == [*mixed.items()] for _, _, m in segments]
-    if not is_same[-1]:  # a segment in which no step was made is as if it had never been
-      segments = [segment for segment in segments if segment[0] < step]
-      if not segments or not is_same[len(segments) - 1]:
-        segments.append((step, {name: entry[0] for name, entry in totals.items()}, mixed))
+    is_same = [[*m.items()] == [*mixed.items()] for _, _, m in periods]
+    if not is_same[-1]:  # a period in which no step was made is as if it had never been
+      periods = [period for period in periods if period[0] < step]
+      if not periods or not is_same[len(periods) - 1]:
+        periods.append((step, {name: entry[0] for name, entry in totals.items()}, mixed))
     else:
       assert loader.fingerprint == before.fingerprint
-    # What was read is what it was, and the record knows it.
+    # What was read is what it was, and the periods know it.
     assert located(loader, 0, step) == run
-    assert loader.is_changed == (len(segments) > 1 and segments[-1][0] == step)
-    found = loader.order.segments
+    assert loader.is_changed == (len(periods) > 1 and periods[-1][0] == step)
+    found = loader.order.periods
     assert [(s.start_step, {n: read.rows for n, read in s.read.items() if read.rows}, [*s.sources]) for s in found] == [
-      (start, rows, [*sources]) for start, rows, sources in segments
+      (start, rows, [*sources]) for start, rows, sources in periods
     ]
-    if segments[-1][0] == step and not is_same[-1]:
+    if periods[-1][0] == step and not is_same[-1]:
       assert {name: list(read[:3]) for name, read in found[-1].read.items() if read.rows} == totals
   # Over the whole run no row of a source is missing or read twice.
   for name, entry in totals.items():
     assert [nth for source, nth in itertools.chain(*run) if source == name] == [*range(entry[0])]
-  record = json.loads(json.dumps(loader.record()))
+  kept = json.loads(json.dumps(loader.periods()))
   for at, batch in seen.items():
-    other = pipeline.from_record(record, at)
+    other = pipeline.from_periods(kept, at)
     assert_same(
       other._batch(at * batch_rows, batch_rows)._replace(source_B=0 * batch.source_B), batch._replace(source_B=0 * batch.source_B)
     )
@@ -164,7 +134,7 @@ def test_whatever_changes_on_the_way_the_past_stays_and_every_source_goes_on(sto
 @pytest.fixture
 def changed(stores):
   """A run of 24 rows a step: b joins and a leaves at step 7, a comes back at step 12 with a ramp."""
-  loader = make(stores, {"a": {}, "c": {"share": 0.3}}, num_steps=10, batch_rows=24)
+  loader = mix(stores, {"a": {}, "c": {"share": 0.3}}, num_steps=10, batch_rows=24)
   loader = go_on(stores, loader, {"b": {}, "c": {"share": 0.2}}, step=7, num_steps=15)
   last = {"a": {"share": [(0, 0.1), (20, 0.9)]}, "b": {}, "c": {}}
   return go_on(stores, loader, last, step=12, num_steps=20)
@@ -176,7 +146,7 @@ def test_the_global_order_is_the_same_on_any_number_of_processes(stores, changed
   for num_threads in (1, 5):
     changed.num_threads = num_threads
     readers = [changed.batches(12, rows=slice(p * part, (p + 1) * part)) for p in range(num_processes)]
-    steps = [batches.Batch(*map(np.concatenate, zip(*parts, strict=True))) for parts in zip(*readers, strict=True)]
+    steps = [Batch(*map(np.concatenate, zip(*parts, strict=True))) for parts in zip(*readers, strict=True)]
     assert len(steps) == 8
     for step, batch in enumerate(steps, 12):
       assert_same(batch, changed._batch(step * 24, 24))
@@ -189,24 +159,12 @@ def test_the_same_again_or_a_longer_run_is_no_change(stores, changed):
   names = {"a": {"share": [(0, 0.1), (20, 0.9)]}, "b": {}, "c": {}}
   for step, num_steps in ((12, 20), (13, 20), (20, 20), (20, 50)):
     again = go_on(stores, changed, names, step=step, num_steps=num_steps)
-    assert again.fingerprint == changed.fingerprint and len(again.order.segments) == 3
+    assert again.fingerprint == changed.fingerprint and len(again.order.periods) == 3
     assert again.is_changed == (step == 12)
 
 
-def test_a_past_that_counted_no_bytes_is_read_and_what_it_cannot_say_is_not_made_up(stores):
-  first = make(stores, {"a": {}, "b": {}}, num_steps=10)
-  kept = json.loads(json.dumps(first.state(4)))
-  for reads in (kept["read"], *(segment["read"] for segment in kept["segments"])):
-    for read in reads.values():
-      del read["bytes"]
-  second = make(stores, {"a": {}}, num_steps=10, past=kept, start_step=4)
-  a, b = second.ledger(4)
-  assert b["source"] == "b" and b["bytes"] is None and b["tokens"] == first.read(4)["b"].tokens > 0  # given up
-  assert a["bytes"] == first.read(4)["a"].bytes > 0  # counted anew from its rows
-
-
 def test_a_change_taken_back_before_a_step_was_made_is_none(stores):
-  first = make(stores, {"a": {}, "c": {}}, num_steps=10)
+  first = mix(stores, {"a": {}, "c": {}}, num_steps=10)
   second = go_on(stores, first, {"a": {}, "b": {}}, step=4, num_steps=10)
   back = go_on(stores, second, {"a": {}, "c": {}}, step=4, num_steps=10)
   assert back.fingerprint == first.fingerprint and located(back, 0, 10) == located(first, 0, 10)
@@ -215,27 +173,27 @@ def test_a_change_taken_back_before_a_step_was_made_is_none(stores):
 def test_stores_may_move(stores, changed, tmp_path):
   for name, store in stores.items():
     shutil.copytree(store.path, tmp_path / name)
-  moved = {name: pipeline.open_store(tmp_path / name) for name in stores}
+  moved = {name: open_store(tmp_path / name) for name in stores}
   names = {"a": {"share": [(0, 0.1), (20, 0.9)]}, "b": {}, "c": {}}
   again = go_on(moved, changed, names, step=15, num_steps=20)
-  assert again.fingerprint == changed.fingerprint and len(again.order.segments) == 3
-  # The record says where they are now, in the steps of the past too.
-  paths = {terms["store"] for segment in again.record()["segments"] for terms in segment["sources"].values()}
+  assert again.fingerprint == changed.fingerprint and len(again.order.periods) == 3
+  # The periods say where they are now, in the steps of the past too.
+  paths = {terms["store"] for period in again.periods()["periods"] for terms in period["sources"].values()}
   assert paths == {str(tmp_path / name) for name in "abc"}
 
 
 def test_a_part_of_the_objective_may_change_without_another_row(stores):
-  first = make(stores, {"a": {}, "b": {}}, num_steps=10)
+  first = mix(stores, {"a": {}, "b": {}}, num_steps=10)
   second = go_on(stores, first, {"a": {"loss_weight": 0.5}, "b": {}}, step=4, num_steps=10)
-  assert [segment.start_step for segment in second.order.segments] == [0, 4]
-  assert [segment.sources["a"]["loss_weight"] for segment in second.order.segments] == [1.0, 0.5]
+  assert [period.start_step for period in second.order.periods] == [0, 4]
+  assert [period.sources["a"]["loss_weight"] for period in second.order.periods] == [1.0, 0.5]
 
 
 @pytest.mark.parametrize(
   "key, value", [("heldout_frac", 0.1), ("min_tokens", 3), ("max_tokens", 20), ("length_shares", ((0, 0.5), (10, 0.5)))]
 )
 def test_what_would_alter_the_past_is_refused_by_name(stores, key, value):
-  first = make(stores, {"a": {}, "b": {"share": 0.0}}, num_steps=10)
+  first = mix(stores, {"a": {}, "b": {"share": 0.0}}, num_steps=10)
   with pytest.raises(ConfigError, match=rf"^data\.sources\.a: {key}.* was .*, now it is "):
     go_on(stores, first, {"a": {key: value}, "b": {}}, step=4, num_steps=10)
   go_on(stores, first, {"a": {}, "b": {key: value}}, step=4, num_steps=10)  # nothing was read of b
@@ -245,7 +203,7 @@ def test_what_would_alter_the_past_is_refused_by_name(stores, key, value):
 
 
 def test_another_text_under_a_name_that_was_read_is_refused(stores):
-  first = make(stores, {"a": {}, "b": {}}, num_steps=10)
+  first = mix(stores, {"a": {}, "b": {}}, num_steps=10)
   swapped = {**stores, "a": stores["c"], "b": stores["d"]}
   with pytest.raises(ConfigError) as caught:
     go_on(swapped, first, {"a": {}, "b": {}}, step=4, num_steps=10)
@@ -260,12 +218,12 @@ def test_another_text_under_a_name_that_was_read_is_refused(stores):
   [
     ("seed", "seed", 1),
     ("row_len", "data.row_len", 8),
-    ("packing_policy", "data.packing", "pad"),
+    ("packing", "data.packing", "pad"),
     ("batch_rows", "train.batch_rows", 4),
   ],
 )
 def test_settings_of_all_rows_are_refused_by_name(stores, name, key, value):
-  first = make(stores, {"a": {}}, num_steps=10)
+  first = mix(stores, {"a": {}}, num_steps=10)
   with pytest.raises(ConfigError, match=rf"^{key} was .*, now it is {value!r}"):
     go_on(stores, first, {"a": {}}, step=4, num_steps=10, **{name: value})
 
@@ -279,8 +237,8 @@ def rows_of(loader, name) -> int:
 
 @pytest.mark.parametrize("epochs", [0.5, 1.0, 2.5])
 def test_a_source_that_stops_the_run(stores, epochs):
-  loader = make(stores, {"a": {"at_end": "stop", "max_epochs": epochs}, "c": {"share": 0.5}}, num_steps=500)
-  limit = int(epochs * loader.plans[0].num_rows)
+  loader = mix(stores, {"a": {"at_end": "stop", "max_epochs": epochs}, "c": {"share": 0.5}}, num_steps=500)
+  limit = int(epochs * loader.layouts[0].num_rows)
   quota = 5 * (1 / 1.5)  # rows of it a step
   assert loader.end_step == int(limit / quota + 1e-9) and loader.order.ends == (("a", loader.end_step, "stop"),)
   assert limit - quota - 1 < rows_of(loader, "a") <= limit
@@ -299,12 +257,10 @@ def loader_fields(loader):
 
 
 def test_a_source_that_others_replace_is_read_to_its_last_row(stores):
-  loader = make(
-    stores, {"a": {"at_end": "renormalise"}, "b": {"at_end": "renormalise", "max_epochs": 2.0}, "c": {}}, num_steps=99
-  )
+  loader = mix(stores, {"a": {"at_end": "renormalise"}, "b": {"at_end": "renormalise", "max_epochs": 2.0}, "c": {}}, num_steps=99)
   assert loader.end_step == 99
-  assert (rows_of(loader, "a"), rows_of(loader, "b")) == (loader.plans[0].num_rows, 2 * loader.plans[1].num_rows)
-  assert loader.ledger(99)[0]["tokens"] == loader.plans[0].num_targets
+  assert (rows_of(loader, "a"), rows_of(loader, "b")) == (loader.layouts[0].num_rows, 2 * loader.layouts[1].num_rows)
+  assert loader.ledger(99)[0]["tokens"] == loader.layouts[0].num_targets
   assert [end[0::2] for end in loader.order.ends] == [("a", "renormalise"), ("b", "renormalise")]
   for name, step, _ in loader.order.ends:
     assert loader.order.rows(step)[name] <= rows_of(loader, name) == loader.order.rows(step + 1)[name]
@@ -315,8 +271,8 @@ def test_a_source_that_others_replace_is_read_to_its_last_row(stores):
 
 def test_when_all_have_ended_the_run_ends(stores):
   ends = {"at_end": "renormalise"}
-  loader = make(stores, {"a": ends, "b": ends}, num_steps=99)
-  rows = sum(plan.num_rows for plan in loader.plans)
+  loader = mix(stores, {"a": ends, "b": ends}, num_steps=99)
+  rows = sum(layout.num_rows for layout in loader.layouts)
   assert loader.end_step == rows // 5 < 99
 
 
@@ -326,8 +282,8 @@ def test_a_source_that_must_not_end_is_refused_with_what_fits(stores, fields, st
   mixed = {"a": fields, "c": {"share": 0.5}}
 
   def problems(num_steps, mixed=mixed):
-    loader = make(stores, {"a": {}, "b": {}}, num_steps=10)
-    loader = go_on(stores, loader, mixed, step=4, num_steps=num_steps) if step else make(stores, mixed, num_steps=num_steps)
+    loader = mix(stores, {"a": {}, "b": {}}, num_steps=10)
+    loader = go_on(stores, loader, mixed, step=4, num_steps=num_steps) if step else mix(stores, mixed, num_steps=num_steps)
     found = Problems()
     loader.check_ends(found)
     return found.lines
@@ -345,8 +301,8 @@ def test_a_source_that_must_not_end_is_refused_with_what_fits(stores, fields, st
 
 def test_a_source_comes_back_after_its_end(stores):
   once = {"a": {"at_end": "renormalise"}, "c": {}}
-  first = make(stores, once, num_steps=60)
-  ended = first.plans[0].num_rows
+  first = mix(stores, once, num_steps=60)
+  ended = first.layouts[0].num_rows
   assert rows_of(first, "a") == ended
   without = go_on(stores, first, {"c": {}}, step=50, num_steps=80)
   assert without.read(80)["a"].rows == ended
@@ -358,27 +314,27 @@ def test_a_source_comes_back_after_its_end(stores):
 
 
 def test_a_limit_below_what_was_read(stores):
-  first = make(stores, {"a": {}, "c": {}}, num_steps=60)
+  first = mix(stores, {"a": {}, "c": {}}, num_steps=60)
   read = first.order.rows(40)["a"]
-  assert read > first.plans[0].num_rows
+  assert read > first.layouts[0].num_rows
   lower = {"a": {"at_end": "renormalise"}, "c": {}}
   assert rows_of(go_on(stores, first, lower, step=40, num_steps=60), "a") == read
   lower["a"]["at_end"] = "stop"
   stopped = go_on(stores, first, lower, step=40, num_steps=60)
   assert stopped.end_step == 40 and list(stopped.batches(40)) == [] and stopped.read(40)["a"].rows == read
-  assert stopped.describe()[0].rows == read
+  assert summary.describe(stopped)[0].rows == read
   lower["a"]["at_end"] = "error"
   problems = Problems()
   go_on(stores, first, lower, step=40, num_steps=60).check_ends(problems)
   assert len(problems.lines) == 1 and "step 40" in problems.lines[0]
 
 
-def test_a_record_whose_stores_are_others_now_is_refused(stores, changed, tmp_path):
-  record = changed.record()
+def test_periods_whose_stores_are_others_now_is_refused(stores, changed, tmp_path):
+  kept = changed.periods()
   with pytest.raises(ConfigError, match="step 20: the run has the steps 0 to 19"):
-    pipeline.from_record(record, 20)
+    pipeline.from_periods(kept, 20)
   shutil.copytree(stores["a"].path, tmp_path / "a")
-  for segment in record["segments"]:
-    segment["sources"] = {name: {**terms, "store": str(stores["d"].path)} for name, terms in segment["sources"].items()}
+  for period in kept["periods"]:
+    period["sources"] = {name: {**terms, "store": str(stores["d"].path)} for name, terms in period["sources"].items()}
   with pytest.raises(ConfigError, match=rf"holds {stores['d'].fingerprint}, the run read {stores['a'].fingerprint} as a"):
-    pipeline.from_record(record, 3)
+    pipeline.from_periods(kept, 3)

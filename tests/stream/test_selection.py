@@ -128,5 +128,6 @@ def test_nothing_to_select_from():
 def test_a_selection_can_be_packed():
   lengths = np.random.default_rng(0).integers(2, 200, 500)
   found = factory.selected(lengths, np.arange(500), length_shares=((0, 0.2), (100, 0.8)), hashes=hashes_of(lengths))
-  plan = factory.rows(lengths, row_len=64, policy="best_fit", documents=found.documents)
-  assert plan.num_documents == len(found.documents) > 500 and plan.num_tokens == found.num_tokens - plan.num_documents
+  layout = factory.rows(lengths, row_len=64, policy="best_fit", documents=found.documents)
+  assert layout.num_documents == len(found.documents) > 500
+  assert layout.num_tokens == found.num_tokens - layout.num_documents

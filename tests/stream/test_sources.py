@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import Problems
-from cpt_jax.store import tokenizer as tokenizer_lib
-from cpt_jax.store.store import StoreWriter, open_store
+from cpt_jax.store import tokenization
+from cpt_jax.store.token_files import StoreWriter
+from cpt_jax.store.token_store import open_store
 from cpt_jax.stream import sources
 
 
@@ -110,7 +111,7 @@ def test_every_problem_is_named_at_once(tmp_path, texts):
     "gone": r"data\.sources\.gone\.store: .*no such token store",
     "raw": r"data\.sources\.raw\.store=.*not made yet.*--input 'texts/\*\.txt'",
     "empty": r"data\.sources\.empty\.store=.*empty",
-    "one": r"data\.heldout_frac=0\.1: none of the 1 documents.*data\.sources\.one",
+    "one": r"data\.sources\.one\.store=.*one document cannot be split .*: give more text, or split it",
     "other": r"data\.sources\.other\.store=.*tokenizer two, expected one \(that of source good\)",
   }.items():
     assert sum(bool(re.search(pattern, line)) for line in lines) == 1, (name, lines)
@@ -126,6 +127,23 @@ def test_the_fraction_that_is_offered_helps(tmp_path):
   config.data.heldout_frac = float(re.search(r"from ([0-9.e-]+) on", lines[0])[1])
   found, lines = problems_of(config)
   assert lines == [] and len(found[0].heldout_documents) >= 1
+
+
+@pytest.mark.parametrize("heldout_frac", [0.01, 1 - 1e-9])
+def test_one_document_is_enough_to_evaluate_alone(tmp_path, heldout_frac):
+  write(tmp_path / "s", ["a single document"])
+  config = config_of(a={"store": str(tmp_path / "s")})
+  config.data.heldout_frac = heldout_frac
+  assert "heldout_frac" not in problems_of(config)[1][0] and "one document cannot be split" in problems_of(config)[1][0]
+  config.data.sources.a.share = config_lib.Share(0.0)
+  found, lines = problems_of(config)
+  assert bool(found) == (heldout_frac > 0.5) == (not lines)
+
+
+def test_a_fraction_that_would_hold_out_most_is_not_offered(tmp_path):
+  write(tmp_path / "s", ["text 1", "text 2"])
+  (line,) = problems_of(config_of(a={"store": str(tmp_path / "s")}))[1]
+  assert "so few documents (2) can hardly be split" in line and "give more text" in line and "heldout_frac" not in line
 
 
 def test_a_split_that_leaves_nothing_to_train_on(tmp_path, texts):
@@ -144,7 +162,7 @@ def test_documents_of_one_token_can_neither_be_trained_on_nor_evaluated(tmp_path
 
 
 def test_stores_of_another_tokenizer_than_the_start(tmp_path, texts, fixtures):
-  real = tokenizer_lib.load(fixtures / "tokenizer").fingerprint
+  real = tokenization.load(fixtures / "tokenizer").fingerprint
   write(tmp_path / "right", texts, fingerprint=real)
   write(tmp_path / "wrong", texts, fingerprint="else")
   write(tmp_path / "unknown", texts, fingerprint="")

@@ -11,13 +11,13 @@ import numpy as np
 import optax
 import pytest
 from hypothesis import given, settings
-from test_order import go_on, located, make, stores  # noqa: F401 (a fixture)
-from test_step import RULES, SETTINGS, build
+from loaders import go_on, located, mix
+from updates import RULES, SETTINGS, build
 
 from cpt_jax import config as config_lib
 from cpt_jax import trees
 from cpt_jax.config import ConfigError
-from cpt_jax.model import loss as loss_lib
+from cpt_jax.model.loss import objective
 from cpt_jax.stream import pipeline
 from cpt_jax.stream.quotas import Curves
 from cpt_jax.training import checkpoint, guard, metrics, start, step
@@ -74,15 +74,15 @@ def test_without_such_numbers_the_guard_changes_no_bit(tiny_spec, random_batch, 
   tx = factory.optimizer(now.params, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=1.0, **{**RULES, "frozen": ()})
   weights_M = jnp.ones(2)
 
-  def objective(params, batch):
+  def loss_of(params, batch):
     hidden_BTD = step.hidden_states(params, batch, tiny_spec, settings=SETTINGS)
     chunk = SETTINGS.loss_chunk
-    return loss_lib.objective(params, tiny_spec, hidden_BTD, batch, source_weights=weights_M, z_loss=0.0, chunk=chunk)
+    return objective(params, tiny_spec, hidden_BTD, batch, source_weights=weights_M, z_loss=0.0, chunk=chunk)
 
   @jax.jit
   def plain(state, batch, rate):
     grads, sums = step.accumulate(
-      jax.grad(objective, has_aux=True), state.params, batch, microbatches=microbatches, dtype="float32"
+      jax.grad(loss_of, has_aux=True), state.params, batch, microbatches=microbatches, dtype="float32"
     )
     tokens = jnp.sum(weights_M * sums.tokens_M.astype(jnp.float32))
     scale = 1.0 / jnp.where(tokens > 0, tokens, 1.0)
@@ -427,9 +427,9 @@ def test_a_checkpoint_that_is_needed_is_kept_whatever_the_rules(tmp_path):
 
 @settings(max_examples=30)
 @given(st.integers(1, 12), st.integers(0, 8), st.integers(0, 8), st.sampled_from([1, 4, 5]))
-def test_rows_that_are_passed_over_are_listed_and_no_row_is_read_twice(stores, back, more, again, batch_rows):  # noqa: F811
+def test_rows_that_are_passed_over_are_listed_and_no_row_is_read_twice(stores, back, more, again, batch_rows):
   mixed = {"a": {"share": [(0, 0.9), (20, 0.1)]}, "c": {"share": 0.4}}
-  first = make(stores, mixed, num_steps=60, batch_rows=batch_rows)
+  first = mix(stores, mixed, num_steps=60, batch_rows=batch_rows)
   at, seen_at = back, back + more
   windows = {name: [first.order.positions(step)[name] for step in (at, seen_at)] for name in first.names}
   skip = {name: stop - begin for name, (begin, stop) in windows.items() if stop > begin}
@@ -439,38 +439,38 @@ def test_rows_that_are_passed_over_are_listed_and_no_row_is_read_twice(stores, b
   for name, (begin, stop) in windows.items():
     rows = [nth for step in run for source, nth in step if source == name]
     assert rows == [*range(begin), *range(stop, stop + len(rows) - begin)]
-  segment = second.order.segments[-1]
-  assert segment.skipped == {name: [[*windows[name]]] for name in skip}
-  # The ledger counts what was read, by looking into the plan.
+  period = second.order.periods[-1]
+  assert period.skipped == {name: [[*windows[name]]] for name in skip}
+  # The ledger counts what was read, by looking into the layout.
   for m, name in enumerate(second.names):
     rows = [second._shuffles[m][nth] for step in run for source, nth in step if source == name]
-    read, plan = second.read(at + again)[name], second.plans[m]
-    assert tuple(read[:3]) == (len(rows), plan.row_targets[rows].sum(), plan.row_docs[rows].sum())
+    read, layout = second.read(at + again)[name], second.layouts[m]
+    assert tuple(read[:3]) == (len(rows), layout.row_targets[rows].sum(), layout.row_docs[rows].sum())
     assert read.bytes == second._tallies[m]._of(np.array(rows, np.int64))[2]
-  # Restarted, changed, and read from the record it stays so.
+  # Restarted, changed, and read from its periods it stays so.
   third = go_on(stores, second, {"a": {}, "c": {}}, step=at + again, num_steps=60)
   assert located(third, 0, at + again) == run
   assert third.order.positions(at + again) == second.order.positions(at + again)
-  record = json.loads(json.dumps(second.record()))
+  kept = json.loads(json.dumps(second.periods()))
   if again:
-    other = pipeline.from_record(record, at + again - 1)
+    other = pipeline.from_periods(kept, at + again - 1)
     assert located(other, at + again - 1, at + again) == run[at + again - 1 :]
 
 
-def test_rows_that_are_passed_over_count_towards_a_source_s_end(stores):  # noqa: F811
+def test_rows_that_are_passed_over_count_towards_a_source_s_end(stores):
   mixed = {"a": {"at_end": "renormalise"}, "c": {}}
-  first = make(stores, mixed, num_steps=60, batch_rows=2)
+  first = mix(stores, mixed, num_steps=60, batch_rows=2)
   second = go_on(stores, first, mixed, step=5, num_steps=60, skip={"a": 4})
-  epoch = second.plans[0].num_rows
+  epoch = second.layouts[0].num_rows
   rows = [nth for step in located(second, 0, 60) for source, nth in step if source == "a"]
   assert rows == [*range(5), *range(9, epoch)] and second.read(60)["a"].rows == epoch - 4
 
 
-def test_a_second_window_that_joins_the_first_is_one(stores):  # noqa: F811
-  first = make(stores, {"a": {}}, num_steps=60, batch_rows=2)
+def test_a_second_window_that_joins_the_first_is_one(stores):
+  first = mix(stores, {"a": {}}, num_steps=60, batch_rows=2)
   second = go_on(stores, first, {"a": {}}, step=5, num_steps=60, skip={"a": 4})
   third = go_on(stores, second, {"a": {}}, step=8, num_steps=60, skip={"a": 3})
-  assert third.order.segments[-1].skipped == {"a": [[10, 14], [20, 23]]}
+  assert third.order.periods[-1].skipped == {"a": [[10, 14], [20, 23]]}
   joined = go_on(
     stores,
     first,
@@ -487,7 +487,7 @@ def test_a_second_window_that_joins_the_first_is_one(stores):  # noqa: F811
       step=5,
     ),
   )
-  assert joined.order.segments[-1].skipped == {"a": [[10, 17]]}
+  assert joined.order.periods[-1].skipped == {"a": [[10, 17]]}
 
 
 # ---- the config ----

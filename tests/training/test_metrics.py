@@ -12,7 +12,7 @@ import pytest
 from cpt_jax import journal
 from cpt_jax.model.loss import Sums
 from cpt_jax.stream.batch import Batch
-from cpt_jax.stream.pipeline import HeldOut
+from cpt_jax.stream.heldout import HeldOut
 from cpt_jax.training import drift, metrics, perplexity
 from cpt_jax.training.step import StepMetrics
 

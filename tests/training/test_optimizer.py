@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from nests import nest
 
 from cpt_jax import config as config_lib
 from cpt_jax import trees
@@ -28,17 +29,6 @@ RULES = {
   "rate_rules": ((r"embedding|head", 0.3), (r".*", 1.0)),
   "layer_rates": (0.25, 1.0),
 }
-
-
-def nest(flat: dict) -> dict:
-  tree = {}
-  for path, leaf in flat.items():
-    *branches, name = path.split(".")
-    branch = tree
-    for b in branches:
-      branch = branch.setdefault(b, {})
-    branch[name] = leaf
-  return tree
 
 
 def random_tree(seed: int, scale: float = 1.0) -> dict:

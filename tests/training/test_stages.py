@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from nests import nest
 from orbax.checkpoint import v1 as ocp
-from test_optimizer import nest
 
 from cpt_jax import config as config_lib
 from cpt_jax import journal, trees

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store import tokenization
 from cpt_jax.vocab import candidates, changes, grow, kinds
 from cpt_jax.vocab import texts as texts_lib
 from cpt_jax.vocab.bases import Piece, Words
@@ -446,5 +446,5 @@ def test_rows_are_the_least_multiple(vocab_size, multiple):
 
 def test_tokenizer_kinds_agree_with_the_loader(bases, corpora):
   for base in bases.values():
-    assert isinstance(base.tokenizer, tokenizer_lib.Tokenizer)
+    assert isinstance(base.tokenizer, tokenization.Tokenizer)
     assert base.lengths_V.shape == base.closed_V.shape == (base.vocab_size,)

@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from test_assess import poems
+from shipped import poems
 
-from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.cli import app
+from cpt_jax.store import tokenization
 from cpt_jax.vocab import grow, kinds
 
 TEXTS = [
@@ -29,7 +30,7 @@ def test_transformers_gives_the_ids_of_the_grown_tokenizer(root, tmp_path, kind)
   file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": name}))
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
   assert len(theirs) == found.vocab_size
-  ours = tokenizer_lib.load(tmp_path)
+  ours = tokenization.load(tmp_path)
   for text in TEXTS[:2] + poems(root, 20_000):
     ids = ours.encode_contents([text])[0]
     assert theirs(text, add_special_tokens=False).input_ids == ids
@@ -52,12 +53,11 @@ def test_sentencepiece_loads_the_grown_model(fixtures, tmp_path, root):
 
 
 @pytest.mark.parity
-def test_transformers_loads_the_grown_model_with_its_old_logits(root, cpt, tmp_path):
+def test_transformers_loads_the_grown_model_with_its_old_logits(root, tmp_path):
   transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
   (tmp_path / "zh.txt").write_text("\n\f\n".join(poems(root, 300_000)), encoding="utf-8")
   options = ["--domain", tmp_path / "zh.txt", "--size", 50, "--output", tmp_path / "grown"]
-  done = cpt("vocab", "grow", "--hf", root / "examples" / "base", *options)
-  assert done.returncode == 0, done.stderr
+  assert app.main(["vocab", "grow", "--hf", str(root / "examples" / "base"), *map(str, options)]) == 0
   logits = []
   ids = torch.tensor([[5, 99, 1000, 2047, 17, 4000]])
   for directory in (root / "examples" / "base", tmp_path / "grown"):

@@ -231,13 +231,12 @@ PAIRS = {  # ours, and the one that it is held against
 
 def make_stores(directory: pathlib.Path, num_sources: int, *, texts: Iterator[str], tokenizer: pathlib.Path) -> None:
   """Writes token stores `stores_{M}/{m}`, the texts dealt out in turn."""
-  from cpt_jax.store import store
-  from cpt_jax.store import tokenizer as tokenizer_lib
+  from cpt_jax.store import token_files, tokenization
 
-  loaded = tokenizer_lib.load(str(tokenizer))
+  loaded = tokenization.load(str(tokenizer))
   every = list(texts)
   for m in range(num_sources):
-    with store.StoreWriter(
+    with token_files.StoreWriter(
       directory / f"stores_{num_sources}" / str(m),
       vocab_size=loaded.vocab_size,
       eos_id=loaded.eos_id,

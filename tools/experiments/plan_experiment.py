@@ -27,7 +27,7 @@ from cpt_jax.planning import choose, recommend
 from cpt_jax.planning.cells import Cell
 from cpt_jax.planning.predictor import fit_sources
 from cpt_jax.planning.trials import replay_share
-from cpt_jax.results import runs as runs_lib
+from cpt_jax.results.runs import read_runs
 from cpt_jax.training import console
 
 # Share of the forgetting without replay that a share of replay removes: Ibrahim et al. 2403.08763, from tables 2 and 4.
@@ -57,7 +57,7 @@ def collect(folder: pathlib.Path) -> list[Record]:
       "eval_steps": run.eval_steps_E.tolist(),
       "losses": {name: [round(float(loss), 6) for loss in losses_E] for name, losses_E in run.losses.items()},
     }
-    for run in runs_lib.read_runs(folder)
+    for run in read_runs(folder)
     if run.is_complete
   ]
 

@@ -21,21 +21,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 from cpt_jax import config as config_lib
 from cpt_jax import journal
 from cpt_jax.cli import app
 from cpt_jax.config import ConfigError
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.store import documents, store
+from cpt_jax.store import documents, token_files, token_store
+from cpt_jax.store.records import BadRecord, Part, Rules
 from cpt_jax.stream.shuffle import mix64
 from cpt_jax.training import console, loop
 from cpt_jax.vocab import changes, initialise, kinds
-from cpt_jax.vocab import grow as grow_lib
 from cpt_jax.vocab import texts as texts_lib
 from cpt_jax.vocab.bases import Base
+from cpt_jax.vocab.grow import RECORD
 from tools.fixtures import make_example_data
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 BASE = ROOT / "examples" / "base"
 ENGLISH = ROOT / "examples" / "corpora" / "english.jsonl.gz"
 
@@ -97,7 +98,7 @@ def arm_of(run: str) -> Arm:
 
 def read(path: pathlib.Path) -> Iterator[str]:
   """The texts of a file."""
-  yield from texts_of(documents.PartReader(documents.Part(str(path))))
+  yield from texts_of(documents.open_part(Part(str(path)), Rules()))
 
 
 def texts_of(records: Iterable[Any]) -> Iterator[str]:
@@ -107,7 +108,7 @@ def texts_of(records: Iterable[Any]) -> Iterator[str]:
     ConfigError: one that could not.
   """
   for record in records:
-    if isinstance(record, documents.BadRecord):
+    if isinstance(record, BadRecord):
       raise ConfigError(f"{record.file}:{record.line}: {record.reason}")
     yield record.text
 
@@ -124,7 +125,7 @@ def domain_documents(path: pathlib.Path, *, join: int) -> list[str]:
 
 def place(text: str) -> int:
   """By which a store's readers hold documents out: those of the least places (`data.sources`)."""
-  return int(mix64(np.array([store.text_hash(text)], np.uint64))[0])
+  return int(mix64(np.array([token_files.text_hash(text)], np.uint64))[0])
 
 
 def is_heldout(text: str) -> bool:
@@ -200,7 +201,7 @@ def grow(folder: pathlib.Path, arm: Arm) -> pathlib.Path:
 
 def saved(folder: pathlib.Path, grown: pathlib.Path) -> float:
   """The share of tokens that a grown base's pieces save, of the sample that they were chosen from."""
-  record = json.loads((grown / grow_lib.RECORD).read_text(encoding="utf-8"))
+  record = json.loads((grown / RECORD).read_text(encoding="utf-8"))
   return sum(piece["saved"] for piece in record["pieces"]) / sample_tokens(folder)
 
 
@@ -278,7 +279,7 @@ def growth(folder: pathlib.Path, grown: pathlib.Path) -> dict[str, Any]:
   """What was added."""
   if grown == BASE:
     return {"pieces": 0}
-  pieces = json.loads((grown / grow_lib.RECORD).read_text(encoding="utf-8"))["pieces"]
+  pieces = json.loads((grown / RECORD).read_text(encoding="utf-8"))["pieces"]
   middle = {key: float(np.median([piece[key] for piece in pieces])) for key in ("count", "use")}
   return {"pieces": len(pieces), "saved": round(saved(folder, grown), 5), **middle}
 
@@ -305,7 +306,7 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
     if (evals[0]["step"], evals[-1]["step"]) != (0, arm.steps):
       raise ConfigError(f"{path}: evaluations are missing; remove the run, and make it again")
     ledger = {record["step"]: {one["source"]: one for one in record["sources"]} for record in journal.read(path / "ledger.jsonl")}
-    stores = {source: store.open_store(folder / "stores" / arm.base / source) for source in held}
+    stores = {source: token_store.open_store(folder / "stores" / arm.base / source) for source in held}
     for source, found in held.items():
       assert all((e["sources"][source]["documents"], e["sources"][source]["bytes"]) == found[:2] for e in evals), path
     assert all(one["epochs"] < 1 for one in ledger[arm.steps].values()), path  # no text is read twice
