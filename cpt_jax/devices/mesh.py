@@ -254,14 +254,7 @@ def to_global(mesh: Mesh, batch: Any, *, num_rows: int | None = None) -> Any:
 
 
 def check(
-  sizes: Mapping[str, int],
-  model: Any,
-  *,
-  batch_rows: int,
-  microbatches: int,
-  row_len: int,
-  eval_rows: int,
-  problems: Problems,
+  sizes: Mapping[str, int], model: Any, *, batch_rows: int, microbatches: int, row_len: int, eval_rows: int, problems: Problems
 ) -> None:
   """Adds a line for everything that the mesh does not divide evenly; `model` is a ModelSpec, `sizes` the devices by axis.
 

@@ -202,13 +202,7 @@ def kept_losses(meta: Mapping[str, Any], heldout: Mapping[str, Any], *, replaced
 
 
 def initial_state(
-  start: Start,
-  params: Any,
-  spec: ModelSpec,
-  tx: optax.GradientTransformation,
-  *,
-  keep_optimizer: bool,
-  moments: str,
+  start: Start, params: Any, spec: ModelSpec, tx: optax.GradientTransformation, *, keep_optimizer: bool, moments: str
 ) -> TrainState:
   """The state before the first update of this process; `params` are those of the base, `moments` as in start.moments."""
   if start.kind == "run" or (start.kind == "resume" and keep_optimizer):
