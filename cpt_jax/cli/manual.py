@@ -51,11 +51,7 @@ class Parser(argparse.ArgumentParser):
     self.add_argument(f"--{name}", f"--no{name}", action=_Switch, default=default, help=help)
 
   def read(self, argv: Sequence[str]) -> argparse.Namespace:
-    """The flags of a command line.
-
-    Raises:
-      ConfigError: what is wrong with it, and what was probably meant.
-    """
+    """The flags of a command line. Raises ConfigError: what is wrong with it, and what was probably meant."""
     ours, rest = list(argv), []
     if "--" in ours:
       cut = ours.index("--")

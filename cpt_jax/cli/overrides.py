@@ -16,9 +16,7 @@ from cpt_jax import shipped
 
 def read(path: str, overrides: Sequence[str] = ()) -> Any:
   """The config of a file, here or shipped with the package, with the changes of the command line.
-
-  Raises:
-    ConfigError: no such file, a mistake in it, or changes of keys that do not exist or to values that are of another type.
+  Raises ConfigError: no such file, a mistake in it, or changes of keys that do not exist or to values that are of another type.
   """
   file, colon, argument = path.partition(":")
   argv = [f"--config={shipped.find(file)}{colon}{argument}", *overrides]

@@ -24,10 +24,7 @@ _RENAMED = {"stages": "shares"}  # of `data`, in records of older versions
 
 def check_overrides(argv: list[str]) -> None:
   """Looks at `--config=FILE --config.key=value ...` before the flags are parsed.
-
-  Raises:
-    ConfigError: the file cannot be read or run, or keys do not exist: all of them, with what was probably meant.
-  """
+  Raises ConfigError: the file cannot be read or run, or keys do not exist: all of them, with what was probably meant."""
   overrides = [m.group(1) for arg in argv if (m := re.match(r"--?(?:no)?config\.([\w.]+)", arg))]
   files = [m.group(1) for arg in argv if (m := re.match(r"--?config=([^:]*)", arg))]
   files += [after for arg, after in itertools.pairwise(argv) if arg in ("--config", "-config")]

@@ -40,9 +40,7 @@ def join_arguments(
   """The arguments of `jax.distributed.initialize`, from the flags or from what started this process; None = run alone.
 
   Flags win. Slurm, Open MPI and TPU machines are known by their environment alone, so that a laptop never waits for anybody.
-
-  Raises:
-    ConfigError: flags that do not fit together, or a launcher that does not say enough.
+  Raises ConfigError: flags that do not fit together, or a launcher that does not say enough.
   """
   given = {"--coordinator": coordinator or None, "--num_processes": num_processes, "--process_id": process_id}
   if any(value is not None for value in given.values()):
@@ -96,9 +94,7 @@ def connect(*, coordinator: str, num_processes: int | None, process_id: int | No
   """Joins the run's other processes, if there are any; before anything touches a device.
 
   Ends this process with EXIT_LOST where they have not all come after `wait_secs`.
-
-  Raises:
-    ConfigError: as `join_arguments`; a coordinator that cannot listen at its port.
+  Raises ConfigError: as `join_arguments`; a coordinator that cannot listen at its port.
   """
   global _listener
   arguments = join_arguments(os.environ, coordinator=coordinator, num_processes=num_processes, process_id=process_id)
@@ -174,10 +170,7 @@ def main_first(name: str) -> Iterator[None]:
 
 def agree(record: Mapping[str, str]) -> None:
   """Goes on only if every process's `record` is the same; each calls it equally often.
-
-  Raises:
-    ConfigError: on process 0, and so the end of all: each key in which a process differs from it, with both values.
-  """
+  Raises ConfigError: on process 0, and so the end of all: each key in which a process differs from it, with both values."""
   if num_processes_connected() == 1:
     return
   index, nth = jax.process_index(), _nth_use("agree")

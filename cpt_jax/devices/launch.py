@@ -51,9 +51,7 @@ def check(run: Run, *, sees_our_disk: bool) -> None:
   """Finds here what a thousand hosts would find.
 
   `sees_our_disk`: the hosts have this machine's files, so that a config that is not here is nowhere.
-
-  Raises:
-    ConfigError: options that the launcher sees to itself, variables that are none, a config with a mistake: a line each.
+  Raises ConfigError: options that the launcher sees to itself, variables that are none, a config with a mistake: a line each.
   """
   problems = Problems()
   for option in run.options:
@@ -144,10 +142,7 @@ def print_plan(commands: Sequence[str], *, kind: str) -> None:
 
 def call(arguments: Sequence[str], *, why: str, stdin: str | None = None) -> int:
   """Runs a program of the cloud or cluster to its end; its exit code.
-
-  Raises:
-    ConfigError: the program is not there; `why` says what it is and where it comes from.
-  """
+  Raises ConfigError: the program is not there; `why` says what it is and where it comes from."""
   if shutil.which(arguments[0]) is None:
     raise ConfigError(f"{arguments[0]} is not on the PATH: {why}; --print shows the command")
   return subprocess.run(arguments, input=stdin, text=True, check=False).returncode

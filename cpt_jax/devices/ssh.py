@@ -24,10 +24,7 @@ _TIED = "exec 3<&0; {{ {run}; }} & child=$!; (cat <&3; kill -TERM $child) >/dev/
 
 def hosts(names: list[str], file: str | None) -> list[str]:
   """The hosts, of a list or of a file with one a line.
-
-  Raises:
-    ConfigError: none, or names that ssh would take for something else, or one twice.
-  """
+  Raises ConfigError: none, or names that ssh would take for something else, or one twice."""
   if bool(names) == bool(file):
     raise ConfigError("name the hosts: either --hosts=a,b or --hosts_file=FILE with one a line")
   found = [name.strip() for name in names]

@@ -48,10 +48,7 @@ def open_part(part: Part, rules: Rules) -> Reader:
 
 def find_files(inputs: list[str], *, flag: str = "--input") -> list[str]:
   """The files of paths and globs (`**` too): in the order of the inputs, sorted within each glob, each file once.
-
-  Raises:
-    ConfigError: an input matches nothing, or something that is no text file.
-  """
+  Raises ConfigError: an input matches nothing, or something that is no text file."""
   problems, files, seen = Problems(), [], set()
   for pattern in inputs:
     matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
