@@ -12,25 +12,21 @@ def parser() -> manual.Parser:
   """The flags."""
   p = manual.Parser(
     "compile",
-    description="""
-    Compiles the training step of a config for chips that are not here, and says what memory a chip needs, what it computes, what
-    it sends to others, and how fast it can be at most. Needs no chip, no weights and no texts; sources may be missing.
+    description="""Compiles the training step of a config for chips that are not here, and says what memory a chip needs, what it
+    computes, what it sends to others, and how fast it can be at most. Needs no chip, no weights and no texts; sources may be
+    missing.
 
     TPUs need libtpu (pip install 'cpt_jax[tpu-aot]'), GPUs XLA's plugin for CUDA (pip install 'cpt_jax[gpu-aot]').""",
-    example="""
-    cpt compile --config=configs/recipes/llama3_8b_v5e_16.py --topology=v5e:4x4
+    example="""cpt compile --config=configs/recipes/llama3_8b_v5e_16.py --topology=v5e:4x4
 
     Ends with the verdict that the recipe quotes.""",
     exit_codes=(exits.TOO_LARGE,),
     overrides=True,
   )
-  p.add_argument("--config", required=True, metavar="FILE", help="A config; --config.key=value changes a key.")
-  p.add_argument(
-    "--topology", required=True, metavar="CHIPS",
-    help="v5p:4x4x4 (a slice), 2*v5e:16x16 (two slices), h100:32x8 (hosts x GPUs).",
-  )  # fmt: skip
-  p.add_argument("--output", default="", metavar="FILE", help="Where to write the record as JSON.")
-  p.add_argument("--hlo", default="", metavar="FILE", help="Where to write the optimized program's text.")
+  p.flag("--config=FILE", "A config; --config.key=value changes a key.", required=True)
+  p.flag("--topology=CHIPS", "v5p:4x4x4 (a slice), 2*v5e:16x16 (two slices), h100:32x8 (hosts x GPUs).", required=True)
+  p.flag("--output=FILE", "Where to write the record as JSON.")
+  p.flag("--hlo=FILE", "Where to write the optimized program's text.")
   return p
 
 
