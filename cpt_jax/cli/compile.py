@@ -4,8 +4,9 @@ import json
 import pathlib
 from argparse import Namespace
 
+from cpt_jax import config as config_lib
 from cpt_jax import exits
-from cpt_jax.cli import manual, overrides
+from cpt_jax.cli import manual
 
 
 def parser() -> manual.Parser:
@@ -34,7 +35,7 @@ def run(args: Namespace) -> int:
   """Compiles, prints, writes."""
   from cpt_jax.preview import compile_ahead
 
-  config = overrides.read(args.config, args.overrides)
+  config = config_lib.load(args.config, args.overrides)
   hlo_file = pathlib.Path(args.hlo) if args.hlo else None
   record = compile_ahead.compile_step(config, args.topology, name=args.config, hlo_file=hlo_file)
   from cpt_jax.preview import step_tables  # imports jax

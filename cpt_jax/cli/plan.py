@@ -2,8 +2,9 @@
 
 import argparse
 
+from cpt_jax import config as config_lib
 from cpt_jax import exits
-from cpt_jax.cli import manual, overrides
+from cpt_jax.cli import manual
 
 
 def parser() -> manual.Parser:
@@ -50,4 +51,4 @@ def run(args: argparse.Namespace) -> int:
   from cpt_jax.planning.planner import plan
 
   flags = {name: value for name, value in vars(args).items() if name not in ("help", "rest", "config", "overrides")}
-  return plan(overrides.read(args.config, args.overrides), **flags).exit_code
+  return plan(config_lib.load(args.config, args.overrides), **flags).exit_code

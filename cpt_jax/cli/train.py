@@ -5,7 +5,7 @@ from argparse import Namespace
 
 from cpt_jax import config as config_lib
 from cpt_jax import exits
-from cpt_jax.cli import manual, overrides
+from cpt_jax.cli import manual
 
 
 def parser() -> manual.Parser:
@@ -41,7 +41,7 @@ def parser() -> manual.Parser:
 
 def run(args: Namespace) -> int:
   """Trains or describes."""
-  config = overrides.read(args.config, args.overrides)
+  config = config_lib.load(args.config, args.overrides)
   workdir = pathlib.Path(args.workdir or pathlib.Path("runs") / pathlib.Path(args.config.partition(":")[0]).stem)
   if args.dry_run:
     from cpt_jax.preview import dry_run

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cpt_jax import config as config_lib
-from cpt_jax import shipped
+from cpt_jax import exits, shipped
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.devices import environment
 
@@ -75,8 +75,8 @@ def _check_config(options: list[str], *, sees_our_disk: bool) -> None:
     return
   # Relative ones are looked for in the clone, where the hosts start.
   there = pathlib.Path(home()) / path
-  here = f"--config={there if there.exists() else shipped.find(path)}" + (f":{argument}" if argument else "")
-  config_lib.check_overrides([here if re.match(r"--?config=", option) else option for option in options])
+  config = config_lib.load_file(str(there) if there.exists() else shipped.find(path), *([argument] if argument else []))
+  config_lib.check_overrides(config, options)
 
 
 def on_tpu_vm(run: Run, *, tpu: str = "", queued_resource: str = "", zone: str = "", project: str = "") -> list[str]:
@@ -120,7 +120,7 @@ def slurm_script(run: Run, options: Mapping[str, Any], more: Sequence[str], *, n
     [
       "#!/bin/bash",
       *lines,
-      f"cd {shlex.quote(run.directory)} || exit 78",
+      f"cd {shlex.quote(run.directory)} || exit {exits.CONFIG}",
       shlex.join(srun),
       "code=$?",
       "# 75: stopped by the signal, with everything saved. The job goes back into the queue and on from there.",

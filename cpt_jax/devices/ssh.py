@@ -14,6 +14,7 @@ import sys
 import threading
 from typing import IO
 
+from cpt_jax import exits
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.devices.launch import Run
 
@@ -89,7 +90,7 @@ def run_all(names: list[str], started: list[list[str]], *, grace_secs: float) ->
         _say(f"no end after {grace_secs} s on {', '.join(names[i] for i in sorted(running))}: ended from here", speaking)
         break
       running.discard(who)
-      found = processes[who].wait() if who >= 0 else 75
+      found = processes[who].wait() if who >= 0 else exits.STOPPED
       if found and not code:
         code = found
         reason = f"{names[who]} ended with {found}" if who >= 0 else "stopping"

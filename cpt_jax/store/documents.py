@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import Protocol
 
+from cpt_jax import exits
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.store import lines, parquet
 from cpt_jax.store.records import BadRecord, Document, Fields, Part, Rules
@@ -22,7 +23,7 @@ _READ_BYTES = 1 << 20
 class DataError(ConfigError):
   """The input texts are at fault, not the settings."""
 
-  exit_code = 65  # sysexits.h: data
+  exit_code = exits.BAD_TEXT
 
 
 class Reader(Protocol):
