@@ -86,12 +86,9 @@ def run(args: Namespace) -> int:
   how: dict[str, Any] = {"output": args.output, "tokenizer": shipped.find(args.tokenizer), "rules": Rules(**of_rules)}
   try:
     if uses_datatrove:
-      of_machines: dict[str, Any] = {name: getattr(args, name) for name in machines.Asked._fields} | {
-        "executor": args.executor or "local"
-      }
-      task = machines.Task(**how)
-      asked = machines.Asked(**of_machines)
-      lines = machines.prepare(inputs, asked, task=task, contamination=contamination, dry_run=args.dry_run)
+      of_machines: dict[str, Any] = {name: getattr(args, name) for name in machines.Asked._fields}
+      asked = machines.Asked(**of_machines | {"executor": args.executor or "local"})
+      lines = machines.prepare(inputs, asked, task=machines.Task(**how), contamination=contamination, dry_run=args.dry_run)
     else:
       import cpt_jax
 

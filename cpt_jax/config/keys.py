@@ -139,7 +139,7 @@ _KEYS = [
   Key("train.z_loss", 0.0, "weight of the squared log-partition (PaLM 2204.02311 sec. 5 uses 1e-4)", at_least=0.0),
   Key("schedule.name", "rewarm", choices=("constant", "linear", "cosine", "wsd", "rewarm", "infinite"), text=
     "constant, linear, cosine, wsd, rewarm (linear up, cosine down), infinite (up, cool down, constant, anneal)"),
-  Key("schedule.lr_peak", 3e-4, "the largest rate", above=0.0, at_most=1.0, reason=
+  Key("schedule.lr_peak", 3e-4, "the largest rate", above=0.0, at_most=10.0, reason=
     "AdamW moves each weight by about the rate, and weights are well below 1; e.g. 3e-4"),
   Key("schedule.lr_start", 0.0, "rate before step 0 of the warm-up; the base's last rate re-warms without a dip", at_least=0.0),
   Key("schedule.lr_const", 1e-4, "infinite only: the rate of the constant phase", at_least=0.0),

@@ -302,7 +302,7 @@ def _made(output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
   except (FileNotFoundError, NotADirectoryError, FileExistsError) as error:
     reason = (error.strerror or str(error)).lower()
-    raise ConfigError(f"--output {output}: no directory can be made there ({reason}); choose another --output") from None
+    raise OSError(error.errno, f"no directory can be made there ({reason}); choose another --output", str(output)) from None
   return output
 
 

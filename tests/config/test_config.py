@@ -31,7 +31,7 @@ WRONG = {
   "schedule.name": ("warmup_cosine", "choose one of"),
   "train.length": ("10%", "steps or tokens"),
   "train.microbatches": (3, "use 1, 2, 4, 8"),
-  "schedule.lr_peak": (300.0, "at most 1 (AdamW moves each weight by about the rate"),
+  "schedule.lr_peak": (300.0, "at most 10 (AdamW moves each weight by about the rate"),
   "schedule.anneal": ("200", "'200 steps' or '200 tokens'"),
   "train.z_loss": (float("inf"), "at least 0"),
   "schedule.lr_start": (1.0, "above schedule.lr_peak"),

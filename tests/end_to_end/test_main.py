@@ -268,7 +268,7 @@ def test_a_path_that_cannot_be_written_ends_with_code_74(main, write_config, tmp
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_code_86(main, write_config, tmp_path):
-  done = main(write_config(), tmp_path / "run", "--config.schedule.lr_peak=1e30", "--config.optimizer.clip_norm=0")
+  done = main(write_config(), tmp_path / "run", "--config.optimizer.weight_decay=1e38", "--config.optimizer.clip_norm=0")
   assert done.returncode == 86, done.stdout + done.stderr
   assert "step" in done.stderr and "lr_peak" in done.stderr
 

@@ -1,5 +1,6 @@
 """Trials trained at once are the trials trained one by one."""
 
+import dataclasses
 import json
 
 import jax
@@ -17,6 +18,15 @@ from cpt_jax.training import checkpoint, loop, recorder, schedule, stack
 
 # Rates, shares and seeds that differ; the third one diverges at its first update, which the others must not feel.
 TRIALS = [Trial(1e-3, 0.25, 4, 0), Trial(4e-3, 0.0, 4, 1), Trial(1e30, 0.5, 4, 0), Trial(2e-2, 0.6, 4, 2)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def any_rate():
+  """A rate that no config may have makes a trial diverge for certain."""
+  key = dataclasses.replace(config_lib.KEYS["schedule.lr_peak"], at_most=None)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(config_lib.KEYS, key.name, key)
+    yield
 
 
 @pytest.fixture
