@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from store_writer import StoreWriter
 
 import cpt_jax
 from cpt_jax import config as config_lib
@@ -23,7 +24,6 @@ from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.progress import Progress
 from cpt_jax.store import corpus, prepare, tokenization
-from cpt_jax.store.token_files import StoreWriter
 from cpt_jax.store.token_store import open_store
 from cpt_jax.stream import excerpts
 from cpt_jax.stream.sources import mix64
