@@ -34,10 +34,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
   file, colon, argument = path.partition(":")
   config = load_file(shipped.find(file), *([argument] if colon else []))
   check_overrides(config, overrides)
-  values = flags.FlagValues()  # of this call alone
-  config_flags.DEFINE_config_dict("config", config, "", flag_values=values)
+  values, argv = flags.FlagValues(), ["cpt", *overrides]  # of this call alone
+  config_flags.DEFINE_config_dict("config", config, "", flag_values=values, sys_argv=argv)
   try:
-    values(["cpt", *overrides])
+    values(argv)
   except flags.Error as error:
     raise ConfigError(str(error)) from None
   return shipped.complete(values["config"].value)
