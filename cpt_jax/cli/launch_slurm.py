@@ -32,16 +32,8 @@ def parser() -> manual.Parser:
 
 def run(args: Namespace) -> int:
   """Submits the script, or prints it."""
-  options = {
-    "job-name": args.name,
-    "nodes": args.nodes,
-    "ntasks-per-node": 1,
-    "gpus-per-node": args.gpus_per_node or None,
-    "cpus-per-task": args.cpus_per_task or None,
-    "time": args.time,
-    "partition": args.partition,
-    "output": args.output,
-  }
+  options = {"job-name": args.name, "nodes": args.nodes, "ntasks-per-node": 1, "gpus-per-node": args.gpus_per_node or None}
+  options |= {"cpus-per-task": args.cpus_per_task or None, "time": args.time, "partition": args.partition, "output": args.output}
   of_nodes = launching.run_of(args, sees_our_disk=True)
   script = launch.slurm_script(of_nodes, options, args.sbatch, nodes=args.nodes, stop_secs=args.stop_secs)
   why = "it is Slurm's; start this on a login node of the cluster"

@@ -31,17 +31,8 @@ def parser() -> manual.Parser:
 
 def run(args: Namespace) -> int:
   """Submits it, or prints the command."""
-  options = {
-    "cluster": args.cluster,
-    "workload": args.workload,
-    "tpu-type": args.tpu_type,
-    "num-slices": args.num_slices,
-    "docker-image": args.image,
-    "max-restarts": args.max_restarts,
-    "zone": args.zone,
-    "project": args.project,
-  }
+  names = ("cluster", "workload", "tpu_type", "num_slices", "docker_image", "max_restarts", "zone", "project")
+  options = {name.replace("_", "-"): getattr(args, name.removeprefix("docker_")) for name in names}
   xpk = launch.by_xpk(launching.run_of(args, sees_our_disk=False), options)
-  return launching.run_or_print(
-    args, xpk, kind="tpu", why="it is installed by pip install xpk (https://github.com/AI-Hypercomputer/xpk)"
-  )
+  why = "it is installed by pip install xpk (https://github.com/AI-Hypercomputer/xpk)"
+  return launching.run_or_print(args, xpk, kind="tpu", why=why)

@@ -20,26 +20,15 @@ class Parser(argparse.ArgumentParser):
 
   def __init__(
     self,
-    name: str,
+    name: str,  # of the command, as typed after `cpt`
     *,
-    description: str,
-    example: str,
-    exit_codes: Sequence[int] = (),
-    rest: str = "",
-    overrides: bool = False,
-    more: Callable[[], dict[str, str]] = dict,
+    description: str,  # paragraphs, with an empty line between them
+    example: str,  # a command that works, and behind an empty line what it does
+    exit_codes: Sequence[int] = (),  # those beside 0, 78 and 74
+    rest: str = "",  # what stands behind `--`, for commands that hand it on (`args.rest`)
+    overrides: bool = False,  # takes --config.key=value, all of which read() puts into `args.overrides`
+    more: Callable[[], dict[str, str]] = dict,  # sections at the end of the page, title -> text as it is
   ):
-    """Begins a page.
-
-    Args:
-      name: of the command, as typed after `cpt`.
-      description: paragraphs, with an empty line between them.
-      example: a command that works, and behind an empty line what it does.
-      exit_codes: those beside 0, 78 and 74.
-      rest: what stands behind `--`, for commands that hand it on (`args.rest`); empty for the others.
-      overrides: takes --config.key=value, all of which read() puts into `args.overrides`.
-      more: sections at the end of the page, title -> text as it is.
-    """
     super().__init__(prog=f"cpt {name}", add_help=False, allow_abbrev=False)
     self.name, self.summary, self.about, self.example, self.rest = name, "", description, example, rest
     self.overrides, self.more = overrides, more
@@ -108,11 +97,8 @@ class Parser(argparse.ArgumentParser):
 
   def format_help(self) -> str:
     """The manual page."""
-    options = [
-      f"{name}\n{_wrap((action.help or '').replace('%%', '%'), 4)}"
-      for action in self._actions
-      for name in [", ".join(_invocations(action))]
-    ]
+    helps = {", ".join(_invocations(action)): (action.help or "").replace("%%", "%") for action in self._actions}
+    options = [f"{name}\n{_wrap(text, 4)}" for name, text in helps.items()]
     command, _, meaning = self.example.strip().partition("\n\n")
     example = textwrap.dedent(command) + (f"\n\n{_paragraphs(meaning)}" if meaning else "")
     codes = [f"{code:<4}{exits.MEANINGS[code]}" for code in self.exit_codes]

@@ -49,11 +49,5 @@ def run(args: Namespace) -> int:
     return dry_run.describe(config, workdir)
   from cpt_jax import library
 
-  return library.train(
-    config,
-    workdir,
-    coordinator=args.coordinator,
-    num_processes=args.num_processes,
-    process_id=args.process_id,
-    wait_secs=args.wait_secs,
-  ).exit_code
+  processes = {name: getattr(args, name) for name in ("coordinator", "num_processes", "process_id", "wait_secs")}
+  return library.train(config, workdir, **processes).exit_code

@@ -110,11 +110,8 @@ def slurm_script(run: Run, options: Mapping[str, Any], more: Sequence[str], *, n
   # The signal goes to the processes, not to this script: each of them tells the others, and all save the same step.
   known = {**options, "signal": f"TERM@{stop_secs}", "requeue": "", "open-mode": "append"}
   known |= {option.partition("=")[0]: option.partition("=")[2] for option in more}
-  lines = [
-    f"#SBATCH --{name}" + (f"={shlex.quote(str(value))}" if value != "" else "")
-    for name, value in known.items()
-    if value is not None
-  ]
+  given = {name: f"={shlex.quote(str(value))}" if value != "" else "" for name, value in known.items() if value is not None}
+  lines = [f"#SBATCH --{name}{value}" for name, value in given.items()]
   srun = ["srun", "--kill-on-bad-exit=1", *(["--label"] if nodes > 1 else []), *run.arguments()]
   return "\n".join(
     [

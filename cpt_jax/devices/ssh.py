@@ -60,18 +60,8 @@ def commands(run: Run, names: list[str], *, coordinator: str | None, port: int, 
 
 def run_all(names: list[str], started: list[list[str]], *, grace_secs: float) -> int:
   """Runs the commands together to their end; the exit code of the first that failed, or 0."""
-  processes = [
-    subprocess.Popen(
-      each,
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-      errors="replace",
-      start_new_session=True,
-    )
-    for each in started
-  ]
+  pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+  processes = [subprocess.Popen(each, **pipes, start_new_session=True) for each in started]
   ends: queue.SimpleQueue[int] = queue.SimpleQueue()  # who has ended, in that order; -1 at ctrl-c or SIGTERM
   speaking = threading.Lock()
   readers = [

@@ -25,7 +25,7 @@ from rich import console, progress
 from cpt_jax import trees
 from cpt_jax.config import ConfigError
 from cpt_jax.model import hf_files
-from cpt_jax.model.spec import ModelSpec, from_hf, scaling_to_hf
+from cpt_jax.model.spec import ARCHITECTURES, ModelSpec, from_hf, scaling_to_hf
 
 Entries = dict[str, tuple[str, tuple[int, ...]]]  # tensor name -> (safetensors dtype, shape)
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -141,13 +141,10 @@ def load_params(hf_dir: str | os.PathLike, spec: ModelSpec, abstract_params: Any
   with _progress(f"reading {files.directory}", total) as advance:
     params = trees.map_with_path(place, abstract_params)
   if bad:
-    heading = f"{files.directory}: tensors with NaN or infinity (as {_dtype_names(abstract_params)}); download them again:"
+    dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(abstract_params)}))
+    heading = f"{files.directory}: tensors with NaN or infinity (as {dtypes}); download them again:"
     raise ConfigError("\n".join([heading, *hf_files.indent(bad)]))
   return params
-
-
-def _dtype_names(abstract_params: Any) -> str:
-  return ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(abstract_params)}))
 
 
 def _sharding(leaf: jax.ShapeDtypeStruct) -> Any:
@@ -312,9 +309,8 @@ def _describes(config: dict[str, Any], spec: ModelSpec) -> bool:
 
 def to_hf(spec: ModelSpec) -> dict[str, Any]:
   """The config.json of a spec: `from_hf(to_hf(spec)) == spec`."""
-  family = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[spec.family]
   config = {
-    "architectures": [f"{family}ForCausalLM"],
+    "architectures": [f"{ARCHITECTURES[spec.family]}ForCausalLM"],
     "model_type": spec.family,
     "hidden_act": "silu",
     "vocab_size": spec.vocab_size,

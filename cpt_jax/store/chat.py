@@ -11,7 +11,6 @@ the answer), the difference is the answer with its end of turn, and both are pre
 import bisect
 import datetime
 import functools
-import hashlib
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -58,11 +57,6 @@ def canonical(messages: list[dict[str, str]]) -> bytes:
   """One JSON text for equal conversations, whatever file and tokenizer: `[["user","Hi"],["assistant","Hello"]]`."""
   pairs = [[message["role"], message["content"]] for message in messages]
   return json.dumps(pairs, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-
-
-def template_digest(source: str) -> str:
-  """Identifies a template; "" for none."""
-  return hashlib.blake2b(source.encode("utf-8"), digest_size=16).hexdigest() if source else ""
 
 
 class Template:

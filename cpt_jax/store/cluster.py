@@ -221,17 +221,8 @@ def prepare_on(
 ) -> PrepareReport | None:
   """`prepare.prepare` by datatrove's executors, or goes on with it; None where the work was handed to Slurm.
 
-  Args:
-    asked: where, which filters, and how many tasks, and so units of work, a phase has.
-    inputs: paths and globs, on a disk that all machines share, as is the output.
-    task: settings.
-    contamination: leave out documents that share words with these evaluation texts.
-    unit_bytes: as of `units.cut`.
-
-  Raises:
-    ConfigError: as prepare.prepare, and units that could not be done.
-    DataError: as prepare.prepare.
-    OSError: the disk.
+  Inputs lie on a disk that all machines share, as does the output; a phase has as many tasks as there are units of work.
+  Raises as prepare.prepare; ConfigError: also units that could not be done.
   """
   arguments = {"inputs": inputs, "task": task, "contamination": contamination, "selection": selection(asked)}
   arguments |= {"unit_bytes": unit_bytes, "max_units": asked.max_tasks}
