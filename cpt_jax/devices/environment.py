@@ -38,10 +38,8 @@ def settings(kind: str, *, gpu_model: str = "") -> list[Setting]:
   if kind == "gpu":
     # NVIDIA/JAX-Toolbox docs/GPU_performance.md (2026-07), openxla.org/xla/gpu_optimization_levels. The combiners of O1 fill
     # the free memory, so that no thresholds are set here; NVLS is used by NCCL where there is any without being told.
-    overlap = (
-      "latency-hiding scheduler, pipelined collectives, double-buffered loops: the collectives of fsdp run beside the layers"
-    )
-    found.append(Setting("JAX_OPTIMIZATION_LEVEL", "O1", overlap))
+    hides = "latency-hiding scheduler, pipelined collectives, double-buffered loops"
+    found.append(Setting("JAX_OPTIMIZATION_LEVEL", "O1", f"{hides}: the collectives of fsdp run beside the layers"))
     # The default of 0.75 leaves a quarter of the card empty; cuBLAS, cuDNN and NCCL need the tenth that is left.
     # jax refuses to start where both names are set.
     older = "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -138,11 +136,12 @@ def prepare_ahead(environ: MutableMapping[str, str], kind: str, *, gpu_model: st
   """
   environ["JAX_PLATFORMS"] = "cpu"
   wanted = [setting for setting in settings(kind, gpu_model=gpu_model) if not setting.name.startswith("JAX_COMPILATION_CACHE")]
+  no_chip = "there is no chip that they could quarrel over"
   wanted += [
     Setting("TPU_SKIP_MDS_QUERY", "1", "libtpu does not ask Google's cloud which machine this is, and wait for an answer"),
     Setting("TPU_WORKER_HOSTNAMES", "localhost", "nor complain that nobody told it"),
     Setting("TPU_ACCELERATOR_TYPE", "v5p-8", "the same; the topology that is compiled for is named elsewhere"),
-    Setting("ALLOW_MULTIPLE_LIBTPU_LOAD", "1", "two processes may compile at once: there is no chip to quarrel over"),
+    Setting("ALLOW_MULTIPLE_LIBTPU_LOAD", "1", f"two processes may compile at once: {no_chip}"),
     Setting("TPU_MIN_LOG_LEVEL", "3", "libtpu's diary of chips that it does not find"),
     Setting("TF_CPP_MIN_LOG_LEVEL", "3", "the same of XLA"),
   ]
