@@ -314,12 +314,7 @@ def bootstrap(fitted: Fit, *, num: int = 200, groups_n: np.ndarray | None = None
     raise ConfigError(f"{fitted.law.name}: {num} resampled data sets; at least 1")
   rng = np.random.default_rng(seed)
   search = _Search(
-    fitted.law,
-    fitted.inputs,
-    fitted.loss_n,
-    priors=fitted.priors,
-    prior_weight=1 / fitted.num_independent,
-    delta=fitted.delta,
+    fitted.law, fitted.inputs, fitted.loss_n, priors=fitted.priors, prior_weight=1 / fitted.num_independent, delta=fitted.delta
   )
   thetas = []
   for _ in range(num):
