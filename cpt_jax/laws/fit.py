@@ -231,9 +231,7 @@ def fit(
 
   A search ends where a step changes the objective or the parameters by less than `tolerance` of themselves. The default suits
   thousands of smooth losses; few noisy ones leave ridges on which only a larger one ends.
-
-  Raises:
-    ConfigError: too few or non-finite or non-positive losses, or no start from which the search converged.
+  Raises ConfigError: too few or non-finite or non-positive losses, or no start from which the search converged.
   """
   loss_n = np.asarray(loss_n, np.float64)
   weights_n = np.asarray(np.ones(loss_n.shape) if weights_n is None else weights_n, np.float64)

@@ -209,8 +209,7 @@ def choose(
 ) -> Choice:
   """The law for `source` with the lowest error on held-out runs; runs whose loss is not finite are left out and remembered.
 
-  Raises:
-    ConfigError: too few cells, or no law can be fitted to them.
+  Raises ConfigError: too few cells, or no law can be fitted to them.
   """
   diverged = tuple(cell for cell in cells if not math.isfinite(cell.losses[source]))
   cells = [cell for cell in cells if math.isfinite(cell.losses[source])]
