@@ -158,13 +158,7 @@ def evaluate(base: Base, held: dict[str, Held], *, config: Any, progress: Progre
       sums, tokens = zip(*[(float(part.loss), float(part.tokens)) for part in jax.device_get(parts)], strict=True)
       error = corpus.ratio_error(sums, tokens)
       found[name] = verdict.Loss(
-        loss.loss,
-        error,
-        loss.bits_per_byte,
-        error * loss.bits_per_byte / loss.loss,
-        loss.tokens,
-        loss.documents,
-        sample,
+        loss.loss, error, loss.bits_per_byte, error * loss.bits_per_byte / loss.loss, loss.tokens, loss.documents, sample
       )
     return found
 

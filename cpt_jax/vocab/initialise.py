@@ -136,11 +136,7 @@ INITIALISERS: dict[str, Block] = {f.__name__: f for f in (mean, weighted, first,
 
 
 def find(name: str, *, flag: str) -> Block:
-  """The initialiser of a name.
-
-  Raises:
-    ConfigError: there is none of that name.
-  """
+  """The initialiser of a name. Raises ConfigError: there is none of that name."""
   if name not in INITIALISERS:
     raise ConfigError(
       f"{flag}={name!r}: no such initialiser.{did_you_mean(name, list(INITIALISERS))} There are {', '.join(INITIALISERS)}"
