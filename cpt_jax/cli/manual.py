@@ -46,16 +46,27 @@ class Parser(argparse.ArgumentParser):
     self.exit_codes = sorted({exits.DONE, exits.DISK, exits.CONFIG, *exit_codes})
     self.add_argument("--help", "-h", action="store_true", help="Shows this page.")
 
+  def flag(
+    self, form: str, help: str, default: Any = "", *, low: int | None = None, high: int | None = None, **more: Any
+  ) -> None:
+    """A flag in the form --name=VALUE, of the default's type: text, a number, or a list of words; `more` is argparse's own.
+
+    `low` and `high`: it is a whole number, at least and at most.
+    """
+    name, _, value = form.partition("=")
+    kind = {int: int, float: float, list: words}.get(type(default)) if low is None else at_least(low, high)
+    self.add_argument(name, metavar=value or None, help=help, default=default, **{"type": kind, **more})
+
+  def repeated(self, form: str, help: str, *, nargs: str | None = None) -> None:
+    """A flag that may be given again: the list of its values."""
+    self.flag(form, help, [], type=None, action="extend" if nargs else "append", nargs=nargs)
+
   def switch(self, name: str, *, default: bool, help: str) -> None:
     """A flag without a value: --name, and --noname for the contrary."""
     self.add_argument(f"--{name}", f"--no{name}", action=_Switch, default=default, help=help)
 
   def read(self, argv: Sequence[str]) -> argparse.Namespace:
-    """The flags of a command line.
-
-    Raises:
-      ConfigError: what is wrong with it, and what was probably meant.
-    """
+    """The flags of a command line. Raises ConfigError: what is wrong with it, and what was probably meant."""
     ours, rest = list(argv), []
     if "--" in ours:
       cut = ours.index("--")

@@ -20,10 +20,7 @@ from cpt_jax.config.times import get, num_steps, steps_at
 def resolve(config: Any, *, needs_data: bool = True) -> ConfigDict:
   """Checks every key that needs no file and no device; returns a locked copy in which durations are parsed.
 
-  Without `needs_data` there need be no sources.
-
-  Raises:
-    ConfigError: with a line for each problem.
+  Without `needs_data` there need be no sources. Raises ConfigError: with a line for each problem.
   """
   problems = Problems()
   config = config.copy_and_resolve_references()

@@ -14,6 +14,7 @@ import sys
 import threading
 from typing import IO
 
+from cpt_jax import exits
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.devices.launch import Run
 
@@ -24,10 +25,7 @@ _TIED = "exec 3<&0; {{ {run}; }} & child=$!; (cat <&3; kill -TERM $child) >/dev/
 
 def hosts(names: list[str], file: str | None) -> list[str]:
   """The hosts, of a list or of a file with one a line.
-
-  Raises:
-    ConfigError: none, or names that ssh would take for something else, or one twice.
-  """
+  Raises ConfigError: none, or names that ssh would take for something else, or one twice."""
   if bool(names) == bool(file):
     raise ConfigError("name the hosts: either --hosts=a,b or --hosts_file=FILE with one a line")
   found = [name.strip() for name in names]
@@ -92,7 +90,7 @@ def run_all(names: list[str], started: list[list[str]], *, grace_secs: float) ->
         _say(f"no end after {grace_secs} s on {', '.join(names[i] for i in sorted(running))}: ended from here", speaking)
         break
       running.discard(who)
-      found = processes[who].wait() if who >= 0 else 75
+      found = processes[who].wait() if who >= 0 else exits.STOPPED
       if found and not code:
         code = found
         reason = f"{names[who]} ended with {found}" if who >= 0 else "stopping"

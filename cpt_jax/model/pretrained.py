@@ -105,10 +105,7 @@ def _shape(layout: _Layout, sizes: dict[str, int]) -> tuple[int, ...]:
 
 def check_files(hf_dir: str | os.PathLike, spec: ModelSpec) -> int:
   """Bytes of the tensors that `load_params` would read; looks at the files' headers alone and needs no device.
-
-  Raises:
-    ConfigError: a line for each tensor that is missing, unknown, of another shape, or in a dtype that is not read.
-  """
+  Raises ConfigError: a line for each tensor that is missing, unknown, of another shape, or in a dtype that is not read."""
   files = hf_files.TensorFiles(hf_dir)
   return sum(files.entries[name].num_bytes for name in _match(files, spec).values())
 
@@ -117,9 +114,7 @@ def load_params(hf_dir: str | os.PathLike, spec: ModelSpec, abstract_params: Any
   """Reads float32, bfloat16 or float16 safetensors into arrays of the shapes, dtypes and shardings of `abstract_params`.
 
   Each process reads the parts that its own devices hold. Beside those, the host holds one stacked tensor's local part at a time.
-
-  Raises:
-    ConfigError: as `check_files`; also tensors that hold NaN or infinity, all of them by name.
+  Raises ConfigError: as `check_files`; also tensors that hold NaN or infinity, all of them by name.
   """
   files = hf_files.TensorFiles(hf_dir)
   names = _match(files, spec)
@@ -261,9 +256,7 @@ def save_params(
   are carried along. `hf_config` is the config.json to write (default: that of `source_dir`); where it is not of this model, one
   is made from the spec. `dtype`: float32, bfloat16 or float16; by default each tensor's own in `source_dir`, float32 if the model
   is not from there. The directory appears whole or not at all, and replaces none but an earlier export.
-
-  Raises:
-    ConfigError: `output_dir` holds something else, no space, NaN or infinity in a tensor, or no such `source_dir`.
+  Raises ConfigError: `output_dir` holds something else, no space, NaN or infinity in a tensor, or no such `source_dir`.
   """
   if dtype is not None and dtype not in hf_files.DTYPE_NAMES:
     raise ConfigError(f"dtype={dtype!r}: choose one of {', '.join(hf_files.DTYPE_NAMES)}")

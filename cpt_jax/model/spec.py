@@ -174,10 +174,7 @@ _ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwe
 
 def load_hf_config(path: str | Path) -> dict[str, Any]:
   """Reads config.json from a Hugging Face directory or from the file itself.
-
-  Raises:
-    ConfigError: no such file, or one that is no JSON object.
-  """
+  Raises ConfigError: no such file, or one that is no JSON object."""
   file = Path(path)
   file = file / "config.json" if file.is_dir() else file
   if not file.is_file():
@@ -194,10 +191,7 @@ def load_hf_config(path: str | Path) -> dict[str, Any]:
 
 def from_hf(hf_config: Mapping[str, Any], *, where: str = "config.json") -> ModelSpec:
   """The spec of a Hugging Face configuration; `where` opens every line of an error.
-
-  Raises:
-    ConfigError: a line for each key that is missing, wrong, unsupported or unknown.
-  """
+  Raises ConfigError: a line for each key that is missing, wrong, unsupported or unknown."""
   problems = Problems()
   family = hf_config.get("model_type")
   if family not in _DEFAULTS:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from cpt_jax import config as config_lib
+from cpt_jax import exits
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.journal import write_atomically
 from cpt_jax.model import spec as spec_lib
@@ -124,8 +125,8 @@ def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, ba
       try:
         code, diverged = loop.run_stack([configs[trial] for trial in together], paths, bar=bar)
       except FloatingPointError as error:  # all of them
-        code, diverged = loop.EXIT_DONE, error.args
-      if code != loop.EXIT_DONE:
+        code, diverged = exits.DONE, error.args
+      if code != exits.DONE:
         return code
       for path, message in zip(paths, diverged, strict=True):
         if message:
@@ -133,7 +134,7 @@ def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, ba
         shutil.rmtree(path / "ckpt", ignore_errors=True)
     for trial, path in zip(together, paths, strict=True):
       bar.finished(trial, path)
-  return loop.EXIT_DONE
+  return exits.DONE
 
 
 def how_many(config: Any) -> int:
@@ -186,9 +187,9 @@ def sweep(
   for at in range(0, len(ladder), stack):
     code = run_trials(config, ladder[at : at + stack], folder, bar=bar, stack=stack)
     found = finished(config, ladder[: at + stack], folder)
-    if code != loop.EXIT_DONE or is_swept(found, ladder):
+    if code != exits.DONE or is_swept(found, ladder):
       return found, code
-  return found, loop.EXIT_DONE
+  return found, exits.DONE
 
 
 def is_swept(found: Sequence[FinishedTrial], ladder: Sequence[Trial]) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cpt_jax import config as config_lib
-from cpt_jax import exits, shipped
+from cpt_jax import exits
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.planning import design, execute, outcome, plots, recommend, tables, trials
 from cpt_jax.planning.design import Design
@@ -142,7 +142,7 @@ def plan(
 def _read(config: Any) -> Any:
   """The config itself, or that of a file, resolved."""
   if isinstance(config, (str, os.PathLike)):
-    config = shipped.complete(config_lib.load_file(shipped.find(os.fspath(config))))
+    config = config_lib.load(os.fspath(config))
   return config_lib.resolve(config)
 
 

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from cpt_jax import config as config_lib
-from cpt_jax import trees
+from cpt_jax import exits, trees
 from cpt_jax.config import Problems
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.preview import memory
 from cpt_jax.store import documents, tokenization
 from cpt_jax.stream import sources, summary
-from cpt_jax.training import console, guard, loop, optimizer, schedule, start, state, step
+from cpt_jax.training import console, guard, optimizer, schedule, start, state, step
 from cpt_jax.training import inputs as inputs_lib
 
 
@@ -62,7 +62,7 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
   in_force = {source.name: source.share for source in inputs.loader.sources} if inputs else None
   _events(config, in_force or {name: sources.knots(config, name) for name in config.data.sources}, begin.step)
   console.say("\ndry run: nothing was trained. Without --dry_run this command trains.")
-  return loop.EXIT_DONE
+  return exits.DONE
 
 
 def mesh_sizes(config: Any) -> tuple[dict[str, int], str]:

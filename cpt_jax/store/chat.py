@@ -70,10 +70,7 @@ class Template:
 
   def __init__(self, source: str, *, tokens: dict[str, str], now: datetime.datetime):
     """`tokens`: what the template may use by name, such as bos_token; `now`: the time it is told.
-
-    Raises:
-      ConfigError: it is no jinja template.
-    """
+    Raises ConfigError: it is no jinja template."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
       trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -95,19 +92,12 @@ class Template:
     self.literals = "\0".join(literals)
 
   def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
-    """The conversation as text.
-
-    Raises:
-      RenderError: the template does not take it.
-    """
+    """The conversation as text. Raises RenderError: the template does not take it."""
     return self._render(messages, add_generation_prompt).text
 
   def render_answers(self, messages: list[dict[str, str]]) -> Rendered:
     """The conversation as text, and where the answers lie in it.
-
-    Raises:
-      RenderError: the template does not take it, or does not say where its answers are.
-    """
+    Raises RenderError: the template does not take it, or does not say where its answers are."""
     whole = self._render(messages, False)
     if not any(message["role"] == "assistant" for message in messages):
       raise RenderError(f"no answer: none of its {len(messages)} messages has the role assistant")
@@ -185,10 +175,7 @@ class Encoder:
 
   def __init__(self, tokenizer: Tokenizer, *, records: str, train_on: str, now: datetime.datetime):
     """`records`: "messages" or "prompt"; `train_on`: "all" or "answers"; `now`: the time that the template is told.
-
-    Raises:
-      ConfigError: the tokenizer has no chat template, or a broken one, or cannot say where its tokens are.
-    """
+    Raises ConfigError: the tokenizer has no chat template, or a broken one, or cannot say where its tokens are."""
     source, file = tokenizer.chat_template, tokenizer.path
     if not source and records == "messages":
       raise ConfigError(

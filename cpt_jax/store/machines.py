@@ -66,18 +66,10 @@ def check(inputs: list[str], asked: Asked, task: Task, *, dry_run: bool) -> None
 
 
 def prepare(
-  inputs: list[str],
-  asked: Asked,
-  *,
-  task: Task,
-  contamination: decontaminate.Contamination | None = None,
-  dry_run: bool = False,
+  inputs: list[str], asked: Asked, *, task: Task, contamination: decontaminate.Contamination | None = None, dry_run: bool = False
 ) -> list[str]:
   """Prepares a store by datatrove's executors, or with `dry_run` only says how; returns lines for people.
-
-  Raises:
-    ConfigError: settings; DataError: bad records; OSError: the disk.
-  """
+  Raises ConfigError: settings; DataError: bad records; OSError: the disk."""
   check(inputs, asked, task, dry_run=dry_run)
   from cpt_jax.store import cluster
 

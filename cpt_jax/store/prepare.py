@@ -235,10 +235,7 @@ def _settings(task: Task, tokenizer: tokenization.Tokenizer, files: list[InputFi
 
 def _finished(output: str, settings: dict[str, Any], files: list[InputFile]) -> dict[str, Any] | None:
   """The manifest of a finished store of the same things, None where there is none.
-
-  Raises:
-    ConfigError: the store is of other things.
-  """
+  Raises ConfigError: the store is of other things."""
   manifest = token_files.read_manifest(output)
   if manifest is None:
     return None

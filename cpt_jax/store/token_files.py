@@ -221,11 +221,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
-  """The checked `store.json` of a store, None where there is none.
-
-  Raises:
-    ConfigError: it is broken, or of another format.
-  """
+  """The checked `store.json` of a store, None where there is none. Raises ConfigError: it is broken, or of another format."""
   file = Path(path) / MANIFEST
   try:
     manifest = json.loads(file.read_bytes())

@@ -51,10 +51,7 @@ def open_inputs(config: Any, workdir: pathlib.Path | None = None) -> Inputs:
 
 def resolve(config: Any) -> Resolved:
   """Reads the model's config and makes schedule and optimizer.
-
-  Raises:
-    ConfigError: everything that is wrong with them, a line each.
-  """
+  Raises ConfigError: everything that is wrong with them, a line each."""
   config = config_lib.resolve(config)
   base = start.choose_base(config)
   with config.unlocked():
@@ -93,9 +90,7 @@ def open_texts(resolved: Resolved, workdir: pathlib.Path | None = None, *, write
 
   A run that has saved steps in `workdir` goes on from them; without one it is a new run. Without `writes` nothing is written,
   and there must be no `unprepared` stores.
-
-  Raises:
-    ConfigError: everything that is wrong with them, a line each.
+  Raises ConfigError: everything that is wrong with them, a line each.
   """
   config, problems = resolved.config, Problems()
   with hosts.main_first("data"):  # the others find its stores and the layouts of rows, or make their own on their own disks

@@ -55,9 +55,7 @@ def choose_start(config: Any, workdir: pathlib.Path | None, base: Start) -> Star
   3. `start.hf`: a Hugging Face directory
   4. `start.weights`: another run's parameters
   5. scratch: random parameters for the architecture `model.scratch`
-
-  Raises:
-    ConfigError: the run would be over before its first step.
+  Raises ConfigError: the run would be over before its first step.
   """
   steps = _valid_steps(workdir) if workdir else []
   if steps and steps[-1] > config_lib.num_steps(config):
@@ -202,13 +200,7 @@ def kept_losses(meta: Mapping[str, Any], heldout: Mapping[str, Any], *, replaced
 
 
 def initial_state(
-  start: Start,
-  params: Any,
-  spec: ModelSpec,
-  tx: optax.GradientTransformation,
-  *,
-  keep_optimizer: bool,
-  moments: str,
+  start: Start, params: Any, spec: ModelSpec, tx: optax.GradientTransformation, *, keep_optimizer: bool, moments: str
 ) -> TrainState:
   """The state before the first update of this process; `params` are those of the base, `moments` as in start.moments."""
   if start.kind == "run" or (start.kind == "resume" and keep_optimizer):

@@ -55,12 +55,7 @@ TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, StepMetrics]]
 
 
 def from_config(
-  config: Any,
-  spec: ModelSpec,
-  *,
-  source_weights: Sequence[float],
-  max_documents: int | None = None,
-  stage: int = -1,
+  config: Any, spec: ModelSpec, *, source_weights: Sequence[float], max_documents: int | None = None, stage: int = -1
 ) -> TrainStep:
   """The update that a config asks for in one of its train.stages; `source_weights` as in `make_train_step`, `max_documents` as in
   `transformer.Settings`."""

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpt_jax import config as config_lib
-from cpt_jax import journal
+from cpt_jax import exits, journal
 from cpt_jax.cli import app
 from cpt_jax.config import ConfigError
 from cpt_jax.model import spec as spec_lib
@@ -242,12 +242,12 @@ def train(folder: pathlib.Path, arm: Arm) -> int:
   """One run, unless it is there; returns the exit code of loop.run."""
   path = folder / "runs" / arm.run
   if (path / "summary.json").is_file():
-    return loop.EXIT_DONE
+    return exits.DONE
   base = grow(folder, arm)
   console.say(f"{path}")
   with console.muted():
     code = loop.run(run_config(folder, arm, base), path)
-  if code == loop.EXIT_DONE:
+  if code == exits.DONE:
     shutil.rmtree(path / "ckpt", ignore_errors=True)
   return code
 
