@@ -20,14 +20,14 @@ The shipped base on Song poetry, in minutes on two cores (one line):
 python -m cpt_jax.main --config=configs/domain.py --workdir=runs/domain_small --config.start.hf=examples/base --config.data.sources.general.store=store/quickstart/english --config.data.sources.general.text=examples/corpora/english.jsonl.gz --config.data.sources.domain.store=store/quickstart/poetry --config.data.sources.domain.text=examples/corpora/poetry_ci.jsonl.gz --config.data.row_len=256 --config.data.heldout_frac=0.02 --config.train.length='100 steps' --config.train.batch_rows=16 --config.train.microbatches=1 --config.schedule.lr_peak=1e-3 --config.schedule.lr_final=1e-5 --config.eval.every=25% --config.eval.tokens=20000 --config.checkpoint.every=50%
 """  # noqa: E501 - a command that can be copied
 
-from cpt_jax import config
+from cpt_jax import config as config_lib
 
 
 def get_config():
-  c = config.default()
+  c = config_lib.default()
   c.data.row_len = 2048
-  c.data.sources.general = config.source(store="store/en", role="replay", share=0.1)
-  c.data.sources.domain = config.source(store="store/law", role="domain", share=0.9)
+  c.data.sources.general = config_lib.source(store="store/en", role="replay", share=0.1)
+  c.data.sources.domain = config_lib.source(store="store/law", role="domain", share=0.9)
   c.train.length = "2B tokens"
   c.train.batch_rows = 512
   c.train.microbatches = 16

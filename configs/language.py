@@ -20,14 +20,14 @@ Practice that it starts from:
   run goes back to the last evaluation that was within and takes the ramp at half its speed.
 """  # noqa: E501 - a command that can be copied
 
-from cpt_jax import config
+from cpt_jax import config as config_lib
 
 
 def get_config():
-  c = config.default()
+  c = config_lib.default()
   c.data.row_len = 2048
-  c.data.sources.general = config.source(store="store/en", role="replay", share=[(0, 0.95), ("20%", 0.25)])
-  c.data.sources.language = config.source(store="store/zh", role="domain", share=[(0, 0.05), ("20%", 0.75)])
+  c.data.sources.general = config_lib.source(store="store/en", role="replay", share=[(0, 0.95), ("20%", 0.25)])
+  c.data.sources.language = config_lib.source(store="store/zh", role="domain", share=[(0, 0.05), ("20%", 0.75)])
   c.train.length = "2B tokens"
   c.train.batch_rows = 512
   c.train.microbatches = 16

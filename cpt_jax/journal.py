@@ -1,6 +1,6 @@
 """Files of a run with one JSON record a line -> the records.
 
-Invariant: a line that a kill cut short is left out, and nothing after it is there. Called by train.metrics, analysis, tools.
+Invariant: a line that a kill cut short is left out, and nothing after it is there.
 """
 
 import json

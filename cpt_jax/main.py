@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cpt_jax import config as config_lib
-from cpt_jax import environment
+from cpt_jax.devices import environment
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file of configs/, or one of your own; --config.key=value changes a key."
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
   workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / config_file.stem)
   try:
     if _DRY_RUN.value:
-      from cpt_jax.train import dry_run
+      from cpt_jax.preview import dry_run
 
       return dry_run.describe(_CONFIG.value, workdir)
     return _run(workdir)
@@ -51,19 +51,19 @@ def main(argv: list[str]) -> int:
     return _end(f"stopped: {error}. The checkpoints before are good; lower schedule.lr_peak and start again.", EXIT_NUMERIC)
   except BaseException as error:
     if not _DRY_RUN.value:
-      from cpt_jax import hosts
+      from cpt_jax.devices import hosts
 
       hosts.end_all(*hosts.explain(error))
     raise
 
 
 def _run(workdir: pathlib.Path) -> int:
-  from cpt_jax import hosts
+  from cpt_jax.devices import hosts
 
   hosts.connect(
     coordinator=_COORDINATOR.value, num_processes=_NUM_PROCESSES.value, process_id=_PROCESS_ID.value, wait_secs=_WAIT_SECS.value
   )
-  from cpt_jax.train import loop
+  from cpt_jax.training import loop
 
   code = loop.run(_CONFIG.value, workdir)
   hosts.disconnect()
@@ -73,7 +73,7 @@ def _run(workdir: pathlib.Path) -> int:
 def _end(text: str, code: int) -> int:
   """Says `text` and returns `code`; in a run of several processes it ends them all and does not return."""
   if not _DRY_RUN.value:
-    from cpt_jax import hosts
+    from cpt_jax.devices import hosts
 
     hosts.end_all(text, code)
   print(text, file=sys.stderr)

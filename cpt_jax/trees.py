@@ -1,7 +1,6 @@
 """Trees of arrays -> dotted leaf paths, and decisions made by rules on those paths.
 
 Invariant: a path is the keys joined by dots ("layers.wq"), the same in a dict, a NamedTuple or a list.
-Called by train.optimizer, train.checkpoint, train.step, model.pretrained and analysis.
 """
 
 import re

@@ -66,9 +66,9 @@ def tiny_hf_config() -> dict:
 @pytest.fixture(scope="session")
 def tiny_spec(tiny_hf_config):
   """The ModelSpec of `tiny_hf_config`."""
-  from cpt_jax.model import spec
+  from cpt_jax.model import spec as spec_lib
 
-  return spec.from_hf(tiny_hf_config)
+  return spec_lib.from_hf(tiny_hf_config)
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +76,7 @@ def random_batch():
   """Makes batches of random tokens, one to three documents a row and padding at its end: `random_batch(seed, rows=8)`."""
   import numpy as np
 
-  from cpt_jax.data.batch import Batch
+  from cpt_jax.stream.batch import Batch
 
   def make(seed: int, *, rows: int = 8, row_len: int = 16, vocab_size: int = 320, num_sources: int = 2) -> Batch:
     rng = np.random.default_rng(seed)
@@ -103,10 +103,11 @@ def random_batch():
 @pytest.fixture(scope="session")
 def tiny_plan(tmp_path_factory, fixtures, tiny_hf_config):
   """The config of a run to be planned: a random 2-layer base, the fixture's corpus as both sources, 400 steps of 4 rows."""
-  from cpt_jax import config as configs
-  from cpt_jax.model import pretrained, spec, transformer
+  from cpt_jax import config as config_lib
+  from cpt_jax.model import pretrained, transformer
+  from cpt_jax.model import spec as spec_lib
 
-  directory, tiny = tmp_path_factory.mktemp("plan"), spec.from_hf(tiny_hf_config)
+  directory, tiny = tmp_path_factory.mktemp("plan"), spec_lib.from_hf(tiny_hf_config)
   pretrained.save_params(
     transformer.init(tiny, jax.random.key(0)),
     tiny,
@@ -114,13 +115,13 @@ def tiny_plan(tmp_path_factory, fixtures, tiny_hf_config):
     source_dir=fixtures / "tokenizer",
     hf_config=tiny_hf_config,
   )
-  c = configs.default()
+  c = config_lib.default()
   c.start.hf = str(directory / "base")
   c.data.row_len = 32
   c.data.heldout_frac = 0.1
   for name, role, share in (("general", "replay", 0.25), ("poetry", "domain", 0.75)):
     text = str(fixtures / "corpus.jsonl")
-    c.data.sources[name] = configs.source(store=str(directory / "store"), text=text, role=role, share=share)
+    c.data.sources[name] = config_lib.source(store=str(directory / "store"), text=text, role=role, share=share)
   c.train.length = "400 steps"
   c.train.batch_rows = 4
   c.schedule.name = "wsd"
@@ -136,9 +137,9 @@ def one_device(monkeypatch):
   """Runs in this process use one device, and leave no mesh behind."""
   import functools
 
-  from cpt_jax import mesh
+  from cpt_jax.devices import mesh as mesh_lib
 
-  make = functools.partial(mesh.make_mesh, devices=jax.devices()[:1])
-  monkeypatch.setattr(mesh, "make_mesh", make)
+  make = functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:1])
+  monkeypatch.setattr(mesh_lib, "make_mesh", make)
   with jax.set_mesh(make(data=1, fsdp=1, context=1, tensor=1)):
     yield

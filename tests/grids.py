@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cpt_jax.laws.cells import Cell
+from cpt_jax.planning.cells import Cell
 
 RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
 REPLAYS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5)

@@ -1,4 +1,4 @@
-"""A mixture's rows, worked out step by step from the rules in data.mixture's docstring: plain Python, nothing shared, slow."""
+"""A mixture's rows, worked out step by step from the rules in stream.mixture's docstring: plain Python, nothing shared, slow."""
 
 import bisect
 import decimal

@@ -1,16 +1,16 @@
-"""Run directories written by hand, as train.loop leaves them."""
+"""Run directories written by hand, as training.loop leaves them."""
 
 import json
 
-from cpt_jax import config as configs
-from cpt_jax.probe import runs
+from cpt_jax import config as config_lib
+from cpt_jax.planning import execute
 
 
 def write_run(path, config, *, final, base=(3.0, 4.0), steps=None, read=(100, 300), complete=True):
-  """A run directory as train.loop leaves it, with these held-out losses of general and poetry."""
+  """A run directory as training.loop leaves it, with these held-out losses of general and poetry."""
   path.mkdir(parents=True, exist_ok=True)
-  (path / "config.json").write_text(json.dumps(runs.record_of(config)))
-  num_steps = steps or configs.num_steps(config)
+  (path / "config.json").write_text(json.dumps(execute.record_of(config)))
+  num_steps = steps or config_lib.num_steps(config)
   lines = []
   for step, losses in ((0, base), (num_steps, final)):
     sources = {name: {"loss": loss} for name, loss in zip(("general", "poetry"), losses, strict=True)}

@@ -1,7 +1,6 @@
 """A config and a topology -> its training step compiled for chips that are not there: memory, FLOPs, transfers, roofline.
 
 Invariant: needs no chip, no weights and no data; what the compiler says and what is arithmetic stand apart (docs/scaling.md).
-Called by people: python tools/aot_compile.py --config=configs/recipes/llama3_8b_v5p_64.py --topology=v5p:4x4x4
 
 Exit codes: 0 it fits, 1 it does not, 78 a config or a topology that cannot be, or a compiler that is not installed.
 """
@@ -18,10 +17,10 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clone that is not installed
 
-from cpt_jax import chips, environment
 from cpt_jax import config as config_lib
-from cpt_jax.analysis import step_report
-from cpt_jax.analysis.roofline import Place
+from cpt_jax.devices import chips, environment
+from cpt_jax.preview import step_report
+from cpt_jax.preview.roofline import Place
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A config; --config.key=value changes a key. Sources may be missing.")
 _TOPOLOGY = flags.DEFINE_string("topology", "", "v5p:4x4x4 (a slice), 2*v5e:16x16 (two slices), h100:32x8 (hosts x GPUs).")
@@ -63,12 +62,12 @@ def _config_file() -> pathlib.Path:
 
 
 def compile_record(config: Any, topology: chips.Topology, *, name: str) -> dict[str, Any]:
-  """The step of a config on a topology, as `analysis.step_report` describes it.
+  """The step of a config on a topology, as `preview.step_report` describes it.
 
   Raises:
     ConfigError: what a run would refuse, or a compiler that is not installed.
   """
-  from cpt_jax.train import ahead  # here: it loads jax, which reads the environment
+  from cpt_jax.preview import ahead
 
   target = ahead.open_target(config, topology)
   config, spec = target.config, target.spec
@@ -114,7 +113,7 @@ def _versions(topology: chips.Topology) -> dict[str, str]:
 
 def show(record: dict[str, Any]) -> None:
   """The record as tables."""
-  from cpt_jax.train import console
+  from cpt_jax.training import console
 
   topology = chips.parse_topology(record["topology"])
   mesh = " x ".join(f"{axis} {size}" for axis, size in record["mesh"].items())
@@ -156,7 +155,7 @@ def verdict(record: dict[str, Any]) -> str:
 
 
 def _show_flops(record: dict[str, Any]) -> None:
-  from cpt_jax.train import console
+  from cpt_jax.training import console
 
   flops = record["flops_per_chip"]
   rows = [["the model's, causal half of attention", flops["model_causal"]], ["the model's, full square", flops["model_palm"]]]
@@ -185,7 +184,7 @@ def _show_transfers(record: dict[str, Any], console: Any) -> None:
 
 
 def _show_roofline(record: dict[str, Any], topology: chips.Topology) -> None:
-  from cpt_jax.train import console
+  from cpt_jax.training import console
 
   roof, chip = record["roofline"], topology.chip
   links, network = ("NVLink", "network of hosts") if chip.platform == "cuda" else ("ICI", "network of slices")

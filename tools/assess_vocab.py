@@ -1,7 +1,6 @@
 """Tokenizers and text -> does a vocabulary fit, what would more pieces save, and is growing it worth it.
 
-Invariant: nothing is trained; every answer shows the rules that it follows from. Called by people:
-python tools/assess_vocab.py --tokenizers base,other_base --domain 'texts/zh/*.txt' --general 'texts/en/*.txt'
+Invariant: nothing is trained; every answer shows the rules that it follows from.
 
 The first tokenizer is your base's, the others are alternatives. Exit codes: 0 done, 65 bad text, 74 disk, 78 wrong settings.
 """
@@ -20,10 +19,10 @@ sys.path.insert(0, str(ROOT))  # a clone that is not installed
 
 from cpt_jax import durations
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.data import corpus, documents
-from cpt_jax.data import tokenizer as tokenizers
-from cpt_jax.data.store import write_atomically
-from cpt_jax.train import console
+from cpt_jax.store import corpus, documents
+from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store.store import write_atomically
+from cpt_jax.training import console
 from cpt_jax.vocab import assess, verdict
 from cpt_jax.vocab import texts as texts_lib
 from cpt_jax.vocab.assess import Assessment
@@ -71,7 +70,7 @@ def read_flags(problems: Problems) -> Request:
   return Request(files["domain"], files["general"], budget_tokens, domain_bytes)
 
 
-def run(request: Request, opened: list[tokenizers.Tokenizer]) -> tuple[list[Assessment], dict[str, corpus.Text]]:
+def run(request: Request, opened: list[tokenizer_lib.Tokenizer]) -> tuple[list[Assessment], dict[str, corpus.Text]]:
   """Reads both texts once and measures every tokenizer on them."""
   sampler = texts_lib.Sampler(
     wanted_bytes=assess.SAMPLE_BYTES, there_bytes=texts_lib.total_bytes(request.domain), heldout_frac=assess.HELDOUT_FRAC
@@ -209,7 +208,7 @@ def main(argv: list[str]) -> int:
     opened = []
     for path in _TOKENIZERS.value:
       with problems.collect():
-        opened.append(tokenizers.load(path))
+        opened.append(tokenizer_lib.load(path))
     problems.raise_if_any()
     found, texts = run(request, opened)
     show(found, texts)

@@ -1,7 +1,6 @@
 """Runs with a grown vocabulary beside one without -> bits per byte: the shock, the curves, and when the loss is made up for.
 
 Invariant: reads records alone; runs that are still going are compared as far as they are.
-Called by people: python tools/compare_vocab.py --base runs/plain --grown runs/grown,runs/other
 
 Exit codes: 0 done, 78 no such run, or runs that cannot be compared.
 """
@@ -16,9 +15,9 @@ from absl import app, flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clone that is not installed
 
-from cpt_jax.analysis import recovery
 from cpt_jax.config import ConfigError
-from cpt_jax.train import console
+from cpt_jax.results import recovery
+from cpt_jax.training import console
 
 _BASE = flags.DEFINE_string("base", "", "Directory of the run with the vocabulary as it was.")
 _GROWN = flags.DEFINE_list("grown", [], "Directories of the runs with other vocabularies.")

@@ -1,7 +1,6 @@
 """A base and the texts it is to learn -> what kind of continual pretraining this is and where to begin, with figures.
 
-Invariant: nothing is trained; every verdict shows the rules that it follows from. Called by people:
-python tools/diagnose.py --hf path/to/base --sources general=store/en,domain=store/law
+Invariant: nothing is trained; every verdict shows the rules that it follows from.
 
 A source is a token store, or text to make one of. Exit codes: 0 done, 65 bad text, 74 disk, 78 wrong settings.
 """
@@ -23,11 +22,12 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a clone that is not installed
 
 from cpt_jax import config as config_lib
-from cpt_jax import durations, environment
-from cpt_jax.analysis import diagnosis
+from cpt_jax import durations
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.data import documents, prepare
-from cpt_jax.data import store as stores
+from cpt_jax.devices import environment
+from cpt_jax.diagnosis import verdict as diagnosis
+from cpt_jax.store import documents, prepare
+from cpt_jax.store import store as stores
 
 _HF = flags.DEFINE_string("hf", "", "The base: a Hugging Face directory.")
 _SOURCES = flags.DEFINE_multi_string("sources", [], "NAME=STORE or NAME=TEXT, joined by commas; repeatable.")
@@ -109,8 +109,8 @@ def text_sources(request: Request, problems: Problems) -> dict[str, str]:
 
 def run(request: Request, base: Any, opened: dict[str, stores.TokenStore]) -> dict[str, Any]:
   """Measures, judges and prints; returns the record."""
-  from cpt_jax.probe import diagnosis as measure
-  from cpt_jax.train import checkpoint, console
+  from cpt_jax.diagnosis import measure
+  from cpt_jax.training import checkpoint, console
 
   row_len = measure.row_len(base, _ROW_LEN.value)
   config = config_lib.default()
@@ -175,7 +175,7 @@ def plain(value: Any) -> Any:
 def show_base(base: Any, request: Request) -> None:
   """The base and what is compared with what."""
   from cpt_jax.model import spec as spec_lib
-  from cpt_jax.train import console
+  from cpt_jax.training import console
 
   spec = base.spec
   parameters = console.count(spec_lib.num_parameters(spec))
@@ -186,7 +186,7 @@ def show_base(base: Any, request: Request) -> None:
 
 def show_figures(figures: dict[str, diagnosis.Figures], general: str) -> None:
   """Three tables: the base's loss, the vocabulary, the documents."""
-  from cpt_jax.train import console
+  from cpt_jax.training import console
 
   rows = []
   for name, figure in figures.items():
@@ -243,7 +243,7 @@ def show_figures(figures: dict[str, diagnosis.Figures], general: str) -> None:
 
 def show_rules(verdicts: list[diagnosis.Verdict]) -> None:
   """Every rule, its threshold and the figures; met ones are marked."""
-  from cpt_jax.train import console
+  from cpt_jax.training import console
 
   shown = 6  # sources beside each other in a table that fits a screen
   for first in range(0, len(verdicts), shown):
@@ -262,7 +262,7 @@ def show_rules(verdicts: list[diagnosis.Verdict]) -> None:
 
 def amount(value: float | None, unit: str) -> str:
   """A figure in its unit."""
-  from cpt_jax.train import console
+  from cpt_jax.training import console
 
   if value is None:
     return "?"
@@ -271,7 +271,7 @@ def amount(value: float | None, unit: str) -> str:
 
 def show_verdict(verdict: diagnosis.Verdict, next_command: str) -> None:
   """What it is, why, and where to begin."""
-  from cpt_jax.train import console
+  from cpt_jax.training import console
 
   grid = rich.table.Table.grid(padding=(0, 2), pad_edge=False)
   grid.add_column(style="dim", no_wrap=True)
@@ -345,7 +345,7 @@ def command(verdict: diagnosis.Verdict, request: Request, base: Any, opened: dic
 
 def enough_heldout(found: list[stores.TokenStore], wanted: float) -> float:
   """`wanted`, or the least share (two digits, rounded up) at which every store holds a document out."""
-  from cpt_jax.data.sources import mix64
+  from cpt_jax.stream.sources import mix64
 
   least = max(float(mix64(store.doc_hashes()[store.lengths > 1]).min()) / 2**64 for store in found)
   if least < wanted:
@@ -362,7 +362,7 @@ def diagnose() -> None:
   """
   problems = Problems()
   request = read_flags(problems)
-  from cpt_jax.probe import diagnosis as measure
+  from cpt_jax.diagnosis import measure
 
   base = measure.open_base(_HF.value, problems)
   texts = text_sources(request, problems)

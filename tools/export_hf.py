@@ -1,7 +1,6 @@
 """A run's checkpoint -> a Hugging Face directory that transformers loads, with the base's tokenizer and generation files.
 
 Invariant: the directory appears whole or not at all; the run is only read, on the CPU, and may go on training meanwhile.
-Called by people: python tools/export_hf.py --run runs/zh --output exported/ [--step 1000] [--dtype bfloat16]
 
 Exit codes: 0 done, 74 disk or file error, 78 wrong settings (no such run, step or base).
 """
@@ -58,12 +57,12 @@ def export() -> list[str]:
     raise ConfigError(f"{source}: the run's base or tokenizer is not there any more; say where it is with --source")
   import jax
 
-  from cpt_jax import mesh
+  from cpt_jax.devices import mesh as mesh_lib
   from cpt_jax.model import pretrained
-  from cpt_jax.train import checkpoint
+  from cpt_jax.training import checkpoint
 
   step = None if _STEP.value < 0 else _STEP.value
-  with jax.set_mesh(mesh.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])):
+  with jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])):
     params, spec, step = checkpoint.load_params(run_dir, step=step)
     files = pretrained.save_params(
       params, spec, _OUTPUT.value, source_dir=source or None, hf_config=hf_config, dtype=_DTYPE.value or None

@@ -1,8 +1,6 @@
 """Loss curves -> fitted laws, their errors on curves that they did not see, parameters with intervals; as tables, JSON and PNG.
 
 Invariant: a law is scored only on curves that its fit has not seen; the same command gives the same figures.
-Called by people: python tools/fit_laws.py --law=multi_power --fit a.csv b.csv --score c.csv d.csv --json out.json --plot out.png
-                  python tools/fit_laws.py --law=all --runs probe/ --source general
 
 Exit codes: 0 done, 74 disk or file error, 78 wrong settings or files.
 """
@@ -29,14 +27,14 @@ import rich.console
 import rich.progress
 
 from cpt_jax import config as config_lib
-from cpt_jax.analysis import runs
 from cpt_jax.config import ConfigError
 from cpt_jax.laws import annealing, curves
 from cpt_jax.laws import fit as fit_lib
 from cpt_jax.laws.cpt_law import REPLAY_FORMS, CptLaw
 from cpt_jax.laws.curves import Curve, CurveLaw
 from cpt_jax.laws.fit import Fit, Scores
-from cpt_jax.train import console
+from cpt_jax.results import runs
+from cpt_jax.training import console
 
 SCHEDULE_LAWS = [annealing.Forward(), annealing.Tissue(decay_steps=1000.0), annealing.Tissue(), annealing.MultiPower()]
 CPT_LAWS = [CptLaw(replay=form, decay_steps=None) for form in REPLAY_FORMS.values()]

@@ -1,7 +1,6 @@
 """A base and text of a domain -> a base with a larger vocabulary: tokenizer, embedding rows, config.json, and what that changes.
 
-Invariant: old ids, old rows and all other weights stay as they are, byte for byte. Called by people:
-python tools/grow_vocab.py --hf base --domain 'texts/zh/*.txt' --general 'texts/en/*.txt' --size 8000 --output base-zh
+Invariant: old ids, old rows and all other weights stay as they are, byte for byte.
 
 Without weights beside the tokenizer only the tokenizer grows. Exit codes: 0 done, 65 bad text, 74 disk, 78 wrong settings.
 """
@@ -23,9 +22,9 @@ sys.path.insert(0, str(ROOT))  # a clone that is not installed
 import numpy as np
 
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.data import documents
 from cpt_jax.model import expansion, hf_files
-from cpt_jax.train import console
+from cpt_jax.store import documents
+from cpt_jax.training import console
 from cpt_jax.vocab import grow, initialise, kinds, similarity
 from cpt_jax.vocab import texts as texts_lib
 from cpt_jax.vocab.bases import Base

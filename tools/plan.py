@@ -1,7 +1,6 @@
 """A run's config and a budget -> short trials, fitted laws, and the run's config with rate, replay share and predicted losses.
 
 Invariant: the same command, given again, goes on where it stopped; finished trials are not made again, by whoever they were made.
-Called by people: python tools/plan.py --config=configs/domain.py --budget=10e9 --general_loss_rise=0.05 --output plan/
 
 Exit codes: 0 done, 74 disk or file error, 75 stopped by a signal (give the same command again), 78 wrong settings.
 """
@@ -17,8 +16,8 @@ from ml_collections import config_flags
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clone that is not installed
 
 from cpt_jax import config as config_lib
-from cpt_jax import environment
 from cpt_jax.config import ConfigError
+from cpt_jax.devices import environment
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config of the planned run; --config.key=value changes a key.")
 _OUTPUT = flags.DEFINE_string("output", "", "Directory of the plan: trials, plan.json, frontier.png, fit.png, config.py.")
@@ -42,7 +41,7 @@ EXIT_DISK, EXIT_CONFIG = 74, 78
 
 def plan() -> int:
   """Designs, runs, fits, recommends and writes, as the flags say; returns the exit code."""
-  from cpt_jax.probe import design
+  from cpt_jax.planning import design
 
   if importlib.util.find_spec("matplotlib") is None:  # said before the trials, not after them
     raise ConfigError("a plan ends with figures: pip install 'cpt_jax[plots]'")
@@ -60,12 +59,11 @@ def plan() -> int:
     trial_tokens=_TRIAL_TOKENS.value,
     longer=_numbers("longer", [times for times in _LONGER.value if times]),
   )
-  from cpt_jax.laws import plots, recommend  # jax comes with the rest, after what may be wrong with the flags
-  from cpt_jax.probe import outcome, runs, tables
-  from cpt_jax.train import console
+  from cpt_jax.planning import execute, outcome, plots, recommend, tables
+  from cpt_jax.training import console
 
-  there = runs.found_trials(config, trials_dir)
-  tables.design(designed, num_over=len(runs.measured(config, [t for t in designed.trials() if t in there], trials_dir)))
+  there = execute.found_trials(config, trials_dir)
+  tables.design(designed, num_over=len(execute.measured(config, [t for t in designed.trials() if t in there], trials_dir)))
   if _DRY_RUN.value:
     console.say("dry run: nothing was trained. Without --dry_run this command goes on.")
     return 0
@@ -83,14 +81,14 @@ def plan() -> int:
       raise ConfigError(f"the lowest rate of the sweep, {designed.ladder[0]:g}, is not stable; lower schedule.lr_peak")
   wanted = designed.grid(highest)
   if _COMMANDS.value and not _all_over(config, wanted, trials_dir):
-    return _say_commands(runs.write_commands(config, wanted, trials_dir, slurm=_SLURM.value))
+    return _say_commands(execute.write_commands(config, wanted, trials_dir, slurm=_SLURM.value))
   code = _run(config, wanted, trials_dir)
   if code:
     return code
 
   # ---- 3. fit: every trial that is there, also those that this design does not have ----
-  wanted += [trial for trial in runs.found_trials(config, trials_dir) if trial not in wanted]
-  found = runs.measured(config, wanted, trials_dir)
+  wanted += [trial for trial in execute.found_trials(config, trials_dir) if trial not in wanted]
+  found = execute.measured(config, wanted, trials_dir)
   tables.cells(found)
   tokens = outcome.trained_tokens(found, budget_tokens=designed.budget_tokens, tokens_per_step=designed.tokens_per_step)
   cells = outcome.cells_of(found)
@@ -114,40 +112,40 @@ def plan() -> int:
 
 def _sweep(config, designed, trials_dir: pathlib.Path):
   """The sweep's finished trials, and an exit code where the plan ends here."""
-  from cpt_jax.probe import runs
+  from cpt_jax.planning import execute
 
   ladder = designed.sweep()
   if _COMMANDS.value:
-    found = runs.measured(config, ladder, trials_dir)
-    if not runs.is_swept(found, ladder):
-      return found, _say_commands(runs.write_commands(config, ladder, trials_dir, slurm=_SLURM.value))
+    found = execute.measured(config, ladder, trials_dir)
+    if not execute.is_swept(found, ladder):
+      return found, _say_commands(execute.write_commands(config, ladder, trials_dir, slurm=_SLURM.value))
     return found, None
-  with runs.Progress(ladder) as bar:
-    found, code = runs.sweep(config, ladder, trials_dir, bar=bar, stack=_stack(config, ladder[0]))
+  with execute.Progress(ladder) as bar:
+    found, code = execute.sweep(config, ladder, trials_dir, bar=bar, stack=_stack(config, ladder[0]))
   return found, code or None
 
 
 def _run(config, wanted, trials_dir: pathlib.Path) -> int:
-  from cpt_jax.probe import runs
+  from cpt_jax.planning import execute
 
-  with runs.Progress(wanted) as bar:
-    return runs.run_trials(config, wanted, trials_dir, bar=bar, stack=_stack(config, wanted[0]))
+  with execute.Progress(wanted) as bar:
+    return execute.run_trials(config, wanted, trials_dir, bar=bar, stack=_stack(config, wanted[0]))
 
 
 def _stack(config, trial) -> int:
-  from cpt_jax.probe import stacked, trials
+  from cpt_jax.planning import stacked, trials
 
   return _STACK.value or stacked.how_many(trials.trial_config(config, trial))
 
 
 def _all_over(config, wanted, trials_dir: pathlib.Path) -> bool:
-  from cpt_jax.probe import runs
+  from cpt_jax.planning import execute
 
-  return len(runs.measured(config, wanted, trials_dir)) == len(wanted)
+  return len(execute.measured(config, wanted, trials_dir)) == len(wanted)
 
 
 def _say_commands(files: list[pathlib.Path]) -> int:
-  from cpt_jax.train import console
+  from cpt_jax.training import console
 
   for file in files:
     console.say(f"wrote    {file}")

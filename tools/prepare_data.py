@@ -1,7 +1,6 @@
-"""Raw text files -> a token store (cpt_jax.data.prepare), from the command line.
+"""Raw text files -> a token store (cpt_jax.store.prepare), from the command line.
 
 Invariant: the same command, given again, goes on where it was interrupted, and does nothing once the store is finished.
-Called by people: python tools/prepare_data.py --input 'texts/*.jsonl.gz' --tokenizer path/to/base --output store/zh
 
 Exit codes: 0 done, 65 bad input texts, 74 disk or file error, 75 interrupted (give the same command again), 78 wrong settings.
 """
@@ -15,7 +14,7 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone that is not installed
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data import chat, decontaminate, documents, prepare, store
+from cpt_jax.store import chat, decontaminate, documents, prepare, store
 
 _INPUT = flags.DEFINE_multi_string("input", [], "Path or quoted glob of .txt, .jsonl or .parquet (.gz, .zst too); repeatable.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "Directory of the base model, or its tokenizer.json or SentencePiece model.")

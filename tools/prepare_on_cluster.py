@@ -1,7 +1,6 @@
-"""Raw text files -> a token store by datatrove's executors (cpt_jax.data.cluster): this machine, Slurm or Ray.
+"""Raw text files -> a token store by datatrove's executors (cpt_jax.store.cluster): this machine, Slurm or Ray.
 
-Invariant: the same command, given again, does what is not done yet; the store is the one that tools/prepare_data.py makes.
-Called by people: python tools/prepare_on_cluster.py --executor=slurm --partition=cpu --time=04:00:00 --input ... (as
+Invariant: the same command, given again, does what is not done yet; the store is the one that tools/prepare_data.py makes. (as
 tools/prepare_data.py, whose flags and exit codes this has too).
 """
 
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone that 
 import prepare_data
 
 from cpt_jax.config import Problems, did_you_mean
-from cpt_jax.data.prepare import Task
+from cpt_jax.store.prepare import Task
 
 _FILTER_NAMES = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
 
@@ -42,7 +41,7 @@ _SBATCH = flags.DEFINE_multi_string("sbatch", [], "slurm: another option of sbat
 def run() -> list[str]:
   """Does what the flags ask for; returns the lines to print."""
   _check()
-  from cpt_jax.data import cluster
+  from cpt_jax.store import cluster
 
   values = flags.FLAGS
   machines = cluster.Machines(

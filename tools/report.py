@@ -1,7 +1,6 @@
 """A run, and the plan that it followed -> predicted against measured: a table and a figure.
 
 Invariant: reads records alone; a run that is still going is reported as far as it is.
-Called by people: python tools/report.py --run runs/law --plan plan/
 
 Exit codes: 0 done, 78 no such run or plan, or nothing was predicted for it.
 """
@@ -13,9 +12,9 @@ from absl import app, flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clone that is not installed
 
-from cpt_jax.analysis import report, runs
 from cpt_jax.config import ConfigError
-from cpt_jax.train import console
+from cpt_jax.results import report, runs
+from cpt_jax.training import console
 
 _RUN = flags.DEFINE_string("run", "", "Directory of the run.")
 _PLAN = flags.DEFINE_string("plan", "", "Directory of its plan; without it, the prediction that the run's config records.")

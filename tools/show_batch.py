@@ -1,7 +1,6 @@
 """A run's record and a step -> what the model saw in it: each row's source, epoch and documents, decoded. Needs no device.
 
 Invariant: prints the rows that training read (the same loader, from the run's own record), or refuses if a store has changed.
-Called by people: python tools/show_batch.py --run runs/quickstart --step 17
 
 Exit codes: 0 done, 78 no such run or step, or a store that is not what it was.
 """
@@ -16,8 +15,8 @@ from absl import app, flags
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clone that is not installed
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data import pipeline
-from cpt_jax.data import tokenizer as tokenizers
+from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.stream import pipeline
 
 _RUN = flags.DEFINE_string("run", "", "Directory of the run.")
 _STEP = flags.DEFINE_integer("step", None, "The step, from 0: its batch makes the update from `step` to `step` + 1.")
@@ -43,11 +42,11 @@ def rows_of(run: pathlib.Path, step: int, chosen: list[int]) -> list[dict[str, A
   wrong = [b for b in chosen if not 0 <= b < loader.batch_rows]
   if wrong:
     raise ConfigError(f"--rows={wrong}: a batch has the rows 0 to {loader.batch_rows - 1}")
-  tokenizer = tokenizers.load(config["data"]["tokenizer"])
+  tokenizer = tokenizer_lib.load(config["data"]["tokenizer"])
   return [_row(loader, tokenizer, step, b) for b in chosen or range(loader.batch_rows)]
 
 
-def _row(loader: pipeline.Loader, tokenizer: tokenizers.Tokenizer, step: int, b: int) -> dict[str, Any]:
+def _row(loader: pipeline.Loader, tokenizer: tokenizer_lib.Tokenizer, step: int, b: int) -> dict[str, Any]:
   index = step * loader.batch_rows + b
   m, nth, pieces = loader.locate(index)
   source, plan, batch = loader.sources[m], loader.plans[m], loader.row(index)

@@ -10,11 +10,11 @@ Nothing is computed again and the layers stand one by one (model.scan=False): th
 A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
 """
 
-from cpt_jax import config
+from cpt_jax import config as config_lib
 
 
 def get_config():
-  c = config.default()
+  c = config_lib.default()
   c.model.scratch = "configs/architectures/llama3_1b.json"
   c.model.remat = "none"
   c.model.scan = False

@@ -10,11 +10,11 @@ all hosts, since no host's eight GPUs hold it; every layer's gather crosses the 
 A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
 """
 
-from cpt_jax import config
+from cpt_jax import config as config_lib
 
 
 def get_config():
-  c = config.default()
+  c = config_lib.default()
   c.model.scratch = "configs/architectures/llama3_70b.json"
   c.model.remat = "attention_dots"
   c.data.row_len = 4096

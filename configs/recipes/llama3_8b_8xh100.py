@@ -10,11 +10,11 @@ One row a GPU and part, 16 parts: 524,288 tokens a step. With two rows XLA finds
 A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
 """
 
-from cpt_jax import config
+from cpt_jax import config as config_lib
 
 
 def get_config():
-  c = config.default()
+  c = config_lib.default()
   c.model.scratch = "configs/architectures/llama3_8b.json"
   c.model.remat = "dots"
   c.data.row_len = 4096

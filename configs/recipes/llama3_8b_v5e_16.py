@@ -10,11 +10,11 @@ of the loss and no accumulation, so 65,536 tokens a step.
 A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
 """
 
-from cpt_jax import config
+from cpt_jax import config as config_lib
 
 
 def get_config():
-  c = config.default()
+  c = config_lib.default()
   c.model.scratch = "configs/architectures/llama3_8b.json"
   c.model.remat = "full"
   c.model.loss_chunk = 1024

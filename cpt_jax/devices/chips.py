@@ -1,7 +1,6 @@
 """A chip's name -> its peak, memory and links; a topology's name -> how many there are and how they hang together.
 
 Invariant: every figure of a chip stands here, once, with its source; this module never imports jax.
-Called by train.metrics, train.ahead, analysis.roofline, tools.
 """
 
 import math

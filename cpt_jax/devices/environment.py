@@ -1,7 +1,6 @@
 """What kind of machine this is -> the variables that jax, XLA and libtpu read when they start, each set here with its reason.
 
 Invariant: what a person has set stays, and no other module sets any of them. Never imports jax, which reads them once.
-Called by main, tools.
 """
 
 import glob

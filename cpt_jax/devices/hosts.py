@@ -1,7 +1,7 @@
 """One process per host -> one run: they connect, agree on what they run, wait for each other, and end together.
 
 Invariant: with one process nothing here does anything; nothing here enters a compiled program; the first error of any process
-ends every process, with its words and its exit code. Called by main, train.
+ends every process, with its words and its exit code.
 """
 
 import collections

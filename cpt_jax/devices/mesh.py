@@ -1,7 +1,7 @@
 """Logical axis names -> places on the device mesh; rows on hosts -> global arrays.
 
 Invariant: model code says what a dimension is (LOGICAL_RULES' left column), this module alone says where it lives; with no
-mesh set every function here leaves its argument as it is. Called by model, train and evals.
+mesh set every function here leaves its argument as it is.
 """
 
 import math

@@ -1,7 +1,7 @@
 """A base model and token stores -> the figures of every source, and what is to be said of each: what tools/diagnose.py prints.
 
-Invariant: the base is evaluated as a run does it (data.pipeline.evaluation_rows, evals.perplexity), on the run's own held-out
-documents where there are enough of them; nothing is loaded whole but the base and the stores' indices. Called by tools.diagnose.
+Invariant: the base is evaluated as a run does it (stream.pipeline.evaluation_rows, training.perplexity), on the run's own
+held-out documents where there are enough of them; nothing is loaded whole but the base and the stores' indices.
 """
 
 import pathlib
@@ -12,19 +12,19 @@ import jax
 import numpy as np
 
 from cpt_jax import config as config_lib
-from cpt_jax import mesh as mesh_lib
-from cpt_jax.analysis import diagnosis
-from cpt_jax.analysis.diagnosis import Figures
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.data import corpus, excerpts, pipeline
-from cpt_jax.data import store as stores
-from cpt_jax.data import tokenizer as tokenizers
-from cpt_jax.data.excerpts import Excerpts
-from cpt_jax.data.sources import Source
-from cpt_jax.evals import perplexity
+from cpt_jax.devices import mesh as mesh_lib
+from cpt_jax.diagnosis import verdict
+from cpt_jax.diagnosis.verdict import Figures
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.train import step
+from cpt_jax.store import corpus
+from cpt_jax.store import store as stores
+from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.stream import excerpts, pipeline
+from cpt_jax.stream.excerpts import Excerpts
+from cpt_jax.stream.sources import Source
+from cpt_jax.training import perplexity, step
 
 # Of each source for what needs no model: enough that chance moves the distance by less than 0.01 bits (docs/diagnose.md).
 TEXT_TOKENS = 1_000_000
@@ -38,7 +38,7 @@ class Base(NamedTuple):
 
   path: str
   spec: spec_lib.ModelSpec
-  tokenizer: tokenizers.Tokenizer
+  tokenizer: tokenizer_lib.Tokenizer
 
 
 class Held(NamedTuple):
@@ -61,7 +61,7 @@ def open_base(path: str, problems: Problems) -> Base | None:
     spec = spec_lib.from_hf(spec_lib.load_hf_config(path))
     pretrained.check_files(path, spec)
   with problems.collect():
-    tokenizer = tokenizers.load(path)
+    tokenizer = tokenizer_lib.load(path)
   return None if spec is None or tokenizer is None else Base(path, spec, tokenizer)
 
 
@@ -127,7 +127,7 @@ def hold_out(
   return Held(rows_of, f"excerpts of {len(drawn):,} documents" if drawn.num_cut else f"{len(drawn):,} documents")
 
 
-def _text_bytes(drawn: Excerpts, i: int, tokenizer: tokenizers.Tokenizer) -> int:
+def _text_bytes(drawn: Excerpts, i: int, tokenizer: tokenizer_lib.Tokenizer) -> int:
   """UTF-8 bytes of an excerpt's text, as far as it counts in the loss."""
   ids = drawn.excerpt(i)
   text = tokenizer.decode(ids[drawn.loss_mask(i, 0, len(ids))].tolist())
@@ -135,7 +135,7 @@ def _text_bytes(drawn: Excerpts, i: int, tokenizer: tokenizers.Tokenizer) -> int
   return len(text.replace("\ufffd", "?").encode())
 
 
-def evaluate(base: Base, held: dict[str, Held], *, config: Any, on_batch: Callable[[], None]) -> dict[str, diagnosis.Loss]:
+def evaluate(base: Base, held: dict[str, Held], *, config: Any, on_batch: Callable[[], None]) -> dict[str, verdict.Loss]:
   """The base's loss on every source; `on_batch` is called after each batch."""
   mesh = mesh_lib.make_mesh(data=-1, fsdp=1, context=1, tensor=1)
   with jax.set_mesh(mesh):
@@ -155,7 +155,7 @@ def evaluate(base: Base, held: dict[str, Held], *, config: Any, on_batch: Callab
       )[name]
       sums, tokens = zip(*[(float(part.loss), float(part.tokens)) for part in jax.device_get(parts)], strict=True)
       error = corpus.ratio_error(sums, tokens)
-      found[name] = diagnosis.Loss(
+      found[name] = verdict.Loss(
         loss.loss,
         error,
         loss.bits_per_byte,
@@ -170,8 +170,8 @@ def evaluate(base: Base, held: dict[str, Held], *, config: Any, on_batch: Callab
 class Sample(NamedTuple):
   """A source's text without a model: what is measured of it alone, and the tokens that are compared with other sources'."""
 
-  store: diagnosis.Store
-  vocabulary: diagnosis.Vocabulary
+  store: verdict.Store
+  vocabulary: verdict.Vocabulary
   lengths: corpus.Lengths
   text: corpus.Text
   beginnings: bytes  # of the excerpts' texts, to be compressed
@@ -194,14 +194,14 @@ def describe(store: stores.TokenStore, base: Base, *, max_tokens: int = TEXT_TOK
   saving = None if own is None else 1.0 - own / max(sum(content[1::2]), 1)
   num_bytes = store.num_bytes
   return Sample(
-    diagnosis.Store(
+    verdict.Store(
       str(store.path),
       store.num_documents,
       store.num_tokens,
       num_bytes,
       store.num_tokens / num_bytes if num_bytes else drawn.num_tokens / max(text.bytes, 1),
     ),
-    diagnosis.Vocabulary(
+    verdict.Vocabulary(
       sample_tokens=drawn.num_tokens,
       byte_frac=float(counts_V[sorted(tokenizer.byte_ids)].sum() / num_content),
       unknown_frac=0.0 if tokenizer.unk_id is None else float(counts_V[tokenizer.unk_id] / num_content),
@@ -215,17 +215,17 @@ def describe(store: stores.TokenStore, base: Base, *, max_tokens: int = TEXT_TOK
   )
 
 
-def distance(parts: Sequence[np.ndarray], general: Sequence[np.ndarray], *, vocab_size: int) -> diagnosis.Distance:
+def distance(parts: Sequence[np.ndarray], general: Sequence[np.ndarray], *, vocab_size: int) -> verdict.Distance:
   """Of a source to a half of the general one, and of this half to the other: three samples of the same size."""
   half, other = corpus.halves(general)
   num_tokens = min(sum(map(len, side)) for side in (parts, half, other))
   counts = [corpus.count_tokens(side, vocab_size=vocab_size, max_tokens=num_tokens) for side in (parts, half, other)]
-  return diagnosis.Distance(
+  return verdict.Distance(
     corpus.jensen_shannon_bits(counts[0], counts[1]), corpus.jensen_shannon_bits(counts[2], counts[1]), num_tokens
   )
 
 
-def gather(samples: dict[str, Sample], losses: dict[str, diagnosis.Loss], *, general: str, vocab_size: int) -> dict[str, Figures]:
+def gather(samples: dict[str, Sample], losses: dict[str, verdict.Loss], *, general: str, vocab_size: int) -> dict[str, Figures]:
   """All figures of every source; the general source's distance is that of its halves."""
   found = {}
   for name, sample in samples.items():
@@ -233,6 +233,6 @@ def gather(samples: dict[str, Sample], losses: dict[str, diagnosis.Loss], *, gen
     apart = distance(parts, samples[general].parts, vocab_size=vocab_size)
     size = min(len(sample.beginnings), len(samples[general].beginnings))
     own, theirs = (corpus.compressed_bits(side.beginnings[:size]) for side in (sample, samples[general]))
-    xz = diagnosis.Compressed(own, theirs, size)
+    xz = verdict.Compressed(own, theirs, size)
     found[name] = Figures(name, sample.store, losses[name], xz, sample.vocabulary, apart, sample.lengths, sample.text)
   return found

@@ -1,13 +1,12 @@
 """Figures of a base on its sources -> which kind of continual pretraining, what of the vocabulary, where to begin, and why.
 
 Invariant: a verdict follows from the rules alone, and every rule shows its figure, its threshold and where that comes from.
-Called by probe.diagnosis.
 """
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from cpt_jax.data.corpus import Lengths, Text, new_scripts_frac
+from cpt_jax.store.corpus import Lengths, Text, new_scripts_frac
 from cpt_jax.vocab import verdict as vocab_verdict
 from cpt_jax.vocab.verdict import EXPAND, KEEP, REPEATS, Finding, Rule
 

@@ -1,7 +1,6 @@
 """Rates of every step -> the loss at every step: laws of whole curves under any schedule of the learning rate.
 
 Invariant: each law is a frozen object with its own gradient, for laws.fit; its inputs are a sequence of laws.curves.Curve.
-Called by laws.cpt_law, tools.fit_laws.
 """
 
 import dataclasses

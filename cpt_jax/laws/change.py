@@ -1,7 +1,6 @@
 """A law of losses -> the same law for a fit whose errors are relative to the change from the base.
 
 Invariant: u = asinh(change / SMALL), straight for changes below SMALL nats, logarithmic above; loss = base + SMALL sinh(u).
-Called by laws.choose.
 
 The runs of a grid are off by about a share of what they forgot: by thousandths of a nat at a low rate, by a tenth where a high
 rate cost a nat. In nats, or in log losses, the harshest runs would decide the fit, the choice and the width of every interval,

@@ -1,7 +1,6 @@
 """Loss changes of runs with several domain shares -> the critical mixture ratio, the largest share the general loss allows.
 
 Invariant: tokens in any one unit throughout; a ratio is a domain share, 0..1.
-Called by tools that look for a share.
 
 Gu et al. (2407.17467): over tokens T the domain loss changes by a1 T^s1 + b1, the general loss by a2 T^s2 + a3 T^s3 + b2 (it
 rises, then falls); at a fixed T the domain loss is a R^s + b in the share R; and the critical ratio grows as a4 T^s4 + b3. Their

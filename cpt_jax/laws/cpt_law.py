@@ -1,7 +1,7 @@
 """Rates, replay and the base's past -> old-domain or new-domain loss at every step of continual pretraining (2505.07796).
 
 Invariant: the same law for both losses, the sign of B telling them apart; how replay damps the shift is a part that can be
-exchanged, since no published form of it holds everywhere. Called by tools.fit_laws, probe.
+exchanged, since no published form of it holds everywhere.
 """
 
 import dataclasses

@@ -1,8 +1,7 @@
 """Logged steps, rates and losses of a run -> a Curve: its rate at every step, and the areas that the laws read from it.
 
 Invariant: the loss at step t is that after t updates, and the rate at t that of the update which follows (as in
-train.schedule); so a change of the rate at t shows in no loss before t + 1. Called by laws.annealing, laws.cpt_law,
-tools.fit_laws.
+training.schedule); so a change of the rate at t shows in no loss before t + 1.
 """
 
 import csv
@@ -17,10 +16,10 @@ import numpy as np
 import scipy.signal
 
 from cpt_jax import config as config_lib
-from cpt_jax.analysis.runs import Run
 from cpt_jax.config import ConfigError
 from cpt_jax.laws import fit as fit_lib
 from cpt_jax.laws.fit import Fit, Law, Prior
+from cpt_jax.results.runs import Run
 
 COLUMNS = ("step", "lr", "loss")
 _PIECES_PER_OCTAVE = 2  # of the distance from a fall to a loss; see Curve.falls

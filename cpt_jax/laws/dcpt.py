@@ -1,7 +1,6 @@
 """Share of a corpus, tokens and parameters of a run -> its final loss on that corpus, by the D-CPT law.
 
 Invariant: r is the share of the corpus whose loss is predicted: the replay share for role "replay", 1 - replay for role "domain".
-Called by laws.choose and tools that look for a share.
 
 Que et al. (2406.01375), their form L3: L(N, D, r) = E + A / N^alpha + B r^eta / D^beta + C / (r + eps)^gamma, a fit for each
 corpus. It demands dL/dD < 0, dL/dr < 0 and d2L/dDdr < 0; with free parameters none of these is certain, so `violations` looks.

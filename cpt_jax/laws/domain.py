@@ -1,7 +1,6 @@
 """Rate, replay share and tokens of a run -> its final loss on the text that is to be learnt.
 
 Invariant: loss = base - gain; e = rate / rate0, t = tokens / tokens0, and the domain's share is 1 - rho, rho being the replay's.
-Called by laws.choose.
 
 The gain grows with the rate, the tokens and the domain's share, by a logarithm or a saturating power; too high a rate takes
 some of it back. Which form serves is decided by held-out error (laws.choose), not here.

@@ -1,7 +1,6 @@
 """A law, inputs and measured losses -> fitted parameters, predictions with intervals, and scores.
 
 Invariant: deterministic given the seed; a law is compared by what it predicts, never by its parameters (they lie on ridges).
-Called by tools.fit_laws and whatever else fits a law of this folder.
 
 The objective is the one of the papers whose laws stand here: the Huber loss of the difference between predicted and measured
 log loss, with delta = 1e-3 (printed in 2407.02118 sec. 3 and 2503.12811; 2408.11029 and 2505.07796 use the same form), and

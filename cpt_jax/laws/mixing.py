@@ -1,7 +1,6 @@
 """Shares of many sources -> the final loss of one, by the data mixing law, and the shares that serve best.
 
 Invariant: shares sum to 1, so the last source has no exponent of its own: k holds it. The best shares lie among the measured.
-Called by laws.choose and tools that look for shares.
 
 Ye et al. (2403.16952): L_i(r) = c_i + k_i exp(sum_j t_ij r_j), a fit for each source i; t_ij < 0 where source j helps source i.
 """

@@ -1,7 +1,6 @@
 """Rate, replay share and tokens of a run -> its final loss on text like the base's own.
 
 Invariant: loss = base + F, the forgetting; e = rate / rate0, t = tokens / tokens0, and rho is the replay share.
-Called by laws.choose.
 
 F falls about by the logarithm of the replay share: on the runs of Ibrahim et al. (2403.08763, table 2) with up to 50% replay
 F = f0 - b ln(rho) has R2 .998 for a strong shift and .977 for a weak one, where a power of rho has .961 and .845. rho0 > 0 keeps

@@ -1,7 +1,6 @@
 """A law that is linear in some parameters -> its prediction, exact gradient and good starting points.
 
 Invariant: loss_n = offset_n + columns_nK(shape_Q) @ linear_K, the offset being the base's loss; theta_P = linear_K, shape_Q.
-Called by the laws of final losses (replay, domain, dcpt, cmr, mixing, transfer).
 
 Where the shape parameters are given, the best linear ones follow by least squares (variable projection, Golub and Pereyra 1973).
 So starting points are drawn for the few shape parameters only, and a fit rarely needs more than a handful of them.

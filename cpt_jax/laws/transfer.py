@@ -1,7 +1,6 @@
 """Parameters and tokens of a model continued in a new language -> its loss there, by the cross-lingual law.
 
 Invariant: E, A and alpha are those of models trained from scratch in that language; only the data's term is fitted.
-Called by tools that compare continued training with training from scratch.
 
 Zheng et al. (2407.02118, sec. 3): L(N, D) = E + A / N^alpha + B' / (D^beta' N^gamma). Larger models need less data for
 the same loss.

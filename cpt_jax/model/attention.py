@@ -1,7 +1,7 @@
 """Queries, keys, values and segments -> attended values; the one place that chooses an implementation.
 
 Invariant: every implementation computes causal attention inside a segment, softmax in float32; `plain` is what the others are
-held to. A padded position (segment 0) attends to padding, so no row of the mask is empty. Called by model.transformer.
+held to. A padded position (segment 0) attends to padding, so no row of the mask is empty.
 """
 
 import functools
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from cpt_jax import mesh
+from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import blockwise, cudnn
 from cpt_jax.model.visible import HIDDEN, KEPT, visible
 
@@ -65,47 +65,47 @@ def attend(
   row_len = k_BSKH.shape[1]
   windows = tuple(min(window, row_len) for window in windows)
   call = Call(
-    platform=mesh.platform(),
+    platform=mesh_lib.platform(),
     dtype=q_BTNH.dtype.name,
     row_len=row_len,
     head_dim=q_BTNH.shape[3],
     windows=windows,
     max_documents=max_documents,
-    num_elements=q_BTNH.size // (mesh.num_parts("batch") * mesh.num_parts("all_heads")),
+    num_elements=q_BTNH.size // (mesh_lib.num_parts("batch") * mesh_lib.num_parts("all_heads")),
     is_whole=by_heads,
   )
-  run = mesh.per_device(
+  run = mesh_lib.per_device(
     functools.partial(_local, call=call, implementation=choose(kind, call)),
     inputs=(("batch", seq, heads, None), of_keys, of_keys, ("batch", seq), ("batch", None), ()),
     output=("batch", seq, heads, None),
   )
-  q_BTNH = mesh.constrain(q_BTNH, "batch", seq, heads, None)
-  k_BSKH, v_BSKH = mesh.constrain(k_BSKH, *of_keys), mesh.constrain(v_BSKH, *of_keys)
-  segments = (mesh.constrain(segments_BT, "batch", seq), mesh.constrain(segments_BT, "batch", None))
+  q_BTNH = mesh_lib.constrain(q_BTNH, "batch", seq, heads, None)
+  k_BSKH, v_BSKH = mesh_lib.constrain(k_BSKH, *of_keys), mesh_lib.constrain(v_BSKH, *of_keys)
+  segments = (mesh_lib.constrain(segments_BT, "batch", seq), mesh_lib.constrain(segments_BT, "batch", None))
   out_BTNH = run(q_BTNH, k_BSKH, v_BSKH, *segments, jnp.asarray(layer_window, jnp.int32))
-  return mesh.constrain(out_BTNH, "batch", "seq", "heads", None)
+  return mesh_lib.constrain(out_BTNH, "batch", "seq", "heads", None)
 
 
 def _divides_heads(num_heads: int, num_kv_heads: int) -> bool:
   """Can the devices that share a row share its heads instead, each with the key heads that its queries read."""
-  shares = mesh.axis_size("tensor") * mesh.axis_size("context")
+  shares = mesh_lib.axis_size("tensor") * mesh_lib.axis_size("context")
   return num_heads % shares == 0 and (num_kv_heads % shares == 0 or shares % num_kv_heads == 0)
 
 
 def _repeat(x_BSKH: jax.Array) -> jax.Array:
   """Each key head as often as devices need it."""
-  times = max(1, mesh.axis_size("tensor") * mesh.axis_size("context") // x_BSKH.shape[2])
+  times = max(1, mesh_lib.axis_size("tensor") * mesh_lib.axis_size("context") // x_BSKH.shape[2])
   if times == 1:
     return x_BSKH
   rows, row_len, num_kv_heads, head_dim = x_BSKH.shape
   repeated = jnp.broadcast_to(x_BSKH[:, :, :, None], (rows, row_len, num_kv_heads, times, head_dim))
-  return mesh.reshape(repeated, (rows, row_len, num_kv_heads * times, head_dim), to=("batch", "seq", "kv_heads", None))
+  return mesh_lib.reshape(repeated, (rows, row_len, num_kv_heads * times, head_dim), to=("batch", "seq", "kv_heads", None))
 
 
 def choose(kind: str, call: Call) -> str:
   """The implementation that runs: the one asked for, or else the first of "auto" that can, with a warning that says why.
 
-  The order on GPUs is that of tools/bench_gpu.py on an H200 (docs/gpu.md). On CPU (2 cores, B16 T256 N4 K2 H32,
+  The order on GPUs is that of tools/bench/bench_gpu.py on an H200 (docs/gpu.md). On CPU (2 cores, B16 T256 N4 K2 H32,
   forward and backward) `plain` takes 96-128 ms, `jax.nn.dot_product_attention` 140 ms and `blockwise` 27 ms, since it skips what
   causality hides and its scores stay in the cache.
   """
@@ -173,11 +173,11 @@ def _local(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, layer_window, *
     window = call.windows[0] if call.windows else None
     return cudnn.attend(q_BTNH, k_BSKH, v_BSKH, k_segments_BS, window=window, max_documents=call.max_documents)
   if implementation == "splash":
-    from cpt_jax.model import splash  # Pallas takes a third of a second to import, and a CPU never needs it
+    from cpt_jax.model import splash
 
     kernels = [functools.partial(splash.splash, window=window) for window in call.windows or (None,)]
     return jax.lax.switch(layer_window, kernels, q_BTNH, k_BSKH, v_BSKH, k_segments_BS)
-  start = 0 if call.is_whole else mesh.first_position(q_BTNH.shape[1])
+  start = 0 if call.is_whole else mesh_lib.first_position(q_BTNH.shape[1])
   window = jnp.asarray(call.windows, jnp.int32)[layer_window] if call.windows else call.row_len
   function = {"plain": plain, "blockwise": blockwise.blockwise}.get(implementation)
   if function is None:

@@ -1,7 +1,7 @@
 """Queries, keys and values in pairs of blocks -> attended values, memory linear in the row length; plain XLA, for any backend.
 
 Invariant: the recurrences of FlashAttention-2 (2307.08691): a running maximum and sum forward, probabilities recomputed from the
-saved log-sum-exp backward; the same values as attention.plain. Called by model.attention.
+saved log-sum-exp backward; the same values as attention.plain.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from cpt_jax import mesh
+from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model.visible import HIDDEN, KEPT, segment_starts, visible
 
 # Queries are in I blocks of P positions, keys in J blocks of Q; R = G * P query rows share a key head, so that grouped
@@ -61,7 +61,7 @@ def _block_size(length: int, block: int | None) -> tuple[int, int]:
   """Positions in a block and how many blocks, for little padding."""
   if block is None:
     # Measured on CPU: 64 is best at 256 positions, 64 to 128 at 1024, 128 at 4096. An accelerator wants larger products.
-    block = (64 if length <= 512 else 128) if mesh.platform() == "cpu" else 512
+    block = (64 if length <= 512 else 128) if mesh_lib.platform() == "cpu" else 512
   num_blocks = math.ceil(length / block)
   return math.ceil(length / num_blocks), num_blocks
 

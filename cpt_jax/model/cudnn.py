@@ -1,7 +1,7 @@
 """Queries, keys and values -> attended values by cuDNN's fused attention on NVIDIA GPUs.
 
 Invariant: documents stay apart by packed offsets, without a mask in memory; rows of one document by causality alone, so that what
-the padding at their end attends to is of no meaning. Called by model.attention.
+the padding at their end attends to is of no meaning.
 
 `jax.nn.dot_product_attention` takes no offsets, so the primitives beneath it are called here, and nowhere else; `why_not` finds
 out whether they are as they were in the releases that this was tried with (jax 0.10.2, 0.11.2).

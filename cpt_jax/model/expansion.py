@@ -1,7 +1,6 @@
 """A Hugging Face directory and a grown tokenizer's record -> the directory of a model with more rows.
 
 Invariant: old rows and all other tensors are written byte for byte as they were; memory holds a block of rows, never a table.
-Called by tools/grow_vocab.py; never jax.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """A Hugging Face directory on disk <-> tensors by name (numpy views of mapped files), and the files that travel with them.
 
 Invariant: every size, name and dtype is checked before a byte of a tensor is read; nothing outside the directory is opened and
-no file that could run code is read; what is written appears whole or not at all. Called by model.pretrained; never jax.
+no file that could run code is read; what is written appears whole or not at all.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Hidden states and one parameter -> hidden states: the pieces that every decoder shares.
 
-Invariant: norms are computed in float32 and return the dtype they were given. Called by model.transformer.
+Invariant: norms are computed in float32 and return the dtype they were given.
 """
 
 import functools
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from cpt_jax import mesh
+from cpt_jax.devices import mesh as mesh_lib
 
 
 # The backward pass computes it again from its input, which is kept anyway: float32 copies of it would be the largest part of what
@@ -29,8 +29,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
 
 def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
   """Rows of the table, [B, T, D]. Cast after the look-up, so that the gradients of a frequent token add up in float32."""
-  whole_VD = mesh.gathered(table_VD, "vocab", "embed")
-  return whole_VD.at[tokens_BT].get(out_sharding=mesh.out("batch", "seq", None)).astype(dtype)
+  whole_VD = mesh_lib.gathered(table_VD, "vocab", "embed")
+  return whole_VD.at[tokens_BT].get(out_sharding=mesh_lib.out("batch", "seq", None)).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -42,8 +42,8 @@ def project(
   The backward pass casts and gathers once more: what all layers had kept until then would be a second, whole model. The
   parameter's gradient is told where it will lie: found out, it is added up whole on every device of data x fsdp, and then cut.
   """
-  out = None if to is None else mesh.out(*to)
-  return jnp.einsum(equation, x, mesh.gathered(parameter.astype(x.dtype), *axes), out_sharding=out)
+  out = None if to is None else mesh_lib.out(*to)
+  return jnp.einsum(equation, x, mesh_lib.gathered(parameter.astype(x.dtype), *axes), out_sharding=out)
 
 
 def _project_forward(equation, axes, to, x, parameter):
@@ -54,11 +54,11 @@ def _project_backward(equation, axes, to, saved, d_out):
   x, parameter = saved
   inputs, out_dims = equation.split("->")
   x_dims, parameter_dims = inputs.split(",")
-  weight = mesh.gathered(parameter.astype(x.dtype), *axes)
-  (d_x,) = jax.linear_transpose(lambda x: jnp.einsum(equation, x, weight, out_sharding=None if to is None else mesh.out(*to)), x)(
-    d_out
-  )
-  d_parameter = jnp.einsum(f"{x_dims},{out_dims}->{parameter_dims}", x, d_out, out_sharding=mesh.out(*axes))
+  weight = mesh_lib.gathered(parameter.astype(x.dtype), *axes)
+  (d_x,) = jax.linear_transpose(
+    lambda x: jnp.einsum(equation, x, weight, out_sharding=None if to is None else mesh_lib.out(*to)), x
+  )(d_out)
+  d_parameter = jnp.einsum(f"{x_dims},{out_dims}->{parameter_dims}", x, d_out, out_sharding=mesh_lib.out(*axes))
   return d_x, d_parameter.astype(parameter.dtype)
 
 
@@ -67,13 +67,13 @@ project.defvjp(_project_forward, _project_backward)
 
 def swiglu(x_BTD: jax.Array, w_gate_DF: jax.Array, w_up_DF: jax.Array, w_down_FD: jax.Array) -> jax.Array:
   """Gated feed-forward with SiLU (2002.05202)."""
-  x = mesh.merge_positions(x_BTD)
+  x = mesh_lib.merge_positions(x_BTD)
   # P: positions of all rows, where no devices share a row.
   where, dims = (("batch",), "P") if x.ndim == 2 else (("batch", "seq"), "BT")
   gate = checkpoint_name(project(f"{dims}D,DF->{dims}F", ("embed", "mlp"), None, x, w_gate_DF), "gate")
   up = checkpoint_name(project(f"{dims}D,DF->{dims}F", ("embed", "mlp"), None, x, w_up_DF), "up")
   out: Any = project(f"{dims}F,FD->{dims}D", ("mlp", "embed"), (*where, None), _gate(gate, up), w_down_FD)
-  return mesh.reshape(out, x_BTD.shape, to=("batch", "seq", None))
+  return mesh_lib.reshape(out, x_BTD.shape, to=("batch", "seq", None))
 
 
 # The backward pass computes the gate again from its two inputs: cheaper than writing and reading what lies between.

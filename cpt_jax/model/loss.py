@@ -2,7 +2,6 @@
 
 Invariant: sums only, never a division; float32, but counts are whole numbers; logits exist for one chunk of positions at a time,
 and those of padding rows (spec.num_ids) are in no softmax.
-Called by train.step and evals.
 
 Two more dimensions here: J parts of the batch, as many as the devices that hold different positions, and P positions of a chunk.
 """
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from cpt_jax import mesh
+from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model.spec import ModelSpec
 
 
@@ -74,9 +73,9 @@ def objective(
     chunk: positions of each device whose logits exist at once; 0 = all.
   """
   weights_M = np.asarray(source_weights, np.float32)
-  targets_BT, weights_BT = (mesh.constrain(x, "batch", "seq") for x in (batch.targets_BT, batch.weights_BT))
+  targets_BT, weights_BT = (mesh_lib.constrain(x, "batch", "seq") for x in (batch.targets_BT, batch.weights_BT))
   # Masked sums, not products: GPUs and TPUs round the factors of a product of float32 to fewer bits.
-  is_of_source_BM = mesh.constrain(batch.source_B, "batch")[:, None] == jnp.arange(len(weights_M))[None]
+  is_of_source_BM = mesh_lib.constrain(batch.source_B, "batch")[:, None] == jnp.arange(len(weights_M))[None]
   pull_BT = weights_BT * jnp.sum(jnp.where(is_of_source_BM, weights_M[None], 0.0), axis=1)[:, None]
   stored = params["embedding"] if spec.tied else params["head"]
   static = _Static(spec.tied, spec.num_ids, z_loss, chunk)
@@ -135,13 +134,13 @@ def _by_chunk(static: _Static, hidden_BTD, stored, targets_BT, pull_BT, *, wants
   tied, num_ids, z_loss, chunk = static
   axes = ("vocab", "embed") if tied else ("embed", "vocab")
   dims = "VD" if tied else "DV"
-  head = mesh.gathered(stored.astype(hidden_BTD.dtype), *axes)
+  head = mesh_lib.gathered(stored.astype(hidden_BTD.dtype), *axes)
   wants_hidden, wants_head = wants
 
   def step(d_head, piece):
     hidden_JPD, targets_JP, pull_JP = piece
     where = ("positions", None)
-    logits_JPV = mesh.einsum(f"JPD,{dims}->JPV", hidden_JPD, head, to=(*where, "vocab"), preferred_element_type=jnp.float32)
+    logits_JPV = mesh_lib.einsum(f"JPD,{dims}->JPV", hidden_JPD, head, to=(*where, "vocab"), preferred_element_type=jnp.float32)
     ids_V = jnp.arange(head.shape[axes.index("vocab")])[None, None]
     if num_ids < head.shape[axes.index("vocab")]:  # rows that fill the vocabulary up stand for nothing
       logits_JPV = jnp.where(ids_V < num_ids, logits_JPV, -jnp.inf)
@@ -157,28 +156,28 @@ def _by_chunk(static: _Static, hidden_BTD, stored, targets_BT, pull_BT, *, wants
     of_powers_JP = pull_JP * (1 + 2 * z_loss * log_partition_JP) / partition_JP
     d_logits_JPV = powers_JPV * of_powers_JP[..., None] - jnp.where(is_target_JPV, pull_JP[..., None], 0.0)
     d_logits_JPV = d_logits_JPV.astype(hidden_JPD.dtype)
-    d_hidden_JPD = mesh.einsum(f"JPV,{dims}->JPD", d_logits_JPV, head, to=(*where, None)) if wants_hidden else None
+    d_hidden_JPD = mesh_lib.einsum(f"JPV,{dims}->JPD", d_logits_JPV, head, to=(*where, None)) if wants_hidden else None
     if wants_head:  # for each device's positions alone: what devices have is added once, after the last chunk
       d_head += jnp.einsum(f"JPD,JPV->J{dims}", hidden_JPD, d_logits_JPV, preferred_element_type=jnp.float32)
     return d_head, (terms, d_hidden_JPD)
 
   of_part = [None if name == "embed" else name for name in axes]
-  shape = mesh.num_parts("positions"), *head.shape
-  d_head = jnp.zeros(shape, jnp.float32, out_sharding=mesh.out("positions", *of_part)) if wants_head else None
+  shape = mesh_lib.num_parts("positions"), *head.shape
+  d_head = jnp.zeros(shape, jnp.float32, out_sharding=mesh_lib.out("positions", *of_part)) if wants_head else None
   pieces = tuple(_in_chunks(x, chunk) for x in (hidden_BTD, targets_BT, pull_BT))
   d_head, (terms, d_hidden) = jax.lax.scan(step, d_head, pieces)
   d_hidden_BTD = None if d_hidden is None else _from_chunks(d_hidden, hidden_BTD.shape)
-  d_stored = None if d_head is None else mesh.constrain(jnp.sum(d_head, axis=0), *axes)
+  d_stored = None if d_head is None else mesh_lib.constrain(jnp.sum(d_head, axis=0), *axes)
   return [_from_chunks(x, targets_BT.shape) for x in terms], (d_hidden_BTD, d_stored)
 
 
 def _picked(logits_JPV: jax.Array, targets_JP: jax.Array, is_target_JPV: jax.Array) -> jax.Array:
   """The targets' logits, [J, P]."""
-  if mesh.num_parts("vocab") > 1:  # no device has them all
+  if mesh_lib.num_parts("vocab") > 1:  # no device has them all
     return jnp.sum(jnp.where(is_target_JPV, logits_JPV, 0.0), axis=-1)
   pick = lambda logits_JPV, targets_JP: jnp.take_along_axis(logits_JPV, targets_JP[..., None], axis=-1)[..., 0]  # noqa: E731
   where = ("positions", None)
-  return mesh.per_device(pick, inputs=((*where, "vocab"), where), output=where)(logits_JPV, targets_JP)
+  return mesh_lib.per_device(pick, inputs=((*where, "vocab"), where), output=where)(logits_JPV, targets_JP)
 
 
 def _in_chunks(x_BTx: jax.Array, chunk: int) -> jax.Array:
@@ -189,10 +188,10 @@ def _in_chunks(x_BTx: jax.Array, chunk: int) -> jax.Array:
   num_chunks = math.ceil(num_local / chunk) if chunk else 1
   size = math.ceil(num_local / num_chunks)
   # Every place is told, not found out: JAX may divide another dimension where an axis has one device.
-  x = mesh.reshape(x_BTx, (row_parts, num_rows, seq_parts, num_seq, *rest), to=("batch", None, "seq", None, *of_rest))
-  x = mesh.reshape(x.swapaxes(1, 2), (row_parts * seq_parts, num_local, *rest), to=("positions", None, *of_rest))
+  x = mesh_lib.reshape(x_BTx, (row_parts, num_rows, seq_parts, num_seq, *rest), to=("batch", None, "seq", None, *of_rest))
+  x = mesh_lib.reshape(x.swapaxes(1, 2), (row_parts * seq_parts, num_local, *rest), to=("positions", None, *of_rest))
   x = jnp.pad(x, [(0, 0), (0, num_chunks * size - num_local)] + [(0, 0)] * len(rest))
-  x = mesh.reshape(x, (row_parts * seq_parts, num_chunks, size, *rest), to=("positions", None, None, *of_rest))
+  x = mesh_lib.reshape(x, (row_parts * seq_parts, num_chunks, size, *rest), to=("positions", None, None, *of_rest))
   return jnp.moveaxis(x, 1, 0)
 
 
@@ -201,13 +200,13 @@ def _from_chunks(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   rows, row_len, *rest = shape
   row_parts, seq_parts, num_rows, num_seq = _divided(rows, row_len)
   of_rest, num_padded = (None,) * len(rest), x.shape[0] * x.shape[2]
-  x = mesh.reshape(jnp.moveaxis(x, 0, 1), (x.shape[1], num_padded, *rest), to=("positions", None, *of_rest))
+  x = mesh_lib.reshape(jnp.moveaxis(x, 0, 1), (x.shape[1], num_padded, *rest), to=("positions", None, *of_rest))
   x = x[:, : num_rows * num_seq]
-  x = mesh.reshape(x, (row_parts, seq_parts, num_rows, num_seq, *rest), to=("batch", "seq", None, None, *of_rest))
-  return mesh.reshape(x.swapaxes(1, 2), shape, to=("batch", "seq", *of_rest))
+  x = mesh_lib.reshape(x, (row_parts, seq_parts, num_rows, num_seq, *rest), to=("batch", "seq", None, None, *of_rest))
+  return mesh_lib.reshape(x.swapaxes(1, 2), shape, to=("batch", "seq", *of_rest))
 
 
 def _divided(rows: int, row_len: int) -> tuple[int, int, int, int]:
   """Parts of the rows and parts of a row, then rows and positions of each part."""
-  row_parts, seq_parts = mesh.num_parts("batch"), mesh.num_parts("seq")
+  row_parts, seq_parts = mesh_lib.num_parts("batch"), mesh_lib.num_parts("seq")
   return row_parts, seq_parts, rows // row_parts, row_len // seq_parts

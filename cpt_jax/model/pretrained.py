@@ -1,7 +1,7 @@
 """A Hugging Face directory <-> the parameter tree, streamed: a tensor at a time on the host, straight into and out of shards.
 
 Invariant: what is read is exactly what the spec asks for, or an error that names every difference; import then export in the
-stored dtypes gives the same bytes. Called by train.start, train.loop and tools.
+stored dtypes gives the same bytes.
 """
 
 import collections

@@ -1,7 +1,6 @@
 """Positions -> the cosines and sines that rotate queries and keys.
 
 Invariant: angles are exact to float32 rounding at every position below 2**20, whatever the compute dtype.
-Called by model.transformer.
 """
 
 import math

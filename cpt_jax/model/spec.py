@@ -1,7 +1,7 @@
 """A Hugging Face config.json -> ModelSpec: the numbers that define one decoder.
 
 Invariant: a key is parsed, known to be without effect on the mathematics, or an error that names it; so a spec never stands
-for a model other than the one the file describes. Called by main, model.pretrained and everything that needs shapes.
+for a model other than the one the file describes.
 """
 
 import dataclasses
@@ -272,8 +272,8 @@ def flops_per_token(spec: ModelSpec, row_len: int, *, frozen: Sequence[str] = ()
   in `palm` and w - w^2 / 2T in `causal`. Documents in a row are not considered.
 
   Of the 6, 2 are the products forward, 2 the gradients of what goes in, 2 those of the weights. Leaves whose path one of the
-  patterns `frozen` matches, as train.step has them, lack the last, and where nothing below is trained the second too: where all
-  but the head is frozen, layers are only gone through forward. Leaves that are trained in part count whole.
+  patterns `frozen` matches, as training.step has them, lack the last, and where nothing below is trained the second too: where
+  all but the head is frozen, layers are only gone through forward. Leaves that are trained in part count whole.
   """
 
   def is_trained(path: str) -> bool:

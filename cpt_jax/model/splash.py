@@ -1,7 +1,7 @@
 """Queries, keys and values -> attended values by JAX's splash attention, the fused kernel for TPUs.
 
 Invariant: documents stay apart by segments, grouped queries read their key head in place, and blocks that causality or the window
-hides are never visited. Called by model.attention.
+hides are never visited.
 """
 
 import math

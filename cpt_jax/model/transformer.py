@@ -1,7 +1,7 @@
 """Tokens -> hidden states -> logits: the decoder, its parameters and their logical axes.
 
 Invariant: parameters are a plain nested dict in float32, layers stacked along their first dimension and scanned; NNX modules
-only declare them. Called by train.step, train.state, evals and model.pretrained.
+only declare them.
 """
 
 import functools
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from cpt_jax import mesh
+from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import attention as attention_lib
 from cpt_jax.model import layers, rope
 from cpt_jax.model.spec import ModelSpec
@@ -64,11 +64,11 @@ def on_platform(remat: str, platform: str) -> str:
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, *axes: str) -> nnx.Param:
-  return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=mesh.out(*axes)), axes=axes)
+  return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=mesh_lib.out(*axes)), axes=axes)
 
 
 def _constant(value: float, shape: tuple[int, ...], *axes: str) -> nnx.Param:
-  return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=mesh.out(*axes)), axes=axes)
+  return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=mesh_lib.out(*axes)), axes=axes)
 
 
 class Layers(nnx.Module):
@@ -122,11 +122,11 @@ def init(spec: ModelSpec, key: jax.Array) -> dict[str, Any]:
 
 def abstract_params(spec: ModelSpec) -> dict[str, Any]:
   """Shapes, dtypes and, on the mesh that is set, shardings of the parameters: a tree of ShapeDtypeStruct."""
-  placed_on = mesh.current()
+  placed_on = mesh_lib.current()
 
   def describe(shape_and_axes):
     shape, axes = shape_and_axes
-    sharding = None if placed_on is None else mesh.sharding(placed_on, *axes)
+    sharding = None if placed_on is None else mesh_lib.sharding(placed_on, *axes)
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
 
   return jax.tree.map(describe, _declared(spec), is_leaf=lambda x: isinstance(x, tuple))
@@ -167,7 +167,7 @@ def apply(
 
   `remat`: as config.py lists them; `attention`, `max_documents`: as `attention.attend`. Norms, softmax and rotations: float32.
   """
-  tokens_BT, positions_BT, segments_BT = (mesh.constrain(x, "batch", "seq") for x in (tokens_BT, positions_BT, segments_BT))
+  tokens_BT, positions_BT, segments_BT = (mesh_lib.constrain(x, "batch", "seq") for x in (tokens_BT, positions_BT, segments_BT))
   rotation = rope.tables(spec, positions_BT)
   # Programs are made for the different windows, and each layer says which is its own.
   windows = [window or tokens_BT.shape[1] for window in spec.windows_at(tokens_BT.shape[1])]
@@ -180,7 +180,7 @@ def apply(
     weights, layer_window = stacked
     x_BTD = checkpoint_name(x_BTD, "input")
     x_BTD = x_BTD + _attention(weights, spec, x_BTD, rotation, functools.partial(attend, layer_window=layer_window))
-    normed_BTD = layers.rms_norm(x_BTD, mesh.gathered(weights["mlp_norm"], "embed"), eps=spec.norm_eps)
+    normed_BTD = layers.rms_norm(x_BTD, mesh_lib.gathered(weights["mlp_norm"], "embed"), eps=spec.norm_eps)
     return x_BTD + layers.swiglu(normed_BTD, weights["w_gate"], weights["w_up"], weights["w_down"]), None
 
   if remat != "none":
@@ -192,7 +192,7 @@ def apply(
   else:
     for stacked in zip(_unstacked(params["layers"], spec.num_layers), layer_windows, strict=True):
       hidden_BTD, _ = layer(hidden_BTD, stacked)
-  return layers.rms_norm(hidden_BTD, mesh.gathered(params["final_norm"], "embed"), eps=spec.norm_eps)
+  return layers.rms_norm(hidden_BTD, mesh_lib.gathered(params["final_norm"], "embed"), eps=spec.norm_eps)
 
 
 def _unstacked(stacked: dict[str, jax.Array], num_layers: int) -> list[dict[str, jax.Array]]:
@@ -202,7 +202,7 @@ def _unstacked(stacked: dict[str, jax.Array], num_layers: int) -> list[dict[str,
 
 
 def _attention(weights, spec: ModelSpec, x_BTD, rotation, attend: Callable[..., jax.Array]) -> jax.Array:
-  normed_BTD = layers.rms_norm(x_BTD, mesh.gathered(weights["attn_norm"], "embed"), eps=spec.norm_eps)
+  normed_BTD = layers.rms_norm(x_BTD, mesh_lib.gathered(weights["attn_norm"], "embed"), eps=spec.norm_eps)
   q_BTNH = layers.project("BTD,DNH->BTNH", ("embed", "heads", "head_dim"), None, normed_BTD, weights["wq"])
   k_BTKH = layers.project("BTD,DKH->BTKH", ("embed", "kv_heads", "head_dim"), None, normed_BTD, weights["wk"])
   v_BTKH = layers.project("BTD,DKH->BTKH", ("embed", "kv_heads", "head_dim"), None, normed_BTD, weights["wv"])
@@ -222,8 +222,8 @@ def _attention(weights, spec: ModelSpec, x_BTD, rotation, attend: Callable[..., 
 def head(params: dict[str, Any], spec: ModelSpec, *, dtype: Any) -> jax.Array:
   """The matrix that turns hidden states into logits, [D, V], gathered and in `dtype`; the embedding where tied."""
   if spec.tied:
-    return mesh.gathered(params["embedding"].astype(dtype), "vocab", "embed").T
-  return mesh.gathered(params["head"].astype(dtype), "embed", "vocab")
+    return mesh_lib.gathered(params["embedding"].astype(dtype), "vocab", "embed").T
+  return mesh_lib.gathered(params["head"].astype(dtype), "embed", "vocab")
 
 
 def logits(params: dict[str, Any], spec: ModelSpec, hidden_BTD: jax.Array) -> jax.Array:

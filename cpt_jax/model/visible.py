@@ -1,7 +1,6 @@
 """Segments and positions -> what a query may see; what every implementation of attention agrees on.
 
 Invariant: equal segment numbers are neighbours in their row; padding (segment 0) sees padding, so no query sees nothing.
-Called by model.attention and the implementations beside it.
 """
 
 import jax

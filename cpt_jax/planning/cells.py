@@ -1,7 +1,6 @@
 """Finished runs -> rows of a grid (rate, replay share, tokens, seed) with the final loss of every source.
 
 Invariant: a row holds what was set and measured, nothing that was fitted. A cell is the runs that differ by the seed alone.
-Called by laws.choose, laws.recommend and tools that plan a run.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,6 @@
 """Finished runs and several laws -> the law that predicts held-out runs best, and its predictions with honest intervals.
 
 Invariant: laws are compared by errors on runs they did not see, never by parameters; all seeds of a cell are held out together.
-Called by laws.recommend and tools that plan a run.
 
 Held out, each in turn:
 
@@ -23,12 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError
-from cpt_jax.laws import cells as cells_lib
-from cpt_jax.laws import change as change_lib
-from cpt_jax.laws import dcpt, domain, mixing, replay
+from cpt_jax.laws import change, dcpt, domain, mixing, replay
 from cpt_jax.laws import fit as fit_lib
-from cpt_jax.laws.cells import Cell
 from cpt_jax.laws.separable import TOLERANCE
+from cpt_jax.planning import cells as cells_lib
+from cpt_jax.planning.cells import Cell
 
 INSIDE = ("cell", "rate", "replay", "budget")
 _NUM_FOLDS = 10
@@ -163,7 +161,7 @@ class Choice:
   def expect(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """The losses of `predict` alone, which is much quicker; nan where refused."""
     _, _, refused_n = self._beyond(inputs)
-    return np.where(refused_n, np.nan, change_lib.to_loss(np.log(self.fit.predict(inputs)), inputs["base"]))
+    return np.where(refused_n, np.nan, change.to_loss(np.log(self.fit.predict(inputs)), inputs["base"]))
 
   def predict(self, inputs: dict[str, np.ndarray], *, level: float = 0.9) -> Prediction:
     """Losses at other settings, with the interval for a new run.
@@ -176,14 +174,14 @@ class Choice:
     u_n = np.log(self.fit.predict(inputs))
     was_held = np.isfinite(self.held_out_n)
     base_i = self.fit.inputs["base"]
-    error_i = np.abs(change_lib.to_u(self.held_out_n, base_i) - change_lib.to_u(self.loss_n, base_i))[was_held]
+    error_i = np.abs(change.to_u(self.held_out_n, base_i) - change.to_u(self.loss_n, base_i))[was_held]
     by_run_in = np.log(np.stack([fitted.predict(inputs) for fitted in self.fold_fits]))[self.fold_n[was_held]]
     rank = min(1.0, level * (1 + 1 / len(error_i)))
     low_n = np.quantile(by_run_in - error_i[:, None], 1 - rank, axis=0)
     high_n = np.quantile(by_run_in + error_i[:, None], rank, axis=0)
     doublings_n, wider_n, refused_n = self._beyond(inputs)
     bounds = (u_n, np.minimum(low_n, u_n) - wider_n, np.maximum(high_n, u_n) + wider_n)
-    loss_n, low_n, high_n = (np.where(refused_n, np.nan, change_lib.to_loss(u_n, inputs["base"])) for u_n in bounds)
+    loss_n, low_n, high_n = (np.where(refused_n, np.nan, change.to_loss(u_n, inputs["base"])) for u_n in bounds)
     return Prediction(loss_n, low_n, high_n, doublings_n, refused_n)
 
   def _beyond(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -225,12 +223,12 @@ def choose(
   number_n = cells_lib.cell_numbers(cells)
   noise, freedom = cells_lib.seed_noise(loss_n, number_n)
   held = folds(cells, seed=seed)
-  exp_u_n = np.exp(change_lib.to_u(loss_n, inputs["base"]))
+  exp_u_n = np.exp(change.to_u(loss_n, inputs["base"]))
 
   tried, skipped = {}, {}
   for law in candidates(role, inputs) if laws is None else laws:
     try:
-      fitted = _fit_all(change_lib.ByChange(law), inputs, exp_u_n, num_starts=num_starts, seed=seed)
+      fitted = _fit_all(change.ByChange(law), inputs, exp_u_n, num_starts=num_starts, seed=seed)
       fold_fits = [_fit_others(fitted, fold, seed=seed) for fold in held]
     except ConfigError as error:
       skipped[law.name] = str(error)
@@ -330,7 +328,7 @@ def _scores(
   law: str, held: Sequence[Fold], predicted: Sequence[np.ndarray], loss_n: np.ndarray, base_n: np.ndarray
 ) -> list[Score]:
   result = []
-  scale_n = np.sqrt(change_lib.SMALL**2 + (loss_n - base_n) ** 2)
+  scale_n = np.sqrt(change.SMALL**2 + (loss_n - base_n) ** 2)
   for scheme in dict.fromkeys(fold.scheme for fold in held):
     of_scheme = [(fold.held_n, guess) for fold, guess in zip(held, predicted, strict=True) if fold.scheme == scheme]
     size_n = np.abs(np.concatenate([guess - loss_n[held_n] for held_n, guess in of_scheme]))
@@ -345,7 +343,7 @@ def _growth(held: Sequence[Fold], predicted: Sequence[np.ndarray], loss_n: np.nd
   errors = []
   for fold, guess_n in zip(held, predicted, strict=True):
     base, measured = base_n[fold.held_n], loss_n[fold.held_n]
-    errors.append(float(np.mean(np.abs(change_lib.to_u(guess_n, base) - change_lib.to_u(measured, base)))))
+    errors.append(float(np.mean(np.abs(change.to_u(guess_n, base) - change.to_u(measured, base)))))
   growth = {}
   for axis in AXES:
     rates = [error / fold.doublings for fold, error in zip(held, errors, strict=True) if fold.axis == axis]

@@ -1,7 +1,6 @@
 """A config -> a Python file that makes it, for `--config=FILE`.
 
 Invariant: the file says every value that is not a default, names no other file, and loads as exactly this config.
-Called by probe.runs, tools.plan.
 """
 
 import pathlib
@@ -10,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cpt_jax import config as config_lib
-from cpt_jax.data.store import write_atomically
+from cpt_jax.store.store import write_atomically
 
 
 def as_python(config: Any, *, about: str) -> str:

@@ -1,7 +1,6 @@
 """A run's config, its budget and the part of it that a probe may take -> which trials are made.
 
 Invariant: all trials together cost no more than was asked for, or the error says how much it would take. No device, no files.
-Called by tools.plan.
 
 A probe has two stages. The sweep goes up a ladder of rates, each twice the one before, at one replay share, until the loss is no
 longer stable. The grid has the highest stable rate and the three below it, each with every replay share and every seed; and
@@ -15,8 +14,8 @@ from typing import Any, NamedTuple
 from cpt_jax import config as config_lib
 from cpt_jax import durations
 from cpt_jax.config import ConfigError
-from cpt_jax.laws import choose
-from cpt_jax.probe.trials import Trial, by_role, grid, replay_share
+from cpt_jax.planning import choose
+from cpt_jax.planning.trials import Trial, by_role, grid, replay_share
 
 REPLAYS = (0.0, 0.01, 0.05, 0.25, 0.5)  # the range of Ibrahim et al. 2403.08763, table 2
 NUM_RATES = 4  # of the grid

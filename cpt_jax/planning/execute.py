@@ -1,7 +1,7 @@
 """Trials of a run -> their finished run directories, whatever of them is there already.
 
 Invariant: a complete trial is taken as it is, one that was stopped goes on, one that diverged is not tried again, and a directory
-that holds another run is an error. Called by tools.plan.
+that holds another run is an error.
 
 A trial's directory is an ordinary run directory, but for its checkpoints, which are removed once it is complete. One that
 diverged has a file diverged.json with what the run said.
@@ -20,13 +20,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cpt_jax import config as config_lib
-from cpt_jax.analysis import runs as analysis
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.data.store import write_atomically
-from cpt_jax.probe import config_files, stacked
-from cpt_jax.probe.outcome import Measured, is_stable
-from cpt_jax.probe.trials import Trial, by_role, replay_share, trial_config
-from cpt_jax.train import checkpoint, console, loop, metrics, start
+from cpt_jax.planning import config_files, stacked
+from cpt_jax.planning.outcome import Measured, is_stable
+from cpt_jax.planning.trials import Trial, by_role, replay_share, trial_config
+from cpt_jax.results import runs
+from cpt_jax.store.store import write_atomically
+from cpt_jax.training import checkpoint, console, loop, metrics, start
 
 DIVERGED = "diverged.json"
 # Keys in which a trial may differ from what would be made now: none changes an update or the last evaluation.
@@ -180,7 +180,7 @@ def measured(config: Any, wanted: Sequence[Trial], folder: pathlib.Path) -> list
     state = state_of(path, trial_config(config, trial))
     if state in ("complete", "diverged"):
       message = json.loads((path / DIVERGED).read_text(encoding="utf-8"))["message"] if state == "diverged" else ""
-      found.append(Measured(trial, analysis.read_run(path), message))
+      found.append(Measured(trial, runs.read_run(path), message))
   return found
 
 
@@ -266,7 +266,7 @@ class Progress:
   def finished(self, trial: Trial, path: pathlib.Path) -> None:
     """A line with what it came to."""
     self._over += 1
-    run = analysis.read_run(path)
+    run = runs.read_run(path)
     losses = "  ".join(f"{name} {run.final(name):.4f} ({run.final(name) - run.base(name):+.4f})" for name in run.losses)
     if (path / DIVERGED).is_file():
       losses = "diverged"

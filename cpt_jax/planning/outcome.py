@@ -1,7 +1,7 @@
 """Trials that are over -> the highest stable rate, the cells that laws are fitted to, and the config of the recommended run.
 
 Invariant: what is fitted is what was measured: losses as the runs' records have them, and the shares and tokens that were really
-read. Called by tools.plan.
+read.
 """
 
 import json
@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cpt_jax.analysis.runs import Run
 from cpt_jax.config import ConfigError
-from cpt_jax.data.store import write_atomically
-from cpt_jax.laws.cells import Cell
-from cpt_jax.laws.recommend import Recommendation
-from cpt_jax.probe import config_files
-from cpt_jax.probe.trials import Trial, at_point
+from cpt_jax.planning import config_files
+from cpt_jax.planning.cells import Cell
+from cpt_jax.planning.recommend import Recommendation
+from cpt_jax.planning.trials import Trial, at_point
+from cpt_jax.results.runs import Run
+from cpt_jax.store.store import write_atomically
 
 # A rate is stable while its domain loss is at most this much above the lowest of the rates below it, in nats; chosen by hand:
 # some times what two seeds of short runs differ by, and little beside what a rate costs that is really too high.

@@ -1,7 +1,6 @@
 """A recommendation -> two figures: the frontier of forgetting against learning, and how well held-out runs were predicted.
 
 Invariant: draws what it is given and fits nothing; needs the extra [plots].
-Called by tools that plan a run.
 """
 
 import os
@@ -10,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from cpt_jax.config import ConfigError
-from cpt_jax.laws import cells as cells_lib
-from cpt_jax.laws.recommend import Recommendation
+from cpt_jax.planning import cells as cells_lib
+from cpt_jax.planning.recommend import Recommendation
 
 # Okabe and Ito's colours, told apart with any kind of colour vision.
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"

@@ -1,7 +1,6 @@
 """Finished runs and a budget -> the rate and replay share to train with, what they will cost, and what the next best would.
 
 Invariant: only settings inside the measured rates and replay shares are recommended; same cells and seed, same answer.
-Called by tools that plan a run.
 
   cells = [Cell(rate=..., replay=..., tokens=..., seed=..., losses=..., base=..., roles=...), ...]
   plan = plan_from_cells(cells, tokens=10e9, general_loss_rise=0.05)
@@ -19,11 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError
-from cpt_jax.laws import cells as cells_lib
-from cpt_jax.laws import choose as choose_lib
-from cpt_jax.laws.cells import Cell
 from cpt_jax.laws.change import SMALL
-from cpt_jax.laws.choose import REPLAY0, Choice
+from cpt_jax.planning import cells as cells_lib
+from cpt_jax.planning import choose
+from cpt_jax.planning.cells import Cell
+from cpt_jax.planning.choose import REPLAY0, Choice
 
 _NUM_GRID = 41  # rates and shares of the first grid; then twice as many, each time in a fifth of the range
 _ROUNDS = 4
@@ -108,7 +107,7 @@ class Recommendation:
           "beats_baselines": choice.beats_baselines,
           "held_out": [score._asdict() for score in choice.scores],
           "skipped": choice.skipped,
-          "range": {axis: choice.range(axis) for axis in choose_lib.AXES},
+          "range": {axis: choice.range(axis) for axis in choose.AXES},
           "widening_per_doubling": choice.growth,
         }
         for source, choice in self.choices.items()
@@ -138,7 +137,7 @@ class Predictor:
       "rate": rate_n, "replay": replay_n, "tokens": np.full_like(rate_n, self.tokens), "base": np.full_like(rate_n, base)
     }  # fmt: skip
 
-  def predict(self, rate_n: np.ndarray, replay_n: np.ndarray) -> dict[str, choose_lib.Prediction]:
+  def predict(self, rate_n: np.ndarray, replay_n: np.ndarray) -> dict[str, choose.Prediction]:
     """Losses of every source."""
     return {s: choice.predict(self.inputs(s, rate_n, replay_n), level=self.level) for s, choice in self.choices.items()}
 
@@ -197,7 +196,7 @@ class Predictor:
     for source, choice in self.choices.items():
       loss, change = cell.losses[source], cell.losses[source] - cell.base[source]
       error = float(choice.expect(cells_lib.inputs_of([cell], source))[0]) - loss
-      usual = np.mean([score.mae for score in choice.scores if score.law == choice.law and score.scheme in choose_lib.INSIDE])
+      usual = np.mean([score.mae for score in choice.scores if score.law == choice.law and score.scheme in choose.INSIDE])
       if not abs(error) <= max(_MISSED * math.hypot(SMALL, change), _TIMES_USUAL * usual):
         return True
     return False
@@ -245,7 +244,7 @@ def fit_sources(
   _check_budget(cells, tokens)
   cells, dropped = _useful(cells)
   choices = {
-    source: choose_lib.choose(cells, source, laws=None if laws is None else laws[source], seed=seed) for source in cells[0].roles
+    source: choose.choose(cells, source, laws=None if laws is None else laws[source], seed=seed) for source in cells[0].roles
   }
   return Predictor(choices, tuple(cells), float(tokens), level, confidence, dropped)
 
@@ -276,7 +275,7 @@ def _check_budget(cells: Sequence[Cell], tokens: float) -> None:
   if not finished:
     raise ConfigError(f"all {len(cells)} runs diverged; run the grid again at lower rates")
   low, high = min(finished), max(finished)
-  farthest = 2 ** choose_lib.FARTHEST["tokens"]
+  farthest = 2 ** choose.FARTHEST["tokens"]
   if low == high and tokens != low:
     raise ConfigError(
       f"all finished runs have {low:g} tokens, so nothing says what {tokens:g} would do; "

@@ -1,7 +1,7 @@
 """Configs of trials of one shape -> their run directories, trained at once as one program on one device.
 
-Invariant: each trial reads the rows, has the rates and makes the updates that it would alone: the update is train.step's own,
-mapped over a leading dimension R of trials. A trial that diverges leaves the others as they are. Called by probe.runs.
+Invariant: each trial reads the rows, has the rates and makes the updates that it would alone: the update is training.step's own,
+mapped over a leading dimension R of trials. A trial that diverges leaves the others as they are.
 
 Nothing is saved on the way: a stack that is interrupted begins again.
 """
@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cpt_jax import config as config_lib
-from cpt_jax import mesh as mesh_lib
 from cpt_jax.config import ConfigError
-from cpt_jax.data.batch import Batch
-from cpt_jax.evals import drift, perplexity
+from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.train import checkpoint, guard, loop, metrics, start, state, step
-from cpt_jax.train import memory as memory_lib
+from cpt_jax.preview import memory as memory_lib
+from cpt_jax.stream.batch import Batch
+from cpt_jax.training import checkpoint, drift, guard, loop, metrics, perplexity, start, state, step
 
 # Bytes of a parameter while it is trained: itself, two moments, its gradient, its update, all float32.
 _BYTES_PER_PARAMETER = 5 * 4
@@ -115,7 +114,7 @@ def run_stack(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: 
       bar.advance(finished)
 
     for now in range(num_steps + 1):
-      # ORDER: as in train.loop: evaluate, and only then fetch rows.
+      # ORDER: as in training.loop: evaluate, and only then fetch rows.
       if now % eval_every == 0 or now == num_steps:
         report()
         pending = None
@@ -146,7 +145,7 @@ def run_stack(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: 
 def how_many(config: Any) -> int:
   """Trials of this config that one device holds at once: as many as its memory has room for; 1 on a CPU, which gains little.
 
-  By arithmetic: parameters, moments, gradients and updates in float32, and the activations that train.memory counts, in
+  By arithmetic: parameters, moments, gradients and updates in float32, and the activations that preview.memory counts, in
   _MEMORY_FRAC of the memory that the device says it has.
   """
   memory = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None

@@ -1,17 +1,17 @@
 """A design, finished trials and a recommendation -> tables for people.
 
-Invariant: shows, computes nothing but means. Called by tools.plan.
+Invariant: shows, computes nothing but means.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from cpt_jax.laws import choose
-from cpt_jax.laws.recommend import Point, Recommendation
-from cpt_jax.probe.design import FARTHEST, Design
-from cpt_jax.probe.outcome import Measured, domain_loss, general_rise, highest_stable, is_stable
-from cpt_jax.train.console import count, say, table
+from cpt_jax.planning import choose
+from cpt_jax.planning.design import FARTHEST, Design
+from cpt_jax.planning.outcome import Measured, domain_loss, general_rise, highest_stable, is_stable
+from cpt_jax.planning.recommend import Point, Recommendation
+from cpt_jax.training.console import count, say, table
 
 
 def design(planned: Design, *, num_over: int) -> None:

@@ -1,7 +1,7 @@
 """The config of a run and a design -> the configs of the short runs that tell its rate and replay share.
 
 Invariant: a trial differs from the run in length, rates, shares, seed and what it keeps, and in nothing else; the same design
-gives the same configs, so a probe that was stopped finds what it has done. Called by the rest of probe, tools.plan.
+gives the same configs, so a probe that was stopped finds what it has done.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """A config and the name of a topology -> its training step, compiled for chips that are not there, and the memory that it needs.
 
-Invariant: the program is the one that a run compiles (train.step, the real optimizer, shardings and mesh); nothing is computed,
-no weight and no text is read. Called by tools.aot_compile.
+Invariant: the program is the one that a run compiles (training.step, the real optimizer, shardings and mesh); nothing is
+computed, no weight and no text is read.
 
 The compilers are extras: [tpu-aot] brings libtpu, [gpu-aot] XLA's CUDA plugin. Neither needs its chip, driver or libraries.
 """
@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from cpt_jax import config as config_lib
-from cpt_jax import mesh as mesh_lib
-from cpt_jax.chips import Chip, Topology
 from cpt_jax.config import ConfigError, Problems
+from cpt_jax.devices import mesh as mesh_lib
+from cpt_jax.devices.chips import Chip, Topology
 from cpt_jax.model.spec import ModelSpec
-from cpt_jax.train import loop, memory, optimizer, start, state, step
+from cpt_jax.preview import memory
+from cpt_jax.training import loop, optimizer, start, state, step
 
 # platform -> (module of the compiler, extra that installs it)
 _COMPILERS = {"tpu": ("libtpu", "tpu-aot"), "cuda": ("jax_plugins.xla_cuda13", "gpu-aot")}

@@ -1,7 +1,7 @@
 """Text of a compiled program -> the buffers that are alive when it needs most memory, and what they were made for.
 
 Invariant: the text is in the order in which the device runs it (XLA prints `is_scheduled=true`); a loop's state is one buffer for
-all its turns, and an output that takes a donated argument's place needs none. Called by train.memory.
+all its turns, and an output that takes a donated argument's place needs none.
 
 XLA gives its own buffer assignment on a CPU only, so the lives are read from the schedule, which every compiler prints. What is
 not modelled: gaps between buffers, and results written over operands in ways other than of equal size.
@@ -9,8 +9,8 @@ not modelled: gaps between buffers, and results written over operands in ways ot
 
 from typing import Any
 
-from cpt_jax import hlo
-from cpt_jax.hlo import Instruction, Shape
+from cpt_jax.preview import hlo
+from cpt_jax.preview.hlo import Instruction, Shape
 
 _ALIASES = ("bitcast", "opt-barrier", "while", "add-dependency")  # their result is their first operand's memory
 _NOTHING = ("constant", "after-all", "partition-id", "replica-id")  # no memory that the program could save

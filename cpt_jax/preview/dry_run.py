@@ -1,7 +1,6 @@
 """A config -> what the run would do, said without data on a device and without training.
 
 Invariant: every figure comes from the code that the run uses (the same opened inputs, schedule, groups, shardings and step).
-Called by main.
 """
 
 import math
@@ -13,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from cpt_jax import config as config_lib
-from cpt_jax import mesh as mesh_lib
 from cpt_jax import trees
+from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.train import console, guard, loop, memory, optimizer, schedule, state, step
+from cpt_jax.preview import memory
+from cpt_jax.training import console, guard, loop, optimizer, schedule, state, step
 
 
 def describe(config: Any, workdir: pathlib.Path) -> int:

@@ -1,7 +1,6 @@
 """The text of a compiled program (optimized HLO) -> its computations, with the arrays and the attributes of every instruction.
 
-Invariant: one reader for all compilers; it knows the grammar alone and judges nothing. Called by train.buffers,
-analysis.program; never imports jax.
+Invariant: one reader for all compilers; it knows the grammar alone and judges nothing.
 
 The order of the text is kept. In a program that is scheduled it is the order in which the device runs a computation, and a
 computation stands before those that call it.

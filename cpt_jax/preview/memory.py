@@ -1,14 +1,13 @@
 """A compiled training step -> bytes of one device by what they are for, beside what the device has.
 
-Invariant: the classes add up to what the compiler says that the step needs; nothing is put on a device. Called by
-train.dry_run, probe.stacked, tools; as a program by `of_step_elsewhere`.
+Invariant: the classes add up to what the compiler says that the step needs; nothing is put on a device.
 
-What a class holds is counted at the moment when the step needs most: arguments by their shapes, the rest as train.buffers finds
+What a class holds is counted at the moment when the step needs most: arguments by their shapes, the rest as preview.buffers finds
 it in the compiled program. Outside of the layers a buffer of a parameter's shape is a gradient (or its sum over microbatches) or,
 in the update, a new parameter or moment that waits for its place; else one that was made for the loss is the loss's; else a stack
 over the layers was kept for the backward pass. With model.scan=False nothing is stacked: kept is what the forward pass makes and
 the backward pass reads, but for the parameters of one layer. What is left serves the layer at work and the rest. `packing` is the
-difference to the compiler's own total: gaps between buffers, above 0, or memory used twice in ways that train.buffers does not
+difference to the compiler's own total: gaps between buffers, above 0, or memory used twice in ways that preview.buffers does not
 see, below.
 """
 
@@ -26,11 +25,12 @@ import jax
 import jax.numpy as jnp
 
 from cpt_jax import config as config_lib
-from cpt_jax import mesh as mesh_lib
-from cpt_jax.data.batch import Batch
+from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec
-from cpt_jax.train import buffers, optimizer, state, step
+from cpt_jax.preview import buffers
+from cpt_jax.stream.batch import Batch
+from cpt_jax.training import optimizer, state, step
 
 
 class Memory(NamedTuple):

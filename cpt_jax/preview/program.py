@@ -1,7 +1,6 @@
 """The text of a compiled program (optimized HLO) -> what one run of it computes, reads and sends.
 
 Invariant: an instruction counts as often as the loops around it turn; what the text does not say is reported, not guessed.
-Called by tools.aot_compile; never imports jax.
 
 XLA's own cost_analysis counts the body of a loop once, whatever its length, and knows nothing of kernels (TPU) or is empty (GPU).
 """
@@ -13,8 +12,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from cpt_jax import hlo
-from cpt_jax.hlo import Instruction, Shape
+from cpt_jax.preview import hlo
+from cpt_jax.preview.hlo import Instruction, Shape
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # What moves no bytes of the chip's main memory by itself.

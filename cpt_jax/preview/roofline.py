@@ -1,16 +1,15 @@
 """What a step computes, reads and sends, and the chips it runs on -> seconds by resource, the bound, the ceiling of the speed.
 
 Invariant: data-sheet figures only, so every time is a lower limit and every speed an upper one; nothing is fitted.
-Called by tools.aot_compile; never imports jax.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from cpt_jax.analysis.program import Collective, Program, phase_of
-from cpt_jax.chips import Topology
-from cpt_jax.hlo import Instruction
+from cpt_jax.devices.chips import Topology
+from cpt_jax.preview.hlo import Instruction
+from cpt_jax.preview.program import Collective, Program, phase_of
 
 
 class Place(NamedTuple):

@@ -1,17 +1,16 @@
 """A compiled step, its model and its chips -> one record: memory and verdict, FLOPs, transfers, roofline, what to change.
 
 Invariant: JSON-able; a figure says in its name whether it is of one chip, one step, or one turn; never imports jax.
-Called by tools.aot_compile, whose tables show it.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cpt_jax.analysis import roofline as rooflines
-from cpt_jax.analysis.program import Program, collectives, kernel_products
-from cpt_jax.chips import Topology
-from cpt_jax.hlo import Instruction
+from cpt_jax.devices.chips import Topology
 from cpt_jax.model.spec import ModelSpec, flops_per_token
+from cpt_jax.preview import roofline
+from cpt_jax.preview.hlo import Instruction
+from cpt_jax.preview.program import Program, collectives, kernel_products
 
 
 class Job(NamedTuple):
@@ -49,7 +48,7 @@ def memory(needed: Mapping[str, int], job: Job) -> dict[str, Any]:
   }
 
 
-def flops(done: rooflines.Work, job: Job) -> dict[str, Any]:
+def flops(done: roofline.Work, job: Job) -> dict[str, Any]:
   """Of one chip in one step: the model's by both conventions, and the program's by phase."""
   causal, palm = (per_token * job.tokens_per_chip for per_token in flops_per_token(job.spec, job.row_len))
   total = sum(done.flops.values())
@@ -62,7 +61,7 @@ def flops(done: rooflines.Work, job: Job) -> dict[str, Any]:
   }
 
 
-def measure(text: str, job: Job, places: Sequence[rooflines.Place]) -> dict[str, Any]:
+def measure(text: str, job: Job, places: Sequence[roofline.Place]) -> dict[str, Any]:
   """Everything that follows from the text of the optimized program; `places` are those of the mesh's devices, in order."""
   program = Program(text)
   unknown: set[str] = set()
@@ -74,9 +73,9 @@ def measure(text: str, job: Job, places: Sequence[rooflines.Place]) -> dict[str,
       unknown.add(instruction.op_name or instruction.kernel)
     return (products or 0) * one_product
 
-  done = rooflines.work(program, job.topology, kernel_flops=kernel_flops)
-  transfers = [rooflines.transfer(c, places, job.topology) for c in collectives(program, job.mesh)]
-  roof = rooflines.roofline(done, transfers, job.topology)
+  done = roofline.work(program, job.topology, kernel_flops=kernel_flops)
+  transfers = [roofline.transfer(c, places, job.topology) for c in collectives(program, job.mesh)]
+  roof = roofline.roofline(done, transfers, job.topology)
   counted = flops(done, job)
   notes = _notes(program, unknown)
   if counted["program_total"] < 0.99 * counted["model_causal"]:
@@ -109,7 +108,7 @@ def _visible_keys(window: int, row_len: int) -> float:
   return window - window * window / (2 * row_len)
 
 
-def _grouped(transfers: Sequence[rooflines.Transfer]) -> list[dict[str, Any]]:
+def _grouped(transfers: Sequence[roofline.Transfer]) -> list[dict[str, Any]]:
   """Transfers of one kind, phase, group of axes and number of turns together."""
   groups: dict[tuple, dict[str, Any]] = {}
   for t in transfers:
@@ -130,7 +129,7 @@ def _grouped(transfers: Sequence[rooflines.Transfer]) -> list[dict[str, Any]]:
   return sorted(groups.values(), key=lambda e: (phases.index(e["phase"]), -e["turns"], e["op"], -e["bytes_per_turn"]))
 
 
-def _speeds(roof: rooflines.Roofline, counted: Mapping[str, Any], job: Job) -> dict[str, Any]:
+def _speeds(roof: roofline.Roofline, counted: Mapping[str, Any], job: Job) -> dict[str, Any]:
   peak = job.topology.chip.peak_flops
 
   def at(secs: float) -> dict[str, float]:

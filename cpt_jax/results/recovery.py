@@ -1,7 +1,7 @@
 """Records of runs with one vocabulary and another -> their bits per byte compared: the shock of surgery and the way back.
 
 Invariant: only evaluations of the same documents are compared; a curve is a line between evaluations and says nothing beyond its
-last one. Called by tools.compare_vocab.
+last one.
 """
 
 import math
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cpt_jax import journal
-from cpt_jax.analysis.report import COLOURS, GREY, pyplot
 from cpt_jax.config import ConfigError
+from cpt_jax.results.report import COLOURS, GREY, pyplot
 
 AXES = {"tokens": "tokens trained on", "bytes": "bytes of text trained on", "flops": "FLOPs of training"}
 

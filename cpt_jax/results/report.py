@@ -1,7 +1,6 @@
 """A run and the plan that it followed -> what was predicted beside what was measured: rows, and a figure.
 
 Invariant: a prediction is read from where the plan recorded it, never made anew. The figure needs the extra [plots].
-Called by tools.report.
 """
 
 import json
@@ -10,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cpt_jax.analysis.runs import Run
 from cpt_jax.config import ConfigError
+from cpt_jax.results.runs import Run
 
 # Okabe and Ito's colours, told apart with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

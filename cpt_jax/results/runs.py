@@ -1,7 +1,6 @@
 """Run directories -> what was asked of each run and what it measured, as arrays.
 
 Invariant: reads the records alone, never a checkpoint, and needs no jax; a run that is still going is read up to where it is.
-Called by tools, probe.
 """
 
 import json
@@ -13,7 +12,7 @@ import numpy as np
 from cpt_jax import config as config_lib
 from cpt_jax import journal
 from cpt_jax.config import ConfigError
-from cpt_jax.train import schedule
+from cpt_jax.training import schedule
 
 
 class Run(NamedTuple):

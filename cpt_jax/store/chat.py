@@ -1,7 +1,7 @@
 """Conversations -> token ids and a loss mask, by the tokenizer's own chat template.
 
 Invariant: the text is what transformers' apply_chat_template renders of the same messages, and only the template writes
-control tokens: a message that spells one is refused. Called by data.prepare.
+control tokens: a message that spells one is refused.
 
 Where the answers lie in the text is said by the template's {% generation %} blocks; a template without them must continue
 what it rendered: render(messages before an answer, with the generation prompt) is then a prefix of render(messages up to
@@ -24,7 +24,7 @@ import jinja2.sandbox
 import numpy as np
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data.tokenizer import Located, Spellings, Tokenizer
+from cpt_jax.store.tokenizer import Located, Spellings, Tokenizer
 
 TRAIN_ON = ("all", "answers")
 _MAX_TURNS = 1000  # of a conversation whose answers are found by rendering it up to each of them

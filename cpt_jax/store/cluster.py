@@ -1,7 +1,6 @@
 """Raw text files -> a token store, by datatrove's executors: this machine, Slurm or Ray; with filters and deduplication.
 
-Invariant: a unit of work is done by the same code as in data.prepare, so without filters the store's files are the same bytes.
-Called by tools/prepare_on_cluster.py; needs the extra [prep].
+Invariant: a unit of work is done by the same code as in store.prepare, so without filters the store's files are the same bytes.
 
 The stages: with deduplication `signatures` (a task for each unit), `buckets` (a task for each bucket of MinHash) and
 `clusters` (one task), which find near-duplicates; then `tokens` (a task for each unit). datatrove marks finished tasks in
@@ -29,9 +28,9 @@ from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data import decontaminate, documents, prepare, store
-from cpt_jax.data.documents import Document
-from cpt_jax.data.prepare import Job, PrepareReport, Task
+from cpt_jax.store import decontaminate, documents, prepare, store
+from cpt_jax.store.documents import Document
+from cpt_jax.store.prepare import Job, PrepareReport, Task
 
 FILTERS = {
   "gopher_repetition": GopherRepetitionFilter,
@@ -139,7 +138,7 @@ class Texts(_Step):
 
 
 class Tokens(_Step):
-  """Writes the token file of a unit, as data.prepare does, of the documents that pass the filters."""
+  """Writes the token file of a unit, as store.prepare does, of the documents that pass the filters."""
 
   name = "tokens"
 

@@ -1,6 +1,6 @@
 """Tokens and texts of a sample -> figures: distances, fertility, scripts, lengths, what a vocabulary saves.
 
-Invariant: pure functions of their arguments; counts in, shares out, no share of nothing. Called by vocab.assess, probe.diagnosis.
+Invariant: pure functions of their arguments; counts in, shares out, no share of nothing.
 """
 
 import collections

@@ -1,7 +1,6 @@
 """Evaluation texts + training documents -> which of the documents share a run of words with an evaluation text.
 
 Invariant: a match is of the words themselves, never of their hashes alone, and depends on the document's own text only.
-Called by data.prepare and data.cluster.
 
 Words are runs of letters and digits, in lower case and without accents; all else is between words. Each character of a
 script without spaces (Han, Kana, Thai, ...) is a word. A document that shares `ngram_words` words in a row with an evaluation
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data import documents, store
+from cpt_jax.store import documents, store
 
 NGRAM_WORDS = 13
 MIN_WORDS = 8  # a text of fewer than `ngram_words` words is matched as a whole down to this; below it GPT-3 saw matches by chance

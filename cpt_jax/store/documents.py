@@ -1,7 +1,7 @@
 """Text files (.txt, .jsonl, .parquet; plain, .gz, .zst) -> documents in a fixed order, or what is wrong with them.
 
 Invariant: every record comes out once, as a Document or as a BadRecord; none is lost in silence, and memory is bounded
-by `max_document_bytes`, whatever the file holds. Called by data.prepare.
+by `max_document_bytes`, whatever the file holds.
 
 A .txt file is one document, or several with a line holding one form feed between them; the line break before such a line,
 and that at the end of the file, are no part of the text. A .jsonl line is an object with the text in one field; blank

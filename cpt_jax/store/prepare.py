@@ -1,13 +1,13 @@
 """Raw text files -> a token store, by several processes, with a progress bar; interrupted, it goes on where it stopped.
 
 Invariant: what is written depends on the texts, the tokenizer and how records are read only, never on the number of processes
-or on interruptions; `store.json` is written last. Called by tools/prepare_data.py, data.cluster and main.
+or on interruptions; `store.json` is written last.
 
 The input is cut into work units (whole small files, or parts of big ones), a token file each. A unit is written under
 names of its own in `in_progress/`, moved into place, and then marked as finished there.
 
-Records are texts, or conversations (`messages`, `prompt`) that data.chat renders; trained on their answers only, they make a
-masked store, see data.store. A chat template that asks for the date is told that of the first start, also after interruptions.
+Records are texts, or conversations (`messages`, `prompt`) that store.chat renders; trained on their answers only, they make a
+masked store, see store.store. A chat template that asks for the date is told that of the first start, also after interruptions.
 """
 
 import collections
@@ -34,9 +34,9 @@ import rich.console
 import rich.progress
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data import chat, decontaminate, documents, store
-from cpt_jax.data import tokenizer as tokenizers
-from cpt_jax.data.documents import BadRecord, DataError, Document, Part
+from cpt_jax.store import chat, decontaminate, documents, store
+from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store.documents import BadRecord, DataError, Document, Part
 
 BAD_RECORDS = "bad_records.jsonl"
 CONTAMINATED = "contaminated.jsonl"
@@ -223,7 +223,7 @@ def prepare(
 
 
 def prepare_with(
-  run_units: Callable[[Job, tokenizers.Tokenizer], bool],
+  run_units: Callable[[Job, tokenizer_lib.Tokenizer], bool],
   inputs: list[str],
   *,
   task: Task,
@@ -266,7 +266,7 @@ def prepare_with(
   texts = [f for f in files if (documents.kind_of(f) or ("", ""))[0] == "txt"]
   if texts and task.records != "text":
     raise ConfigError(f"--records {task.records}: {texts[0]} holds no such records; give .jsonl or .parquet files")
-  loaded = tokenizers.load(task.tokenizer, eos_token=task.eos_token)
+  loaded = tokenizer_lib.load(task.tokenizer, eos_token=task.eos_token)
   loaded.require_eos()
   task = task._replace(rendered_at=datetime.datetime.now().isoformat())
   _encoder(task, loaded)  # says what is wrong with the chat template
@@ -319,7 +319,7 @@ def plan(files: list[str], *, unit_bytes: int = 0, max_units: int = _MAX_UNITS) 
   return units
 
 
-def _encoder(task: Task, tokenizer: tokenizers.Tokenizer) -> chat.Encoder | None:
+def _encoder(task: Task, tokenizer: tokenizer_lib.Tokenizer) -> chat.Encoder | None:
   """None for texts."""
   if task.records == "text":
     return None
@@ -362,7 +362,7 @@ class _Worker:
   def __init__(
     self,
     task: Task,
-    tokenizer: tokenizers.Tokenizer,
+    tokenizer: tokenizer_lib.Tokenizer,
     counters: Any,
     tick: Callable[[], None],
     select: Select = lambda number, found, left_out: found,
@@ -538,7 +538,7 @@ def _piece_of(document: Document | BadRecord, unit: list[Piece]) -> int:
 def run_unit(job: Job, number: int, select: Select) -> None:
   """Does a unit in this process."""
   counters = multiprocessing.get_context("spawn").Array("q", 5)
-  loaded = tokenizers.load(job.task.tokenizer, eos_token=job.task.eos_token)
+  loaded = tokenizer_lib.load(job.task.tokenizer, eos_token=job.task.eos_token)
   worker = _Worker(job.task, loaded, counters, tick=lambda: None, select=select)
   worker.run(number, job.units[number], job.stats[number])
 
@@ -553,7 +553,7 @@ def _start_process(task: Task, counters: Any, num_threads: int) -> None:
   parent = multiprocessing.parent_process()
   assert parent is not None
   threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # do not outlive a killed parent
-  loaded = tokenizers.load(task.tokenizer, eos_token=task.eos_token)
+  loaded = tokenizer_lib.load(task.tokenizer, eos_token=task.eos_token)
   _process_worker = _Worker(task, loaded, counters, tick=lambda: None)
 
 
@@ -565,7 +565,7 @@ def _run_in_process(number: int, unit: list[Piece], stats: list[dict[str, Any]])
 # All units.
 
 
-def _run(job: Job, loaded: tokenizers.Tokenizer, *, num_workers: int, progress: bool) -> bool:
+def _run(job: Job, loaded: tokenizer_lib.Tokenizer, *, num_workers: int, progress: bool) -> bool:
   """Does the units that are not finished yet."""
   task, units, unit_stats, _ = job
   for path in (Path(task.output) / store.IN_PROGRESS).iterdir():  # what interrupted processes left
@@ -682,7 +682,7 @@ def _differences(manifest: dict[str, Any], settings: dict[str, Any], stats: list
   return found
 
 
-def _settings(task: Task, loaded: tokenizers.Tokenizer, files: list[str]) -> dict[str, Any]:
+def _settings(task: Task, loaded: tokenizer_lib.Tokenizer, files: list[str]) -> dict[str, Any]:
   has_fields = any((documents.kind_of(f) or ("", ""))[0] != "txt" for f in files)
   return {
     "tokenizer_fingerprint": loaded.fingerprint,

@@ -1,7 +1,7 @@
 """Token store: documents as token ids on disk <-> numpy arrays mapped into memory.
 
 Invariant: a directory opens only whole; a truncated, changed or unfinished store is refused by file name.
-Written by data.prepare (datatrove writes the same files), read by data.sources and data.packing.
+Written by store.prepare (datatrove writes the same files), read by data.sources and data.packing.
 
 Files of a store, for each NNNNN: `NNNNN.ds` tokens (little-endian uint16 or uint32), `NNNNN.ds.index` uint64 document
 ends in tokens, `NNNNN.ds.metadata` text, as datatrove's DocumentTokenizer writes them (0.10.1); and, by us only,

@@ -1,7 +1,7 @@
 """Tokenizer files of a base model (tokenizer.json or a SentencePiece model) -> token ids of documents.
 
 Invariant: a document's ids are the tokenizer's own, with what it adds itself (BOS), and end in EOS exactly once; text
-that spells a special token, such as "<|endoftext|>", stays text. Called by data.prepare, data.chat, data.sources and vocab.
+that spells a special token, such as "<|endoftext|>", stays text.
 """
 
 import functools

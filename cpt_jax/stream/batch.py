@@ -1,7 +1,6 @@
 """The batch: what a training or evaluation step is given.
 
 Invariant: shifted once, in packing; segment 0 / weight 0 is padding; one row holds one source.
-Made by data.packing, stacked by data.pipeline, read by train.step and evals.
 """
 
 from typing import Any, NamedTuple

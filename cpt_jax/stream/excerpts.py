@@ -1,14 +1,14 @@
 """A token store and a number of tokens -> a sample of it: excerpts of documents, chosen by hash, as documents of their own.
 
 Invariant: the same store gives the same sample, the held-out documents first; no document gives more than its part, so that one
-book does not stand for a shelf. Called by probe.diagnosis.
+book does not stand for a shelf.
 """
 
 import numpy as np
 
-from cpt_jax.data.packing import Documents
-from cpt_jax.data.sources import mix64
-from cpt_jax.data.store import TokenStore
+from cpt_jax.store.store import TokenStore
+from cpt_jax.stream.packing import Documents
+from cpt_jax.stream.sources import mix64
 
 MIN_DOCUMENTS = 64  # of a sample, where the store has so many (chosen by hand)
 

@@ -1,7 +1,7 @@
 """Shares over time -> which source, and which of its rows, row `i` of the run is.
 
 Pure: no state, no I/O. After every step each source's row count is its quota, the sum of share * batch_rows over the steps,
-less than a row off. Called by data.pipeline; has the interface of grain.transforms.DatasetSelectionMap.
+less than a row off.
 """
 
 import functools
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cpt_jax.data.quotas import AT_END, BLOCK_STEPS, NEVER, Curves, End, Knot, Period, Quotas
+from cpt_jax.stream.quotas import AT_END, BLOCK_STEPS, NEVER, Curves, End, Knot, Period, Quotas
 
 __all__ = ["End", "Knot", "Mixture"]
 

@@ -1,7 +1,7 @@
 """Segments of a run, each with its own mixture -> which source, and which of its rows, row `i` of the run is.
 
 Invariant: what was read stays as it was. A change of shares, sources or length begins a segment at the step where the run goes
-on, and every source goes on in it from the row where it was, or behind rows that were given up. Called by data.pipeline.
+on, and every source goes on in it from the row where it was, or behind rows that were given up.
 """
 
 import bisect
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data.mixture import Mixture
+from cpt_jax.stream.mixture import Mixture
 
 # What says which row a number stands for; for a source that was read before it must not change.
 _CONTENT = {

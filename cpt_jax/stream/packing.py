@@ -1,7 +1,7 @@
 """Documents of a store -> rows of `row_len` (input, target) pairs: the plan, and the arrays of one row.
 
 Invariant: every pair of every planned document is in exactly one row; a plan depends on the store, the split, the row length
-and the policy, never on a run's seed. Called by data.pipeline.
+and the policy, never on a run's seed.
 
 A document of n tokens has n-1 pairs: input d[i], target d[i+1]. A piece is (document, first pair, number of pairs).
 """
@@ -22,8 +22,8 @@ from typing import Protocol
 
 import numpy as np
 
-from cpt_jax.data.batch import Batch
-from cpt_jax.data.sources import mix64
+from cpt_jax.stream.batch import Batch
+from cpt_jax.stream.sources import mix64
 
 FORMAT = 2  # of plan directories, and of what a plan of given inputs holds
 _ARRAYS = ("row_ends", "row_tokens", "row_targets", "row_docs", "doc", "start", "length")

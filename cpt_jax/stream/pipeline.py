@@ -1,7 +1,7 @@
 """Sources, plans and segments -> batches of rows, evaluation rows and the ledger.
 
 Invariant: `row(i)` is a pure function of (fingerprint, i), so one integer is the whole state, whatever the processes, threads
-and restarts. Called by train.loop, evals and tools.
+and restarts.
 """
 
 import dataclasses
@@ -15,17 +15,16 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from cpt_jax import config as configs
+from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.data import order as orders
-from cpt_jax.data import packing, selection
-from cpt_jax.data import tokenizer as tokenizers
-from cpt_jax.data.batch import Batch
-from cpt_jax.data.order import Order, Read
-from cpt_jax.data.selection import Selection
-from cpt_jax.data.shuffle import Shuffle
-from cpt_jax.data.sources import Source
-from cpt_jax.data.store import TokenStore, open_store
+from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store.store import TokenStore, open_store
+from cpt_jax.stream import order, packing, selection
+from cpt_jax.stream.batch import Batch
+from cpt_jax.stream.order import Order, Read
+from cpt_jax.stream.selection import Selection
+from cpt_jax.stream.shuffle import Shuffle
+from cpt_jax.stream.sources import Source
 
 FORMAT = 2  # of `state`, and of the order of rows that a fingerprint stands for
 _TALLY_ROWS = 1 << 16  # counted at once, for their pieces take memory
@@ -99,7 +98,7 @@ class Loader:
     seed: int = 0,
     num_threads: int = 16,
     eval_batch_rows: int | None = None,
-    tokenizer: tokenizers.Tokenizer | None = None,
+    tokenizer: tokenizer_lib.Tokenizer | None = None,
     vocab_size: int | None = None,
     past: dict | None = None,
     start_step: int = 0,
@@ -130,15 +129,15 @@ class Loader:
       Shuffle(max(plan.num_rows, 1), name=source.name, seed=seed) for source, plan in zip(sources, self.plans, strict=True)
     ]
     self._tallies = [_Tally(*parts) for parts in zip(self.plans, self._shuffles, (s.store for s in sources), strict=True)]
-    known = [orders.from_json(segment) for segment in past["segments"]] if past else []
+    known = [order.from_json(segment) for segment in past["segments"]] if past else []
     before = {name: terms["fingerprint"] for segment in known for name, terms in segment.sources.items()}
     # Sources that had another store before; nothing was read of it, or this is refused below.
     self.replaced = {s.name for s in sources if before.get(s.name, s.store.fingerprint) != s.store.fingerprint}
-    segments = orders.continued(
+    segments = order.continued(
       known,
-      {s.name: orders.terms(s, epoch_rows=plan.num_rows) for s, plan in zip(sources, self.plans, strict=True)},
+      {s.name: order.terms(s, epoch_rows=plan.num_rows) for s, plan in zip(sources, self.plans, strict=True)},
       step=start_step,
-      read=orders.reads_from_json(past["read"]) if past else {},
+      read=order.reads_from_json(past["read"]) if past else {},
       skip=skip,
     )
     self.order = Order(segments, num_steps=num_steps, batch_rows=batch_rows)
@@ -373,7 +372,7 @@ def from_config(
   path = config.data.tokenizer or config.start.hf
   loader = Loader(
     sources,
-    num_steps=configs.num_steps(config),
+    num_steps=config_lib.num_steps(config),
     batch_rows=config.train.batch_rows,
     row_len=config.data.row_len,
     packing_policy=config.data.packing,
@@ -382,7 +381,7 @@ def from_config(
     seed=config.seed,
     num_threads=config.data.prefetch,
     eval_batch_rows=config.eval.batch_rows or config.train.batch_rows // config.train.microbatches,
-    tokenizer=tokenizers.load(path) if path else None,
+    tokenizer=tokenizer_lib.load(path) if path else None,
     vocab_size=vocab_size,
     past=past,
     start_step=start_step,
@@ -432,7 +431,7 @@ def evaluation_rows(
   return HeldOut(batches, plan.num_targets, int(doc_bytes.sum()), num_target_bytes, len(documents), plan.max_documents)
 
 
-def document_bytes(store: TokenStore, documents: np.ndarray, tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+def document_bytes(store: TokenStore, documents: np.ndarray, tokenizer: tokenizer_lib.Tokenizer) -> np.ndarray:
   """UTF-8 bytes of each of these documents' texts, as far as they count in the loss, int64; by decoding if need be."""
   known = store.doc_bytes()
   if known is not None:
@@ -442,17 +441,17 @@ def document_bytes(store: TokenStore, documents: np.ndarray, tokenizer: tokenize
 
 def changed_settings(config, past: dict) -> list[str]:
   """Settings of the config under which the rows of `past` cannot go on, a line each."""
-  now = {key: configs.get(config, key) for key in past["settings"]}
+  now = {key: config_lib.get(config, key) for key in past["settings"]}
   return [f"{key} was {old!r}, now it is {now[key]!r}" for key, old in past["settings"].items() if now[key] != old]
 
 
-def from_record(record: dict, step: int, *, tokenizer: tokenizers.Tokenizer | None = None) -> Loader:
+def from_record(record: dict, step: int, *, tokenizer: tokenizer_lib.Tokenizer | None = None) -> Loader:
   """The loader that read the rows of `step` of a run, from its record alone; with `tokenizer` it has held-out rows too.
 
   Raises:
     ConfigError: a store is not there any more, or holds something else now.
   """
-  segments = [orders.from_json(segment) for segment in record["segments"]]
+  segments = [order.from_json(segment) for segment in record["segments"]]
   known = [segment for segment in segments if segment.start_step <= step]
   if not known or step >= record["num_steps"]:
     raise ConfigError(f"step {step}: the run has the steps {segments[0].start_step} to {record['num_steps'] - 1}")
@@ -609,7 +608,7 @@ def _plan(source: Source, chosen: Selection, *, row_len: int, policy: str, cross
   return packing.load_or_make(source.store.path, key=key, make=make)
 
 
-def _content(segment: orders.Segment) -> dict:
+def _content(segment: order.Segment) -> dict:
   """What of a segment decides its rows: not where its stores lie, nor what their tokens weigh."""
   free = {"store": "", "role": "", "loss_weight": 0}
   content = segment.to_json()

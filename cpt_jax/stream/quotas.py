@@ -1,7 +1,6 @@
 """Shares that move over time, and limits -> the rows, in exact integers, that each source is owed in each step.
 
 Invariant: a step's quotas sum to its rows exactly, none is negative, no sum passes its limit; the same bits on every machine.
-Called by data.mixture.
 """
 
 import bisect

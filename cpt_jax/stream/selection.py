@@ -1,7 +1,7 @@
 """A source's training documents -> those that are packed: by length, and more copies of longer ones where asked.
 
 Invariant: a pure function of the documents' lengths and hashes, never of a run's seed; at a bracket's border it is the
-documents' hashes that decide who is read once more. Called by data.pipeline.
+documents' hashes that decide who is read once more.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data.sources import mix64
+from cpt_jax.stream.sources import mix64
 
 _SALT = np.uint64(0x6C656E67746873)  # "lengths": other documents come first here than are held out
 

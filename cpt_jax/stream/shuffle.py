@@ -1,7 +1,7 @@
 """A source's n-th row -> which row of its plan that is: a fresh permutation in each epoch.
 
 Invariant: a pure function of (rows, name, seed, n), the same in every version and on every machine; one row costs O(1), and
-nothing is kept that grows with the source. Called by data.pipeline.
+nothing is kept that grows with the source.
 
 grain's own shuffle is not used: it walks through about 2**16 indices to permute a handful (10 ms for a row of a source of 10
 rows, 0.2 ms for one of 1000), gives one row at a time, stops at 2**32 rows, and may permute otherwise in another version.
@@ -13,7 +13,7 @@ import json
 
 import numpy as np
 
-from cpt_jax.data.sources import mix64
+from cpt_jax.stream.sources import mix64
 
 _TABLE_ROWS = 1 << 16  # up to here the permutation is a table: small domains make a poor cipher
 _ROUNDS = 4  # of a Feistel network; enough to look random (Luby and Rackoff, doi 10.1137/0217022)

@@ -1,7 +1,7 @@
 """Entries of `data.sources` -> opened, checked sources, each split into training and held-out documents.
 
 Invariant: a document is held out iff the hash of its text says so, whatever the seed, the run and the other documents, so
-copies go together. Called by train.loop and by data.pipeline.
+copies go together.
 """
 
 import dataclasses
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cpt_jax import config as configs
+from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.data import tokenizer as tokenizers
-from cpt_jax.data.store import TokenStore, open_store
+from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store.store import TokenStore, open_store
 
 Knots = tuple[tuple[float, float, str], ...]
 
@@ -26,14 +26,14 @@ class Source:
   name: str
   store: TokenStore
   role: str  # "replay" or "domain"
-  share: Knots  # (step, share, curve), see data.quotas
+  share: Knots  # (step, share, curve), see stream.quotas
   heldout_frac: float
   at_end: str = "repeat"  # or "stop", "renormalise", "error": what happens when it was read `max_epochs` times
   max_epochs: float = 0.0  # 0 = once; with "repeat" = no limit
   loss_weight: float = 1.0  # of its tokens in the objective
   min_tokens: int = 0  # of a training document; 0 = no limit
   max_tokens: int = 0
-  length_shares: tuple[tuple[int, float], ...] = ()  # see data.selection
+  length_shares: tuple[tuple[int, float], ...] = ()  # see stream.selection
 
   @functools.cached_property
   def _split_hashes(self) -> np.ndarray:
@@ -149,7 +149,7 @@ def _knots(config, name: str) -> Knots:
   """A source's share over time, times in steps, not rounded."""
   entry = config.data.sources[name]
   knots = [(when, float(shares.get(name, 0.0)), "hold") for when, shares in config.data.stages] or entry.share
-  return tuple((float(configs.steps_at(config, when)), share, curve) for when, share, curve in knots)
+  return tuple((float(config_lib.steps_at(config, when)), share, curve) for when, share, curve in knots)
 
 
 def _tokenizer_fingerprint(config, problems: Problems) -> tuple[str, str] | None:
@@ -158,7 +158,7 @@ def _tokenizer_fingerprint(config, problems: Problems) -> tuple[str, str] | None
   if not path:
     return None
   try:
-    return path, tokenizers.load(path).fingerprint
+    return path, tokenizer_lib.load(path).fingerprint
   except ConfigError as error:
     problems.add(f"{'data.tokenizer' if config.data.tokenizer else 'start.hf'}: {error}")
     return None

@@ -1,7 +1,7 @@
 """Train state and data position <-> checkpoints in a run's directory (orbax v1; no other module calls orbax).
 
 Invariant: a checkpoint is whole or absent; a restore is strict (missing, extra and reshaped leaves are an error that names
-them); the data position is one integer with a fingerprint, so any number of hosts goes on from it. Called by train.loop, tools.
+them); the data position is one integer with a fingerprint, so any number of hosts goes on from it.
 """
 
 import fcntl
@@ -24,14 +24,15 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from cpt_jax import config as config_lib
-from cpt_jax import hosts, trees
+from cpt_jax import trees
 from cpt_jax.config import ConfigError
-from cpt_jax.data.store import write_atomically
-from cpt_jax.evals.perplexity import SourceLoss
+from cpt_jax.devices import hosts
 from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec, from_hf
-from cpt_jax.train import guard, optimizer
-from cpt_jax.train.state import TrainState
+from cpt_jax.store.store import write_atomically
+from cpt_jax.training import guard, optimizer
+from cpt_jax.training.perplexity import SourceLoss
+from cpt_jax.training.state import TrainState
 
 FORMAT = 2  # 1 had no `guard` and no `meter` in its record
 _STATE, _META = "state", "meta"
@@ -311,7 +312,7 @@ def identity(config: Any, run_dir: pathlib.Path) -> dict[str, str]:
 # eval.tokens: the base was measured on those held-out documents.
 _FREE = ("log.", "checkpoint.", "debug.", "eval.every", "eval.batch_rows", "mesh.", "data.prefetch")
 _FREE += ("guard.", "plan.", "model.remat", "model.attention", "model.loss_chunk")
-# Those that may change what lies ahead; data.order keeps the past as it was, or refuses.
+# Those that may change what lies ahead; stream.order keeps the past as it was, or refuses.
 _FREE += ("train.length", "data.sources.", "data.stages", "data.on_bad", "data.max_bad")
 
 

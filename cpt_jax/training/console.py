@@ -1,6 +1,6 @@
 """What a run shows a person: a progress bar on a terminal, plain lines elsewhere, and its tables.
 
-Invariant: nothing here changes the run, and a closed pipe does not end it. Called by train.loop, train.dry_run, tools.
+Invariant: nothing here changes the run, and a closed pipe does not end it.
 """
 
 import os
@@ -15,7 +15,7 @@ import rich.progress
 import rich.table
 import rich.text
 
-from cpt_jax.train import guard
+from cpt_jax.training import guard
 
 # Into a file or a pipe tables are written at a fixed width; rich would fold them to 80 columns.
 _IS_TERMINAL = sys.stdout.isatty()
@@ -115,7 +115,7 @@ class TrainProgress:
       self._bar.update(self._task, completed=step)
 
   def show(self, reading: Any) -> None:
-    """A train.metrics.Reading: loss of each source, rate and speed."""
+    """A training.metrics.Reading: loss of each source, rate and speed."""
     values = reading.values
     losses = "  ".join(f"{name} {loss:.3f}" for name, loss in values["source_loss"].items())
     figures = f"{losses}  lr {values['rate']:.2e}  {count(reading.tokens_per_sec)} tok/s"

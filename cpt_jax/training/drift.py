@@ -1,7 +1,6 @@
 """Parameters and the base's parameters -> how far each layer has moved.
 
 Invariant: relative, |p - p0| / |p0| by Frobenius norm over a layer's leaves, so that layers of any size compare.
-Called by train.loop.
 """
 
 from typing import Any

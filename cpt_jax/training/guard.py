@@ -1,7 +1,7 @@
 """What a run measures -> whether it may go on as it is: skipped updates, forgetting past its budget, spikes of the loss.
 
 Invariant: a decision follows from the settings, numbers that all hosts share, and the decisions before it, so every host and
-every resume comes to the same; it is in guard.jsonl before it is acted upon. Called by train.loop, train.start, train.dry_run.
+every resume comes to the same; it is in guard.jsonl before it is acted upon.
 
 The rules are written out for users in docs/guards.md.
 """
@@ -15,8 +15,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cpt_jax import journal
-from cpt_jax.data.sources import Knots, Source
-from cpt_jax.data.store import write_atomically
+from cpt_jax.store.store import write_atomically
+from cpt_jax.stream.sources import Knots, Source
 
 FILE = "guard.jsonl"
 # Of a checkpoint that was made before there were guards.
@@ -74,7 +74,7 @@ def settings_from_config(config: Any) -> Settings:
 def from_config(
   config: Any, loader: Any, decisions: Sequence[dict], asked: Mapping[str, Knots], *, state: dict | None, first_step: int
 ) -> "Watch":
-  """The guards of a run whose `loader` (data.pipeline) follows the `decisions`; the rest as for `Watch`."""
+  """The guards of a run whose `loader` (stream.pipeline) follows the `decisions`; the rest as for `Watch`."""
   return Watch(
     settings_from_config(config),
     protected=_protected(loader),
@@ -153,7 +153,7 @@ class Watch:
     return self.settings.spike_mads > 0 and step % self._log_every == 0
 
   def saw(self, reading: Any, loader: Any) -> dict | None:
-    """Takes in a train.metrics.Reading; returns a note for guard.jsonl where the update was skipped."""
+    """Takes in a training.metrics.Reading; returns a note for guard.jsonl where the update was skipped."""
     self.in_a_row = self.in_a_row + 1 if reading.not_finite else 0
     if reading.values is not None and self.settings.spike_mads:
       self._recorded(reading.step, reading.values["source_loss"])
@@ -181,7 +181,7 @@ class Watch:
         self._windows[name] = [*window, loss][-_WINDOW_RECORDS:]
 
   def evaluated(self, step: int, losses: Mapping[str, Any], base_losses: Mapping[str, Any]) -> str:
-    """Takes in held-out losses (evals.perplexity.SourceLoss) of the state of `step`, and of the base.
+    """Takes in held-out losses (training.perplexity.SourceLoss) of the state of `step`, and of the base.
 
     Returns what a person should know where the loss rose too far and `decide` will do nothing about it; else "".
     """
@@ -300,7 +300,7 @@ def _slowed(path: "_Path", cut: float, jumps: Sequence[float], ramp_steps: float
 
 
 class _Path:
-  """A source's share as a function of time, with both sides of its jumps; see data.quotas.Knot."""
+  """A source's share as a function of time, with both sides of its jumps; see stream.quotas.Knot."""
 
   def __init__(self, knots: Knots):
     self.knots = knots

@@ -1,7 +1,6 @@
 """The run, told in order: resolve and open, mesh, data, compile, start, loop, close.
 
 Invariant: evaluate if due, save if due, THEN fetch rows, dispatch the step, and write the metrics of the step before.
-Called by main, probe.runs.
 """
 
 import bisect
@@ -16,15 +15,15 @@ import jax
 import optax
 
 from cpt_jax import config as config_lib
-from cpt_jax import hosts
-from cpt_jax import mesh as mesh_lib
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.data import pipeline, prepare, sources, store
-from cpt_jax.data.batch import Batch
-from cpt_jax.evals import drift, perplexity
+from cpt_jax.devices import hosts
+from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import pretrained
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.train import checkpoint, console, guard, metrics, optimizer, schedule, start, step
+from cpt_jax.store import prepare, store
+from cpt_jax.stream import pipeline, sources
+from cpt_jax.stream.batch import Batch
+from cpt_jax.training import checkpoint, console, drift, guard, metrics, optimizer, perplexity, schedule, start, step
 
 EXIT_DONE, EXIT_PREEMPTED, EXIT_GUARD = 0, 75, 88
 _AGAIN = -1  # a guard has changed what lies ahead: start again, from the checkpoint that it names

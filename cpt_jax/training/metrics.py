@@ -1,7 +1,7 @@
 """What a run measured -> lines of metrics.jsonl and ledger.jsonl, and TensorBoard when asked.
 
 Invariant: a record's `step` is the number of updates finished when it was true; after a resume the files hold no line from
-a future that was thrown away. Called by train.loop.
+a future that was thrown away.
 """
 
 import json
@@ -15,15 +15,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cpt_jax import chips, journal
 from cpt_jax import config as config_lib
+from cpt_jax import journal
 from cpt_jax.config import ConfigError
-from cpt_jax.data.store import write_atomically
-from cpt_jax.evals.perplexity import SourceLoss
+from cpt_jax.devices import chips
 from cpt_jax.model.loss import Sums
 from cpt_jax.model.spec import ModelSpec, flops_per_token
-from cpt_jax.train import optimizer
-from cpt_jax.train.step import StepMetrics
+from cpt_jax.store.store import write_atomically
+from cpt_jax.training import optimizer
+from cpt_jax.training.perplexity import SourceLoss
+from cpt_jax.training.step import StepMetrics
 
 
 def training_flops(config: Any, spec: ModelSpec, step: int) -> float:
@@ -72,7 +73,7 @@ class Writer:
   def eval(
     self, step: int, losses: dict[str, SourceLoss], base_losses: dict[str, SourceLoss], moved: dict[str, Any], *, flops: float
   ) -> None:
-    """One evaluation; `change` is the difference to the base in nats per token, `drift` as evals.drift gives it.
+    """One evaluation; `change` is the difference to the base in nats per token, `drift` as training.drift gives it.
 
     `flops` are those of all training before it, as `training_flops` counts them.
     """
@@ -185,7 +186,7 @@ class Meter:
     if not self._is_warm:
       self._is_warm, self._start_secs = True, time.monotonic()
     not_finite = None
-    if np.isfinite(host.grad_norm) and np.isfinite(host.sums.loss_M).all():  # as train.step decides
+    if np.isfinite(host.grad_norm) and np.isfinite(host.sums.loss_M).all():  # as training.step decides
       self._sums = jax.tree.map(np.add, self._sums, host.sums)
       self._grad_norm = float(host.grad_norm)
     else:
@@ -241,7 +242,7 @@ def with_predictions(result: dict[str, Any], losses: Sequence[Sequence[Any]]) ->
 
 
 def write_segments(run_dir: pathlib.Path, record: dict) -> None:
-  """Keeps which rows the run reads, segment by segment, as `data.pipeline.from_record` takes it."""
+  """Keeps which rows the run reads, segment by segment, as `stream.pipeline.from_record` takes it."""
   write_atomically(run_dir / "segments.json", json.dumps(record, indent=1).encode())
 
 

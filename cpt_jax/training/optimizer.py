@@ -1,7 +1,7 @@
 """Path rules -> AdamW whose rate and decay can differ by leaf and by layer, and which may train only the rows of new pieces.
 
 Invariant: one update is p -= rate * multiplier * (adam(clipped gradient) + weight_decay * decay * p), computed in float32. The
-rate comes with each update, so one compiled step serves every schedule. Called by train.loop, train.state, train.dry_run.
+rate comes with each update, so one compiled step serves every schedule.
 
 What a stage does not train rests: leaves, or rows of the tables, that do not count in the norm that clips the others, are not
 decayed, and keep every bit, their moments too. What no stage trains is frozen: it has no moments. Adam corrects the bias of
@@ -20,8 +20,9 @@ import numpy as np
 import optax
 
 from cpt_jax import config as config_lib
-from cpt_jax import mesh, trees
+from cpt_jax import trees
 from cpt_jax.config import ConfigError, Problems
+from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec
 
@@ -184,7 +185,7 @@ def without_rows(state: State, *, first: int) -> State:
   """The state with no moments and no updates of the tables' rows from `first` on."""
 
   def without(path: str, leaf: Any) -> Any:
-    row = mesh.index_along(leaf, VOCAB_DIM[path] if leaf.ndim > 1 else 0)
+    row = mesh_lib.index_along(leaf, VOCAB_DIM[path] if leaf.ndim > 1 else 0)
     return jnp.where(row < first, leaf, jnp.zeros((), leaf.dtype))
 
   @jax.jit
@@ -277,7 +278,7 @@ def _no_updates(path: str, leaf: Any) -> Any:
 def _is_new(path: str, array: Any, new_rows: range | None) -> jax.Array:
   """Of each element of a table [V, D] or [D, V], or of its rows' counts [V]: does it belong to a new row."""
   assert new_rows is not None  # or `plan` had refused
-  row = mesh.index_along(array, VOCAB_DIM[path] if array.ndim > 1 else 0)
+  row = mesh_lib.index_along(array, VOCAB_DIM[path] if array.ndim > 1 else 0)
   return (row >= new_rows.start) & (row < new_rows.stop)
 
 

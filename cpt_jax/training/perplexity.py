@@ -2,7 +2,6 @@
 
 Invariant: sums over whole documents, each target once, divided once, by tokens or by the bytes that these spell, which are all
 but the documents' first tokens'; padding counts for nothing.
-Called by train.loop, probe.stacked.
 """
 
 import math
@@ -30,8 +29,8 @@ def evaluate(
   """Loss of `params` on the held-out documents of each source.
 
   Args:
-    heldout: source name -> data.pipeline.HeldOut
-    eval_step: the jitted `train.step.make_eval_step`
+    heldout: source name -> stream.pipeline.HeldOut
+    eval_step: the jitted `training.step.make_eval_step`
     to_device: numpy batch -> global arrays
     on_batch: called after each batch, for a progress bar
   """

@@ -1,7 +1,7 @@
 """Names and numbers of a learning rate schedule -> a function from step to rate.
 
 Invariant: a pure function of the step (updates already finished), so that a resumed run goes on exactly; computed on the host,
-without jax, and given to each update as a number. Called by train.loop, train.dry_run, laws.
+without jax, and given to each update as a number.
 
 The rate of the update that follows `step` finished updates, for a run of N steps with a warm-up of W:
 

@@ -1,6 +1,6 @@
 """Run directory and config -> what the run starts from, and its parameters.
 
-Invariant: one order of precedence, stated in `choose_start`; a restore is strict. Called by train.loop, train.dry_run.
+Invariant: one order of precedence, stated in `choose_start`; a restore is strict.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model.spec import ModelSpec, from_hf, load_hf_config
-from cpt_jax.train import guard
-from cpt_jax.train import optimizer as optimizer_lib
-from cpt_jax.train import state as state_lib
-from cpt_jax.train.checkpoint import Checkpoints, read_meta, saved_steps
-from cpt_jax.train.state import TrainState
+from cpt_jax.training import guard
+from cpt_jax.training import optimizer as optimizer_lib
+from cpt_jax.training import state as state_lib
+from cpt_jax.training.checkpoint import Checkpoints, read_meta, saved_steps
+from cpt_jax.training.state import TrainState
 
 
 class Start(NamedTuple):
@@ -108,7 +108,7 @@ def choose_base(config: Any) -> Start:
 
 
 def data_past(begin: Start) -> dict | None:
-  """What a run that goes on from `begin` has read, as `data.pipeline.Loader` takes it; None where it has read nothing."""
+  """What a run that goes on from `begin` has read, as `stream.pipeline.Loader` takes it; None where it has read nothing."""
   if begin.kind not in ("run", "resume"):
     return None
   past = read_meta(begin.path, begin.checkpoint)["loader"]

@@ -1,7 +1,6 @@
 """What a run changes as it trains: step, parameters, optimizer state.
 
 Invariant: a plain pytree, its sharding known from `abstract` before anything is computed; `step` = updates finished.
-Made by train.start, changed by train.step, kept by train.checkpoint.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cpt_jax import mesh as mesh_lib
+from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec
 

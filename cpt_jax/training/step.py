@@ -1,7 +1,7 @@
 """One update: state and batch -> state and what was measured on the way.
 
 Invariant: sums over microbatches, devices and hosts, then ONE division by the weighted number of tokens; the rate that is
-reported is the rate that was used; an update with a number that is not finite is not made. Called by train.loop, tools.bench.
+reported is the rate that was used; an update with a number that is not finite is not made.
 """
 
 import functools
@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cpt_jax import mesh
-from cpt_jax.data.batch import Batch
+from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import loss, transformer
 from cpt_jax.model.spec import ModelSpec
-from cpt_jax.train import optimizer as optimizer_lib
-from cpt_jax.train.state import TrainState
+from cpt_jax.stream.batch import Batch
+from cpt_jax.training import optimizer as optimizer_lib
+from cpt_jax.training.state import TrainState
 
 
 class StepMetrics(NamedTuple):
-  """Measured by one step; stays on the device until train.metrics reads it."""
+  """Measured by one step; stays on the device until training.metrics reads it."""
 
   sums: loss.Sums  # over the step's batch, before the update, without the sources' weights
   grad_norm: jax.Array  # of the objective's gradient, before clipping
@@ -48,7 +48,7 @@ _LOSS_CHUNK = {"cpu": 256}
 
 def settings_from_config(config: Any, *, max_documents: int | None = None) -> ModelSettings:
   """`auto` computes in bfloat16 where the chip has units for it: GPU and TPU. What cannot be offloaded stays on the device."""
-  c, platform = config.model, mesh.platform()
+  c, platform = config.model, mesh_lib.platform()
   dtype = c.compute_dtype
   if dtype == "auto":
     dtype = "float32" if platform == "cpu" else "bfloat16"
@@ -137,7 +137,7 @@ def make_train_step(
     params = hold(params)
     hidden_BTD = hidden_states(params, batch, spec, settings=settings)
     chunk = settings.loss_chunk
-    with jax.named_scope("loss"):  # train.memory finds it by this name
+    with jax.named_scope("loss"):  # preview.memory finds it by this name
       return loss.objective(params, spec, hidden_BTD, batch, source_weights=weights_M, z_loss=z_loss, chunk=chunk)
 
   gradient = jax.grad(objective, has_aux=True)
@@ -194,7 +194,7 @@ def accumulate(
   def split(x):
     shape = (x.shape[0] // microbatches, microbatches, *x.shape[1:])
     # Told, not found out: JAX divides the parts, too, where an axis of one device is left over.
-    return mesh.reshape(x, shape, to=("batch", None, "seq")[: len(shape)]).swapaxes(0, 1)
+    return mesh_lib.reshape(x, shape, to=("batch", None, "seq")[: len(shape)]).swapaxes(0, 1)
 
   parts = jax.tree.map(split, batch)
 

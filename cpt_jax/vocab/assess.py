@@ -1,7 +1,7 @@
 """Tokenizers, text of a domain and general text -> how each vocabulary fits, what more pieces would save, and what to do.
 
 Invariant: tokens are counted over all of the text; what pieces would save is counted by a grown tokenizer on documents that they
-were not chosen from. Called by tools/assess_vocab.py.
+were not chosen from.
 """
 
 import dataclasses
@@ -13,10 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data import corpus
-from cpt_jax.data import tokenizer as tokenizers
-from cpt_jax.vocab import candidates as candidates_lib
-from cpt_jax.vocab import grow, kinds, verdict
+from cpt_jax.store import corpus
+from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.vocab import candidates, grow, kinds, verdict
 from cpt_jax.vocab import texts as texts_lib
 from cpt_jax.vocab.bases import Base
 from cpt_jax.vocab.verdict import RULES, Finding
@@ -82,7 +81,7 @@ class Counted:
 
 
 def count(
-  tokenizer_list: Sequence[tokenizers.Tokenizer],
+  tokenizer_list: Sequence[tokenizer_lib.Tokenizer],
   batches: Iterator[list[str]],
   *,
   on_part: Callable[[str], object] = lambda _: None,
@@ -104,7 +103,7 @@ def count(
   return counted
 
 
-def fit(tokenizer: tokenizers.Tokenizer, counts_V: np.ndarray, text: corpus.Text) -> Fit:
+def fit(tokenizer: tokenizer_lib.Tokenizer, counts_V: np.ndarray, text: corpus.Text) -> Fit:
   """Figures of a vocabulary from its counts on a text."""
   tokens = int(counts_V.sum())
   if not tokens:
@@ -128,12 +127,12 @@ def distance(domain_2V: np.ndarray, general_2V: np.ndarray) -> tuple[float, floa
 
 def curve(base: Base, sample: texts_lib.Sample, *, sizes: Sequence[int] = SIZES, min_count: int = grow.MIN_COUNT) -> list[Point]:
   """Tokens that the first `size` candidates of the training side save on the held-out side, as far as there are candidates."""
-  spelt = [text for words in grow.words_of(base, sample.train) if (text := candidates_lib.spell(words))]
+  spelt = [text for words in grow.words_of(base, sample.train) if (text := candidates.spell(words))]
   if not spelt or not sample.heldout:
     return []
-  learnt = candidates_lib.learn(spelt, num_merges=max(sizes), min_count=min_count)
+  learnt = candidates.learn(spelt, num_merges=max(sizes), min_count=min_count)
   general_counts_V = np.zeros(base.vocab_size, np.int64)
-  pool = candidates_lib.candidates(base, learnt, general_counts_V=general_counts_V).pieces
+  pool = candidates.candidates(base, learnt, general_counts_V=general_counts_V).pieces
   before = sum(map(len, base.tokenizer.encode_contents(sample.heldout)))
   found, width = [], _embedding_width(base.path.parent)
   for size in sorted({min(size, len(pool)) for size in sizes} - {0}):
@@ -156,7 +155,7 @@ def _embedding_width(directory: pathlib.Path) -> int | None:
 
 def assess(
   path: str,
-  tokenizer: tokenizers.Tokenizer,
+  tokenizer: tokenizer_lib.Tokenizer,
   domain_2V: np.ndarray,
   general_2V: np.ndarray,
   *,

@@ -1,7 +1,7 @@
 """A base's tokenizer -> its texts as words of symbols, between which new pieces may grow; and what a new piece is.
 
 Invariant: symbols below `vocab_size` are the base's own ids; a character that the base can only spell by bytes, or not at all, is
-one symbol of its own, numbered from `vocab_size` on. Called by vocab.fast and vocab.sentencepiece.
+one symbol of its own, numbered from `vocab_size` on.
 """
 
 import abc
@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data import tokenizer as tokenizers
-from cpt_jax.data.corpus import script_of
-from cpt_jax.data.tokenizer import SPACE, is_byte_piece
+from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store.corpus import script_of
+from cpt_jax.store.tokenizer import SPACE, is_byte_piece
 
 _ONE_SCRIPT = {"Hiragana": "Han", "Katakana": "Han", "Katakana-hiragana": "Han", "Bopomofo": "Han"}  # as SentencePiece's trainer
 
@@ -49,7 +49,7 @@ class Base(abc.ABC):
   file_name: str  # of the tokenizer's file in a Hugging Face directory
   texts: dict[int, str]  # id -> piece, in the model's own spelling, without special and added tokens
 
-  def __init__(self, tokenizer: tokenizers.Tokenizer):
+  def __init__(self, tokenizer: tokenizer_lib.Tokenizer):
     self.tokenizer = tokenizer
     self.vocab_size = tokenizer.vocab_size
     self.extra: list[str] = []  # the characters of the symbols from vocab_size on

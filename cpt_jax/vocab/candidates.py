@@ -1,7 +1,7 @@
 """Words of a base's symbols -> the pieces that would shorten them most, in the order in which BPE would learn them.
 
 Invariant: a candidate stands behind all that it is made of, so any beginning of the list can be added, and every candidate comes
-from the base's own segmentation continued: adjacent symbols of one word. Called by vocab.grow and vocab.assess.
+from the base's own segmentation continued: adjacent symbols of one word.
 
 The merges are learnt by the tokenizers library's trainer on a text in which every symbol is one character of the upper planes of
 Unicode: its alphabet is then the base's vocabulary, so it goes on where the base's own training ended.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-from cpt_jax.data.tokenizer import byte_characters
+from cpt_jax.store.tokenizer import byte_characters
 from cpt_jax.vocab.bases import Base, Piece, Words
 
 _FIRST = 0x10000  # code point of symbol 0; there are 2^20 from here on

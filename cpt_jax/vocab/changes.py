@@ -1,6 +1,6 @@
 """The ids of texts before and after growth -> which tokens are no longer there.
 
-Invariant: counted by the places that tokens take in the text, so a change is seen whatever made it. Called by vocab.grow.
+Invariant: counted by the places that tokens take in the text, so a change is seen whatever made it.
 """
 
 from collections.abc import Iterable

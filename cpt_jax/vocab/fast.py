@@ -1,7 +1,7 @@
 """A tokenizer.json of Hugging Face tokenizers (BPE or Unigram) as a base that can grow.
 
 Invariant: BPE grows by merges that come after the base's own, so the base's merges are done first and a text changes only where a
-new piece stands in it; what the file says otherwise is kept as it is. Called by vocab.kinds.
+new piece stands in it; what the file says otherwise is kept as it is.
 """
 
 import json
@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data.tokenizer import Tokenizer
+from cpt_jax.store.tokenizer import Tokenizer
 from cpt_jax.vocab.bases import Base, Piece, Words, check_pieces
 from cpt_jax.vocab.scores import unigram_scores
 

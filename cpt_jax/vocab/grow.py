@@ -1,7 +1,7 @@
 """A base's tokenizer and text of a domain -> a tokenizer with more pieces, each of them reachable, and what that changes.
 
 Invariant: old ids keep their meaning, new ones follow the last old id; protected text is tokenised as before, which is checked on
-all of it after the last piece was chosen. Called by tools/grow_vocab.py.
+all of it after the last piece was chosen.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data import tokenizer as tokenizers
-from cpt_jax.vocab import candidates as candidates_lib
+from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.vocab import candidates
 from cpt_jax.vocab import changes as changes_lib
 from cpt_jax.vocab import texts as texts_lib
 from cpt_jax.vocab.bases import Base, Piece, Words
@@ -51,7 +51,7 @@ class Grown:
   base: Base
   pieces: list[Piece]  # of ids base.vocab_size, ...
   raw: bytes  # the tokenizer's file
-  tokenizer: tokenizers.Tokenizer
+  tokenizer: tokenizer_lib.Tokenizer
   band: Band
   num_candidates: int
   num_outside: int  # candidates outside the band
@@ -80,7 +80,7 @@ def num_rows(vocab_size: int, *, multiple: int) -> int:
   return -(-vocab_size // multiple) * multiple
 
 
-def count_ids(tokenizer: tokenizers.Tokenizer, batches: Iterator[list[str]]) -> np.ndarray:
+def count_ids(tokenizer: tokenizer_lib.Tokenizer, batches: Iterator[list[str]]) -> np.ndarray:
   """How often each id stands in the texts, int64 [V]."""
   counts_V = np.zeros(tokenizer.vocab_size, np.int64)
   for batch in batches:
@@ -161,14 +161,14 @@ def _pool(
   """Candidates, and the band's bounds among them; where uses have an upper bound, words are cut at what is used more."""
 
   def learn(found: list[Words]) -> Candidates:
-    texts = [text for each in found if (text := candidates_lib.spell(each))]
+    texts = [text for each in found if (text := candidates.spell(each))]
     if not texts:
       raise ConfigError(
         "the domain text holds nothing that pieces could be made of within the band; give more text or a wider band"
       )
     num_merges = (_POOL if band_by == "use" else _POOL_BY_COUNT) * size
-    learnt = candidates_lib.learn(texts, num_merges=num_merges, min_count=min_count)
-    return candidates_lib.candidates(base, learnt, general_counts_V=counts_V)
+    learnt = candidates.learn(texts, num_merges=num_merges, min_count=min_count)
+    return candidates.candidates(base, learnt, general_counts_V=counts_V)
 
   pool = learn(words)
   if not pool.pieces:
@@ -224,11 +224,11 @@ def _offenders(base: Base, raw: bytes, chosen: Sequence[Piece], protect: Batches
   return offenders
 
 
-def load_grown(base: Base, raw: bytes) -> tokenizers.Tokenizer:
+def load_grown(base: Base, raw: bytes) -> tokenizer_lib.Tokenizer:
   """The grown file as a tokenizer, with the base's side files."""
   with tempfile.TemporaryDirectory() as directory:
     write_tokenizer(base, raw, pathlib.Path(directory))
-    return tokenizers.load(directory)
+    return tokenizer_lib.load(directory)
 
 
 def write_tokenizer(base: Base, raw: bytes, directory: pathlib.Path) -> None:

@@ -1,7 +1,7 @@
 """Rows of a base's embedding (or head) and what new pieces replace -> rows for the new pieces, a block at a time.
 
 Invariant: old rows are read, never written, and padding rows behind the base's own ids are not looked at; a block is float32 and
-depends on the seed and the rows' numbers alone. Called by model.expansion.
+depends on the seed and the rows' numbers alone.
 
 Input and output rows have different parts to play (what a token means, when it is to be said), so they are made apart. Choices
 and their sources: docs/vocabulary.md.
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError, did_you_mean
-from cpt_jax.data.tokenizer import SPACE, byte_characters
+from cpt_jax.store.tokenizer import SPACE, byte_characters
 from cpt_jax.vocab.bases import Piece
 from cpt_jax.vocab.similarity import Neighbours
 

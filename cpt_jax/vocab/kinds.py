@@ -1,11 +1,11 @@
-"""A path -> the base's tokenizer as one that can grow, or why it cannot. Called by vocab.grow and vocab.assess.
+"""A path -> the base's tokenizer as one that can grow, or why it cannot.
 
 Invariant: what is returned gives the ids that data.tokenizer gives.
 """
 
 import os
 
-from cpt_jax.data import tokenizer as tokenizers
+from cpt_jax.store import tokenizer as tokenizer_lib
 from cpt_jax.vocab.bases import Base
 from cpt_jax.vocab.fast import FastBase
 from cpt_jax.vocab.sentencepiece import SentencePieceBase
@@ -17,5 +17,5 @@ def load(path: str | os.PathLike) -> Base:
   Raises:
     ConfigError: as data.tokenizer.load; a kind that cannot grow.
   """
-  tokenizer = tokenizers.load(path)
+  tokenizer = tokenizer_lib.load(path)
   return (FastBase if tokenizer.path.suffix == ".json" else SentencePieceBase)(tokenizer)

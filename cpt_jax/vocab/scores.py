@@ -2,7 +2,7 @@
 
 Invariant: a new piece scores a little more than the best path over older pieces that spells it, so it stands in for such paths
 and shifts others as little as a new piece can; no score lies below the base's lowest, from which both libraries derive the cost
-of an unknown character. Called by vocab.fast and vocab.sentencepiece.
+of an unknown character.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """A SentencePiece model (BPE or unigram) as a base that can grow.
 
 Invariant: the old file's bytes come first, unchanged; new pieces follow as the format's own repeated field. In BPE their scores
-lie below the base's, so that its merges are done first. Called by vocab.kinds.
+lie below the base's, so that its merges are done first.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data.tokenizer import SPACE, Tokenizer
+from cpt_jax.store.tokenizer import SPACE, Tokenizer
 from cpt_jax.vocab.bases import Base, Piece, Words, check_pieces
 from cpt_jax.vocab.scores import unigram_scores
 

@@ -1,7 +1,6 @@
 """Domain text in new tokens -> how alike old and new tokens are used, as weights of old rows (as FOCUS, 2305.14481).
 
-Invariant: weights of a piece are not negative and sum to 1, or there are none; only old tokens carry weight. Called by
-tools/grow_vocab.py; vocab.initialise reads the result.
+Invariant: weights of a piece are not negative and sum to 1, or there are none; only old tokens carry weight.
 
 FOCUS trains fastText on the domain text. Here the auxiliary embedding is the truncated SVD of positive pointwise mutual
 information between neighbouring tokens (Levy and Goldberg, NIPS 2014, show skip-gram to factorise a shifted form of that matrix):

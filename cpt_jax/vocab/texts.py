@@ -1,7 +1,6 @@
 """Text files -> parts of documents, and samples of them that are chosen by hash and split into training and held-out parts.
 
 Invariant: whether a part is in a sample, and on which side, follows from its text alone; memory holds the sample, not the files.
-Called by vocab.assess, vocab.grow and tools.
 """
 
 import hashlib
@@ -9,8 +8,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from cpt_jax.data import documents
-from cpt_jax.data.documents import DataError
+from cpt_jax.store import documents
+from cpt_jax.store.documents import DataError
 
 # A long document is cut at line ends, so that samples of a few books are of all of them, and encoding uses every core.
 PART_CHARACTERS = 32_768

@@ -1,7 +1,6 @@
 """Figures of a vocabulary on a text -> expand, do not expand or choose another base, by rules that are all shown.
 
 Invariant: expanding takes both conditions: a vocabulary far from the text, and enough text to make up for new rows.
-Called by vocab.assess and analysis.diagnosis.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,6 @@
 """This machine -> how fast cpt_jax trains, reads, prepares, converts and starts on it: tables, and JSON with every sample.
 
 Invariant: nothing is compared across processes that did not take turns in this very run, and nothing here is a test.
-Called by people: python tools/bench.py [--sections=step,overhead,...] [--output=DIR]
 
 Exit codes: 0 done, 3 the machine is too busy to measure (--force goes on), 78 wrong settings.
 """
@@ -28,7 +27,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(_ROOT))  # a clone that is not installed
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what the peers and the processes of their own are held to as well
@@ -41,7 +40,7 @@ import bench_samples
 import bench_step
 
 from cpt_jax.config import ConfigError
-from cpt_jax.train import console
+from cpt_jax.training import console
 
 NOISY, EXIT_CONFIG = 3, 78
 MAX_LOAD = 1.5  # a busier machine measures its neighbours
@@ -74,13 +73,14 @@ class Bench:
     """As `base`, with these keys of its config.json changed."""
     import jax
 
-    from cpt_jax.model import pretrained, spec, transformer
+    from cpt_jax.model import pretrained, transformer
+    from cpt_jax.model import spec as spec_lib
 
     hf_config = json.loads((_ROOT / "examples/base/config.json").read_text()) | changes
     if self.quick:
       hf_config |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1)
       hf_config |= dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
-    shape = spec.from_hf(hf_config)
+    shape = spec_lib.from_hf(hf_config)
     params = transformer.init(shape, jax.random.key(self.seed))
     with contextlib.redirect_stdout(io.StringIO()):
       pretrained.save_params(
@@ -101,9 +101,9 @@ class Bench:
     return short
 
   def inputs(self, *, rows: int, row_len: int, num_steps: int) -> Any:
-    """What train.loop opens for this shape: the loader of the quickstart's two sources among it."""
+    """What training.loop opens for this shape: the loader of the quickstart's two sources among it."""
     from cpt_jax import config as config_lib
-    from cpt_jax.train import loop
+    from cpt_jax.training import loop
 
     c = bench_step.settings(self.base, rows=rows, row_len=row_len, num_steps=num_steps)
     c.data.heldout_frac = 0.02
@@ -293,7 +293,7 @@ def measure_startup(bench: Bench) -> tuple[dict[str, Any], list[list[Any]]]:
     lambda: {"wall_secs": [], "cpu_secs": [], "first_step_secs": []}
   )
   for _ in range(repeats):
-    for what in ("cpt_jax.main", "cpt_jax.train.loop"):
+    for what in ("cpt_jax.main", "cpt_jax.training.loop"):
       with bench_samples.timed(secs[f"import {what}"]):
         bench_samples.call([sys.executable, "-c", f"import {what}"], env=environment)
   # The weights' values do not matter here: where the shipped ones are missing, random ones start as fast.

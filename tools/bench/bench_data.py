@@ -1,7 +1,6 @@
 """Rows, stores and texts made here -> how fast cpt_jax mixes, packs, seeks and prepares, beside its peers.
 
 Invariant: each side is measured in fresh processes that take turns, on rows and texts that all sides share.
-Called by tools/bench.py, whose sections these are.
 """
 
 import collections
@@ -18,7 +17,7 @@ import bench_data_sides
 import bench_samples
 import bench_step
 
-from cpt_jax.train import console
+from cpt_jax.training import console
 
 OPEN_SECS, OPEN_BYTES, SEEK_SECS, PACKED_RATE = 5.0, 200e6, 0.05, 5e6  # the bars
 

@@ -1,7 +1,7 @@
 """Rows, stores or texts -> how fast one reader or tokenizer, of cpt_jax or of a peer, goes through them.
 
 Invariant: every reader of a group reads the same rows and gives the same batches, int32 [8, 2048], in a process of its own; a
-peer that is not installed is skipped by name. Called by tools/bench_data.py, which starts this file for each side and turn.
+peer that is not installed is skipped by name.
 """
 
 import collections
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 BATCH_ROWS, ROW_LEN = 8, 2048
 RAMPED_STEPS, RAMPED_ROWS = 1_000_000, 1024  # a million steps that hold row 10**9
 POSITIONS = (0, 10**6, 10**9)
@@ -68,8 +68,8 @@ class _Mixed:
   """Batches of fixed rows by cpt_jax's mixture, by number."""
 
   def __init__(self, rows: Rows, knots: Any, *, num_steps: int, is_shuffled: bool = False):
-    from cpt_jax.data.mixture import Mixture
-    from cpt_jax.data.shuffle import Shuffle
+    from cpt_jax.stream.mixture import Mixture
+    from cpt_jax.stream.shuffle import Shuffle
 
     self._rows, self._num_steps = rows, num_steps
     self._mixture = Mixture(knots, num_steps=num_steps, batch_rows=BATCH_ROWS)
@@ -229,10 +229,10 @@ PAIRS = {  # ours, and the one that it is held against
 
 def make_stores(directory: pathlib.Path, num_sources: int, *, texts: Iterator[str], tokenizer: pathlib.Path) -> None:
   """Writes token stores `stores_{M}/{m}`, the texts dealt out in turn."""
-  from cpt_jax.data import store
-  from cpt_jax.data import tokenizer as tokenizers
+  from cpt_jax.store import store
+  from cpt_jax.store import tokenizer as tokenizer_lib
 
-  loaded = tokenizers.load(str(tokenizer))
+  loaded = tokenizer_lib.load(str(tokenizer))
   every = list(texts)
   for m in range(num_sources):
     with store.StoreWriter(
@@ -248,7 +248,8 @@ def make_stores(directory: pathlib.Path, num_sources: int, *, texts: Iterator[st
 
 def _loader(directory: pathlib.Path, knots: Any, *, num_steps: int, batch_rows: int, row_len: int) -> Any:
   """A loader of the stores of as many sources as `knots`; best_fit, 2% held out, as configs are by default."""
-  from cpt_jax.data import pipeline, sources, store
+  from cpt_jax.store import store
+  from cpt_jax.stream import pipeline, sources
 
   folder = directory / f"stores_{len(knots)}"
   found = [
@@ -421,8 +422,6 @@ def _warm(side: str, directory: pathlib.Path) -> None:
   else:
     import grain  # noqa: F401
 
-    from cpt_jax.data import mixture, shuffle  # noqa: F401
-
 
 def tokenize(directory: pathlib.Path, *, side: str, text: str, tokenizer: str, output: str) -> dict[str, Any]:
   """Seconds of making a store of a text in this process, imports aside; its digest of tokens, and the peak of memory."""
@@ -440,7 +439,7 @@ def tokenize(directory: pathlib.Path, *, side: str, text: str, tokenizer: str, o
 
 
 def _ours_tokenize(text: str, *, tokenizer: str, output: str) -> Callable[[], Any]:
-  from cpt_jax.data import prepare
+  from cpt_jax.store import prepare
 
   return lambda: prepare.prepare([text], tokenizer=tokenizer, output=output, num_workers=1, progress=False)
 

@@ -1,7 +1,6 @@
 """The real loop for thousands of steps in one process: how its memory grows, and each program that is compiled, and when.
 
-Invariant: nothing of the loop is replaced; only its progress bar is one that looks at the process. Called by tools/bench.py and
-tests, or run in a process of its own.
+Invariant: nothing of the loop is replaced; only its progress bar is one that looks at the process.
 """
 
 import collections
@@ -18,7 +17,7 @@ from typing import Any
 import bench_memory
 import bench_samples
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -70,8 +69,8 @@ class Watch:
 
 
 def watched(config: Any, workdir: pathlib.Path, *, every: int) -> Watch:
-  """Runs train.loop as main does."""
-  from cpt_jax.train import loop
+  """Runs training.loop as main does."""
+  from cpt_jax.training import loop
 
   watch = Watch(every=every)
   with watch.compilations(), contextlib.redirect_stdout(io.StringIO()):

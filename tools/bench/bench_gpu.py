@@ -1,9 +1,9 @@
 """One GPU -> how near to its ceilings cpt_jax trains on it, PyTorch on the same card beside it: tables, and JSON of every sample.
 
 Invariant: every part is a process of its own and what it has measured is written down at once, so that a cut leaves results; the
-step is train.step's, as the program runs it. Called by people:
+step is training.step's, as the program runs it.
 
-    python tools/bench_gpu.py [--parts=ceilings,attention,...] [--minutes=9] [--output=DIR] [--quick]
+    python tools/bench/bench_gpu.py [--parts=ceilings,attention,...] [--minutes=9] [--output=DIR] [--quick]
 
 --quick shrinks every shape and runs anywhere, a CPU too: its figures mean nothing. A part of one's own is written as
 --parts=train:1b,8x4096,remat=full,scan=False (model, rows x row length, then keys of c.model, of c.train as train.x, of
@@ -27,7 +27,7 @@ from typing import Any
 
 from absl import app, flags
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(_ROOT))  # a clone that is not installed
 
 _PARTS = flags.DEFINE_list("parts", [], "Of those that the docs name, or train:...; separated by ';' where one has commas.")
@@ -190,7 +190,7 @@ def measure_attention(*, quick: bool) -> dict[str, Any]:
   import jax
   import jax.numpy as jnp
 
-  from cpt_jax import mesh
+  from cpt_jax.devices import mesh as mesh_lib
 
   shapes = [(4, 4096, 64, 1), (4, 4096, 64, 4), (4, 4096, 64, 16), (4, 4096, 128, 1), (4, 4096, 128, 4), (4, 4096, 128, 16)]
   shapes += [(1, 32768, 64, 1), (1, 32768, 64, 32)]
@@ -208,7 +208,7 @@ def measure_attention(*, quick: bool) -> dict[str, Any]:
       plain = functools.partial(_plain, row_len=row_len)
       expected = _out_and_gradients(plain, [x.astype(jnp.float32) for x in part[0]], *part[1:])
     timed = {}
-    for name, kind in attention_kinds(row_len, head_dim, documents, mesh.platform()).items():
+    for name, kind in attention_kinds(row_len, head_dim, documents, mesh_lib.platform()).items():
       slow = name == "blockwise" and row_len > 4096
       if slow and not quick:
         continue
@@ -250,15 +250,16 @@ def _out_and_gradients(kind: Callable[..., Any], arrays: list[Any], segments: An
 
 
 class Training:
-  """What train.loop has built when its loop begins, with random weights and batches of random tokens."""
+  """What training.loop has built when its loop begins, with random weights and batches of random tokens."""
 
   def __init__(self, text: str, *, quick: bool):
     import jax
     import numpy as np
 
-    from cpt_jax import mesh as mesh_lib
-    from cpt_jax.model import spec, transformer
-    from cpt_jax.train import optimizer, state, step
+    from cpt_jax.devices import mesh as mesh_lib
+    from cpt_jax.model import spec as spec_lib
+    from cpt_jax.model import transformer
+    from cpt_jax.training import optimizer, state, step
 
     model, shape, *changes = text.split(",")
     rows, row_len = (int(x) for x in shape.split("x"))
@@ -266,7 +267,7 @@ class Training:
     keys = dict(change.split("=", 1) for change in changes if not change.startswith("env."))
     self.documents = int(keys.pop("documents", 1))
     self.config = _config(rows=rows, row_len=row_len, keys=keys, quick=quick)
-    self.spec = spec.from_hf(hf_config(model, quick=quick))
+    self.spec = spec_lib.from_hf(hf_config(model, quick=quick))
     self.mesh = mesh_lib.make_mesh(**self.config.mesh)
     jax.set_mesh(self.mesh)
     tx = optimizer.from_config(self.config, self.spec)
@@ -283,8 +284,8 @@ class Training:
     return measured
 
   def to_device(self, batch: Any) -> Any:
-    """As train.loop does."""
-    from cpt_jax import mesh as mesh_lib
+    """As training.loop does."""
+    from cpt_jax.devices import mesh as mesh_lib
 
     return mesh_lib.to_global(self.mesh, batch)
 
@@ -306,7 +307,7 @@ def _config(*, rows: int, row_len: int, keys: dict[str, str], quick: bool) -> An
 def _batch(random: Any, vocab_size: int, rows: int, row_len: int, documents: int) -> Any:
   import numpy as np
 
-  from cpt_jax.data.batch import Batch
+  from cpt_jax.stream.batch import Batch
 
   tokens_BT = random.integers(vocab_size, size=(rows, row_len)).astype(np.int32)
   segments_BT = packed_segments(rows, row_len, documents)
@@ -351,7 +352,7 @@ def measure_train(text: str, *, quick: bool) -> dict[str, Any]:
 def _speed(samples: list[float], num_positions: int, causal: float, palm: float) -> dict[str, Any]:
   import jax
 
-  from cpt_jax.train import metrics
+  from cpt_jax.training import metrics
 
   peak = metrics.peak_flops(jax.devices()[0].device_kind) or math.nan
   rate = num_positions / statistics.median(samples)
@@ -450,7 +451,7 @@ MEASURE: dict[str, Callable[..., dict[str, Any]]] = {
 
 def run_part(part: str, *, quick: bool) -> dict[str, Any]:
   """What a part has measured, in this process."""
-  from cpt_jax import environment
+  from cpt_jax.devices import environment
 
   name, _, text = part.partition(":")
   for change in text.split(","):
@@ -503,7 +504,7 @@ def main(argv: list[str]) -> int:
   if _PART.value:
     print(json.dumps(run_part(_PART.value, quick=_QUICK.value)))
     return 0
-  from cpt_jax.train import console
+  from cpt_jax.training import console
 
   asked = ",".join(_PARTS.value)
   parts = (asked.split(";") if ";" in asked or ":" in asked else _PARTS.value) or list(DEFAULT)

@@ -1,7 +1,6 @@
 """A vocabulary -> memory, time and error of the chunked cross-entropy with its gradients, beside the plain one's.
 
-Invariant: both get the same hidden states, head and targets, in fresh processes on the cores that they are told. Called by
-tools/bench.py, which starts this file once for each side and turn.
+Invariant: both get the same hidden states, head and targets, in fresh processes on the cores that they are told.
 """
 
 import functools
@@ -12,7 +11,7 @@ import statistics
 import sys
 from typing import Any
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(_ROOT))  # a clone that is not installed
 
 import bench_samples
@@ -79,7 +78,7 @@ def _given(vocab_size: int, positions: int, width: int, *, seed: int) -> tuple[A
   """Head [V, D], hidden states [1, T, D] and a batch, of the size that a trained model's have: logits of a few nats."""
   import numpy as np
 
-  from cpt_jax.data.batch import Batch
+  from cpt_jax.stream.batch import Batch
 
   random = np.random.default_rng(seed)
   embedding_VD = random.standard_normal((vocab_size, width), np.float32) * np.float32(2 / width**0.5)
@@ -96,12 +95,12 @@ def _gradient(side: str, vocab_size: int, width: int) -> tuple[Any, int]:
   import jax.numpy as jnp
   import optax
 
-  from cpt_jax import config
+  from cpt_jax import config as config_lib
   from cpt_jax.model import loss
   from cpt_jax.model.spec import ModelSpec
-  from cpt_jax.train import step
+  from cpt_jax.training import step
 
-  chunk = step.settings_from_config(config.default()).loss_chunk if side == OURS else 0
+  chunk = step.settings_from_config(config_lib.default()).loss_chunk if side == OURS else 0
   spec = ModelSpec("llama", vocab_size, width, 1, 1, 1, 64, 64, max_positions=1, tied=True)
 
   def chunked(embedding_VD, hidden_BTD, batch):

@@ -1,7 +1,6 @@
 """Peak host memory of import and export, against the promise: twice the largest stacked tensor + 300 MB beside the parameters.
 
-Invariant: each measurement is a process of its own, on the CPU, with float32 weights made here. Called by tools/bench.py, or run:
-`python tools/bench_memory.py`.
+Invariant: each measurement is a process of its own, on the CPU, with float32 weights made here.
 """
 
 import json
@@ -15,7 +14,7 @@ import tempfile
 import threading
 import time
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 # 4.6 and 18.5 layers' worth of 51 MB: a model of 0.25 GB and one four times as large by its depth.
 _LAYERS = (4, 19)
 _SPEC = {
@@ -60,12 +59,12 @@ def _measure(directory: str, num_layers: int) -> dict:
   """In a fresh process: import, then export, of a model in `directory`."""
   import jax
 
-  from cpt_jax import mesh
+  from cpt_jax.devices import mesh as mesh_lib
   from cpt_jax.model import pretrained, transformer
   from cpt_jax.model.spec import ModelSpec
 
   spec = ModelSpec(num_layers=num_layers, **_SPEC)
-  with jax.set_mesh(mesh.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])):
+  with jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])):
     abstract = transformer.abstract_params(spec)
     largest_bytes = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     with Peak() as reading:

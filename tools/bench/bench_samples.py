@@ -1,7 +1,6 @@
 """Commands and blocks of code -> samples of their time, and what is said of samples.
 
-Invariant: CPU time stands beside wall time, and ratios are of pairs that had the same turn. Called by tools/bench.py and
-tools/bench_data.py.
+Invariant: CPU time stands beside wall time, and ratios are of pairs that had the same turn.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
 def call(command: list[str], *, env: dict[str, str]) -> str:

@@ -1,7 +1,6 @@
 """One update of R stacked trials against R updates one after the other -> the speed-up of training trials at once.
 
-Invariant: the same update (train.step's), batches and device on both sides, timed in turn, compiled before; medians of ratios.
-Called by people: python tools/bench_stack.py --config=examples/plans/poetry.py --stacks=2,4,8
+Invariant: the same update (training.step's), batches and device on both sides, timed in turn, compiled before; medians of ratios.
 """
 
 import pathlib
@@ -15,14 +14,14 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clone that is not installed
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))  # a clone that is not installed
 
 from cpt_jax import config as config_lib
-from cpt_jax import mesh as mesh_lib
-from cpt_jax.data import packing
+from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import transformer
 from cpt_jax.model.spec import from_hf, load_hf_config, num_parameters
-from cpt_jax.train import console, optimizer, state, step
+from cpt_jax.stream import packing
+from cpt_jax.training import console, optimizer, state, step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run whose update is timed: its model, rows and row length.")
 _STACKS = flags.DEFINE_list("stacks", ["2", "4", "8"], "Trials in a stack.")

@@ -1,7 +1,7 @@
 """A model directory and batches of tokens -> seconds of every training step, here and in Hugging Face's Trainer.
 
 Invariant: every side starts from the same safetensors, reads the same batches, does the same AdamW in float32, and runs in a
-fresh process on the cores that it is told. Called by tools/bench.py, which starts this file once for each side and turn.
+fresh process on the cores that it is told.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 OPTIMIZER = dict(lr=1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0)
 LOG_EVERY = 10  # steps between records, in both trainers
 # Ours, and the one that it is held against: the whole trainer with the whole trainer, the bare step with the bare step.
@@ -38,15 +38,15 @@ class Clock:
 
 
 class Training:
-  """What train.loop has built when its loop begins: mesh, state and the jitted step."""
+  """What training.loop has built when its loop begins: mesh, state and the jitted step."""
 
   def __init__(self, config: Any, base: str | os.PathLike, *, num_sources: int):
     import jax
 
-    from cpt_jax import mesh as mesh_lib
+    from cpt_jax.devices import mesh as mesh_lib
     from cpt_jax.model import pretrained, transformer
     from cpt_jax.model import spec as spec_lib
-    from cpt_jax.train import optimizer, schedule, state, step
+    from cpt_jax.training import optimizer, schedule, state, step
 
     self.config = config
     self.spec = spec_lib.from_hf(spec_lib.load_hf_config(base))
@@ -66,19 +66,19 @@ class Training:
     return measured
 
   def to_device(self, batch: Any) -> Any:
-    """As train.loop does."""
-    from cpt_jax import mesh as mesh_lib
+    """As training.loop does."""
+    from cpt_jax.devices import mesh as mesh_lib
 
     return mesh_lib.to_global(self.mesh, batch)
 
 
 class Hooks:
-  """What train.loop asks at every step before it fetches rows: signals, guards, and whether anything is due."""
+  """What training.loop asks at every step before it fetches rows: signals, guards, and whether anything is due."""
 
   def __init__(self, inputs: Any, workdir: pathlib.Path):
     from cpt_jax import config as config_lib
-    from cpt_jax.train import checkpoint, guard
-    from cpt_jax.train import loop as loop_lib
+    from cpt_jax.training import checkpoint, guard
+    from cpt_jax.training import loop as loop_lib
 
     self._stop, self._loader = loop_lib.StopRequest(), inputs.loader
     self._checkpoints = checkpoint.from_config(inputs.config, workdir)
@@ -102,7 +102,7 @@ class Hooks:
 
 
 class Loop:
-  """The loop of train.loop between two evaluations: rows, device, step, meter, metrics.jsonl and lines of progress.
+  """The loop of training.loop between two evaluations: rows, device, step, meter, metrics.jsonl and lines of progress.
 
   `host_secs` adds up what the host spends on fetching rows, on placing them and on dispatching the step; work that waits for
   the device is not in it. `losses` are those of the records.
@@ -118,7 +118,7 @@ class Loop:
     num_steps: int,
     hooks: Hooks | None = None,
   ):
-    from cpt_jax.train import console, metrics
+    from cpt_jax.training import console, metrics
 
     directory.mkdir(parents=True, exist_ok=True)
     self._training, self._batches, self._hooks = training, batches, hooks
@@ -176,9 +176,9 @@ class Loop:
 
 def settings(base: str | os.PathLike, *, rows: int, row_len: int, num_steps: int) -> Any:
   """The configuration of every measurement: defaults, but for the shape, the start and a constant rate."""
-  from cpt_jax import config
+  from cpt_jax import config as config_lib
 
-  c = config.default()
+  c = config_lib.default()
   c.start.hf = str(base)
   c.data.row_len = row_len
   c.train.batch_rows = rows
@@ -195,7 +195,7 @@ def batch_of(tokens_BT: Any) -> Any:
   """Rows that are a document each; the last position has nothing to predict, as in Hugging Face's loss."""
   import numpy as np
 
-  from cpt_jax.data.batch import Batch
+  from cpt_jax.stream.batch import Batch
 
   rows, row_len = tokens_BT.shape
   weights_BT = np.ones((rows, row_len), np.float32)

@@ -1,7 +1,7 @@
 """A Hugging Face config.json of a Llama -> seconds of a training step of the same mathematics in PyTorch.
 
 Invariant: float32 weights and moments, products in bfloat16 (autocast), fused AdamW, scaled_dot_product_attention, all
-under torch.compile: what a careful person would write. Called by tools/bench_gpu.py.
+under torch.compile: what a careful person would write.
 """
 
 import time

@@ -1,7 +1,7 @@
 """A config's sources -> the bits per byte of a model that knows nothing but how frequent each token is: what any base must beat.
 
 Invariant: the same held-out documents, targets and bytes as the run's own evaluation; counts come from the training documents,
-each with 1 added. Called by people: python tools/unigram_bits.py --config=configs/pretrain.py
+each with 1 added.
 """
 
 import math
@@ -12,11 +12,11 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clone that is not installed
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))  # a clone that is not installed
 
 from cpt_jax.config import ConfigError
-from cpt_jax.data.sources import Source
-from cpt_jax.train import console, loop
+from cpt_jax.stream.sources import Source
+from cpt_jax.training import console, loop
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose sources are measured.")
 

@@ -1,7 +1,7 @@
 """Run directories of a probe -> a small file of what was measured; such files -> the tables and figures of docs/experiments.md.
 
-Run:   python tools/plan_experiment.py --collect plan/poetry/trials --output examples/plans/measured/poetry.jsonl
-       python tools/plan_experiment.py examples/plans/measured/*.jsonl --output docs/experiments
+Run:   python tools/experiments/plan_experiment.py --collect plan/poetry/trials --output examples/plans/measured/poetry.jsonl
+       python tools/experiments/plan_experiment.py examples/plans/measured/*.jsonl --output docs/experiments
 
 The second needs no training: laws are fitted to the runs of the smallest budget on the grid, and held against the other runs,
 which
@@ -17,17 +17,19 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clone that is not installed
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))  # a clone that is not installed
 
 from cpt_jax import config as config_lib
-from cpt_jax.analysis import runs as runs_lib
 from cpt_jax.config import ConfigError
-from cpt_jax.laws import cells as cells_lib
-from cpt_jax.laws import choose, cpt_law, curves, fit, recommend
-from cpt_jax.laws.cells import Cell
+from cpt_jax.laws import cpt_law, curves
+from cpt_jax.laws import fit as fit_lib
 from cpt_jax.laws.curves import Curve
-from cpt_jax.probe.trials import replay_share
-from cpt_jax.train import console
+from cpt_jax.planning import cells as cells_lib
+from cpt_jax.planning import choose, recommend
+from cpt_jax.planning.cells import Cell
+from cpt_jax.planning.trials import replay_share
+from cpt_jax.results import runs as runs_lib
+from cpt_jax.training import console
 
 # Share of the forgetting without replay that a share of replay removes: Ibrahim et al. 2403.08763, from tables 2 and 4.
 IBRAHIM = {
@@ -200,12 +202,12 @@ def outcomes(data: Measured) -> Iterable[Outcome]:
         yield Outcome(data, source, what, "same cell, shorter", _nearest(data, source, runs), runs)
 
 
-def curve_fit(data: Measured, source: str) -> fit.Fit:
+def curve_fit(data: Measured, source: str) -> fit_lib.Fit:
   """The CPT law on the grid's curves, means over seeds, with the form of replay that predicts a held-out share best."""
   places = [[r for r in data.grid if _place(r) == place] for place in sorted({_place(r) for r in data.grid})]
   means = [runs[0] | {"losses": {source: np.mean([r["losses"][source] for r in runs], axis=0).tolist()}} for runs in places]
 
-  def fitted(law: cpt_law.CptLaw, runs: Sequence[Record]) -> fit.Fit:
+  def fitted(law: cpt_law.CptLaw, runs: Sequence[Record]) -> fit_lib.Fit:
     return curves.fit(law, [curve(r, source) for r in runs], num_starts=_NUM_STARTS)
 
   def held_out_error(law: cpt_law.CptLaw) -> float:
@@ -219,7 +221,7 @@ def curve_fit(data: Measured, source: str) -> fit.Fit:
   return fitted(min((cpt_law.CptLaw(replay=form, decay_steps=None) for form in forms), key=held_out_error), means)
 
 
-def _ends(fitted: fit.Fit, runs: Sequence[Record], source: str) -> np.ndarray:
+def _ends(fitted: fit_lib.Fit, runs: Sequence[Record], source: str) -> np.ndarray:
   return np.array([fitted.predict([curve(r, source)])[-1] for r in runs])
 
 

@@ -1,10 +1,10 @@
 """A base and text of a domain -> the base grown in several ways and trained alike, and a small file of what was measured.
 
-Run:   python tools/vocab_experiment.py --domain examples/corpora/poetry_ci.jsonl.gz --join 10 --base_text store/text \
-           --output plan/vocab/zh
-       python tools/vocab_experiment.py --collect plan/vocab/zh --output examples/vocabulary/measured/zh.jsonl
+Run:   python tools/experiments/vocab_experiment.py --domain examples/corpora/poetry_ci.jsonl.gz --join 10 \
+           --base_text store/text --output plan/vocab/zh
+       python tools/experiments/vocab_experiment.py --collect plan/vocab/zh --output examples/vocabulary/measured/zh.jsonl
 
-The first goes on where it was stopped. The tables: tools/vocab_results.py; what was asked and found: docs/experiments.md, 2.
+The first goes on where it was stopped. Tables: vocab_results.py; what was asked and found: docs/experiments.md, 2.
 """
 
 import argparse
@@ -22,22 +22,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))  # a clone that is not installed
 
 from cpt_jax import config as config_lib
 from cpt_jax import journal
 from cpt_jax.config import ConfigError
-from cpt_jax.data import documents, store
-from cpt_jax.data.shuffle import mix64
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.train import console, loop
-from cpt_jax.vocab import changes as changes_lib
+from cpt_jax.store import documents, store
+from cpt_jax.stream.shuffle import mix64
+from cpt_jax.training import console, loop
+from cpt_jax.vocab import changes, initialise, kinds
 from cpt_jax.vocab import grow as grow_lib
-from cpt_jax.vocab import initialise, kinds
 from cpt_jax.vocab import texts as texts_lib
 from cpt_jax.vocab.bases import Base
-from tools import make_example_data
+from tools.fixtures import make_example_data
 
 BASE = ROOT / "examples" / "base"
 ENGLISH = ROOT / "examples" / "corpora" / "english.jsonl.gz"
@@ -153,7 +152,7 @@ def write(path: pathlib.Path, texts: Iterable[str]) -> None:
 
 
 def base_mix(base_text: pathlib.Path) -> list[str]:
-  """English and Chinese in the shares in which the base saw them, of what tools/make_example_data.py --output wrote."""
+  """English and Chinese in the shares in which the base saw them, of what tools/fixtures/make_example_data.py --output wrote."""
   english, chinese = (list(read(base_text / f"{name}.jsonl.gz")) for name in ("english", "chinese"))
   base = kinds.load(str(BASE))
   of_english, of_chinese = (num_tokens(base, texts) for texts in (english, chinese))
@@ -235,7 +234,7 @@ def run_config(folder: pathlib.Path, arm: Arm, base: pathlib.Path) -> Any:
   c.eval.tokens = 10**9  # all that is held out
   c.checkpoint.every = "100%"
   c.checkpoint.keep_last = 1
-  c.checkpoint.export_hf = arm.steps > STEPS  # for tools/vocab_where.py
+  c.checkpoint.export_hf = arm.steps > STEPS  # for tools/experiments/vocab_where.py
   c.log.every = 4
   return c
 
@@ -271,7 +270,7 @@ def heldout(folder: pathlib.Path, source: str, base: Base, grown: Base) -> Heldo
   """Read from the texts."""
   texts = [text for text in read(folder / f"{source}.jsonl.gz") if is_heldout(text)]
   old, new = (one.tokenizer.encode_contents(texts) for one in (base, grown))
-  compared = changes_lib.compare(texts, old, new, lengths_W=grown.lengths_V)
+  compared = changes.compare(texts, old, new, lengths_W=grown.lengths_V)
   target_bytes = compared.bytes - int(sum(grown.lengths_V[ids[0]] for ids in new))
   changed = compared.changed_tokens / compared.tokens
   return Heldout(compared.documents, compared.bytes, target_bytes, round(changed, 5), round(compared.saved_frac, 5))
@@ -333,7 +332,9 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--domain", type=pathlib.Path, help="its text: .jsonl (.gz), or .txt with form feeds between pages")
   parser.add_argument("--join", type=int, default=1, help="records of a .jsonl to a document")
   parser.add_argument("--heldout_bytes", type=int, default=30_000, help="of the domain that are evaluated")
-  parser.add_argument("--base_text", type=pathlib.Path, help="the base's own text, by tools/make_example_data.py --output")
+  parser.add_argument(
+    "--base_text", type=pathlib.Path, help="the base's own text, by tools/fixtures/make_example_data.py --output"
+  )
   parser.add_argument("--arms", nargs="+", default=["none", *GROWN, *STAGED], choices=["none", *GROWN, *STAGED])
   parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
   parser.add_argument("--steps", type=int, help=f"by default {STEPS}, of rows_ arms {SHORT_STEPS}")

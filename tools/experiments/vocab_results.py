@@ -1,6 +1,6 @@
-"""What tools/vocab_experiment.py measured -> the tables of docs/experiments.md, section 2, and a figure; needs no training.
+"""What vocab_experiment.py measured -> the tables of docs/experiments.md, section 2, and a figure; needs no training.
 
-Run:   python tools/vocab_results.py examples/vocabulary/measured/*.jsonl --figure docs/experiments/vocabulary.png
+Run:   python tools/experiments/vocab_results.py examples/vocabulary/measured/*.jsonl --figure docs/experiments/vocabulary.png
 
 Every difference is one of bits per byte, on the same documents, between runs with the same seed; `none` is the base as it is.
 Tables are Markdown.
@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clone that is not installed
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))  # a clone that is not installed
 
-from cpt_jax.analysis import recovery
-from cpt_jax.analysis.report import COLOURS, GREY, pyplot
 from cpt_jax.config import ConfigError
+from cpt_jax.results import recovery
+from cpt_jax.results.report import COLOURS, GREY, pyplot
 
 Record = dict[str, Any]
 SOURCES = {"domain": "the domain", "general": "English"}
@@ -290,7 +290,9 @@ def draw(experiments: Sequence[Experiment], path: pathlib.Path) -> None:
 def main(argv: Sequence[str]) -> int:
   """Prints the tables and draws the figures; returns the exit code."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("files", nargs="+", type=pathlib.Path, help="files that tools/vocab_experiment.py --collect made")
+  parser.add_argument(
+    "files", nargs="+", type=pathlib.Path, help="files that tools/experiments/vocab_experiment.py --collect made"
+  )
   parser.add_argument("--figure", type=pathlib.Path, help="the figure to draw, a .png")
   args = parser.parse_args(argv)
   try:

@@ -1,9 +1,9 @@
 """The base, its grown copies and held-out texts -> where the shock of growth lies: in text that is cut anew, or in the rest.
 
-Run:   python tools/vocab_where.py plan/vocab/zh --output examples/vocabulary/measured/where/zh.jsonl
+Run:   python tools/experiments/vocab_where.py plan/vocab/zh --output examples/vocabulary/measured/where/zh.jsonl
 
 Invariant: a token is kept where both tokenisations have it at the same place of the text; the loss of all kept tokens and of all
-others adds up to the whole. The folder is one of tools/vocab_experiment.py; rows of 256 as in the evaluations of its runs.
+others adds up to the whole. The folder is one of tools/experiments/vocab_experiment.py; rows of 256 as in its runs' evaluations.
 """
 
 import argparse
@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # a clone that is not installed
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))  # a clone that is not installed
 
-from cpt_jax import mesh as mesh_lib
+from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.vocab import kinds
 from cpt_jax.vocab.bases import Base
-from tools import vocab_experiment
+from tools.experiments import vocab_experiment
 
 ROW_LEN, BATCH_ROWS = 256, 16
 
@@ -109,7 +109,7 @@ def encode(base: Base, texts: list[str]) -> list[np.ndarray]:
 def main(argv: Sequence[str]) -> int:
   """Scores what is there; returns the exit code."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("folder", type=pathlib.Path, help="of tools/vocab_experiment.py")
+  parser.add_argument("folder", type=pathlib.Path, help="of tools/experiments/vocab_experiment.py")
   parser.add_argument("--arms", nargs="+", default=list(vocab_experiment.BANDS), help="whose bases are looked at")
   parser.add_argument("--output", type=pathlib.Path, required=True, help="the file to make")
   args = parser.parse_args(argv)

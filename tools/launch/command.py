@@ -1,7 +1,6 @@
 """The options of cpt_jax.main -> the command that a host's shell is given; what every launcher asks for, prints and refuses.
 
-Invariant: a host hands cpt_jax.main exactly the options that the launcher was given, whatever is in them. Called by the other
-files of this directory.
+Invariant: a host hands cpt_jax.main exactly the options that the launcher was given, whatever is in them.
 """
 
 import pathlib
@@ -19,8 +18,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))  # a clone that is not installed
 
 from cpt_jax import config as config_lib
-from cpt_jax import environment
 from cpt_jax.config import ConfigError, Problems
+from cpt_jax.devices import environment
 
 _GIVEN_BY_LAUNCHERS = ("coordinator", "num_processes", "process_id")
 
@@ -111,7 +110,7 @@ def _check_config(options: list[str], *, sees_our_disk: bool) -> None:
 
 def print_plan(commands: Sequence[str], *, kind: str) -> None:
   """What --print says: a command a line, and as comments what each process sets for itself on devices of this kind."""
-  print("# what cpt_jax.main sets on each host where it is not set (cpt_jax/environment.py):")
+  print("# what cpt_jax.main sets on each host where it is not set (cpt_jax/devices/environment.py):")
   for setting in environment.settings(kind, gpu_model="NVIDIA H100"):
     value = shlex.quote(setting.value).replace(str(pathlib.Path.home()), "~")
     print(f"#   {setting.name}={value}: {setting.reason}")

@@ -1,8 +1,7 @@
 """A run under Slurm: an sbatch script of one task for each node, submitted or printed.
 
 Invariant: all nodes see --dir and the run's files; a job that ends before its run does has saved, and the same script goes on
-from there. Called by people:
-python tools/launch/slurm.py --nodes=4 --gpus_per_node=8 [--print] -- --config=configs/domain.py --workdir=/shared/runs/domain
+from there.
 
 Exit codes: sbatch's, 78 wrong settings.
 """

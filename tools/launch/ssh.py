@@ -1,8 +1,7 @@
 """A run on a list of hosts by plain ssh: started together, their output told apart by the host's name, stopped together.
 
 Invariant: when one process ends badly, at ctrl-c, and when this program is gone, every process gets a SIGTERM; the run then saves
-and ends (exit code 75), and the same command goes on from there. Called by people:
-python tools/launch/ssh.py --hosts=a,b [--print] -- --config=configs/domain.py --workdir=/shared/runs/domain
+and ends (exit code 75), and the same command goes on from there.
 
 Exit codes: that of the first process that failed, 78 wrong settings.
 """

@@ -1,7 +1,6 @@
 """A run on every worker of a TPU VM, or of all slices of a queued resource: one gcloud command, whose output is all workers'.
 
-Invariant: the same command everywhere; jax finds the pod and its slices by itself. Called by people:
-python tools/launch/tpu_vm.py --tpu=NAME --zone=ZONE [--print] -- --config=configs/domain.py --workdir=/mnt/shared/runs/domain
+Invariant: the same command everywhere; jax finds the pod and its slices by itself.
 
 Exit codes: gcloud's, 78 wrong settings.
 """

@@ -1,7 +1,6 @@
 """A run on TPU slices of a GKE cluster, as one XPK workload.
 
-Invariant: the image has this clone at --dir and its dependencies; jax finds the slices by itself. Called by people:
-python tools/launch/xpk.py --cluster=NAME --workload=NAME --tpu_type=v5p-64 --image=IMAGE [--print] -- --config=configs/domain.py
+Invariant: the image has this clone at --dir and its dependencies; jax finds the slices by itself.
 
 Exit codes: xpk's, 78 wrong settings.
 """

@@ -1,0 +1,77 @@
+"""Predicted against measured: from a run's records, and through the tool as people call it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from run_dirs import write_run
+
+from cpt_jax import config as config_lib
+from cpt_jax.config import ConfigError
+from cpt_jax.results import report, runs
+
+PREDICTED = (("general", 3.1, 3.0, 3.2), ("poetry", 3.5, 3.4, 3.6))
+PLAN = {
+  "recommended": {
+    "rate": 1e-3,
+    "replay": 0.25,
+    "losses": {name: {"loss": loss, "low": low, "high": high} for name, loss, low, high in PREDICTED},
+  },
+  "frontier": [{"rise": 0.05, "domain_loss": 3.6}, {"rise": 0.1, "domain_loss": 3.5}],
+  "tokens": 400,
+  "general_loss_rise": 0.1,
+}
+
+
+@pytest.fixture
+def config(root):
+  config = config_lib.load_file(str(root / "examples" / "plans" / "poetry.py"))
+  config.plan.losses = PREDICTED
+  return config
+
+
+@pytest.fixture
+def run_dir(config, tmp_path, monkeypatch, root):
+  monkeypatch.chdir(root)
+  write_run(tmp_path / "run", config, final=(3.15, 3.7))
+  return tmp_path / "run"
+
+
+def test_rows_are_what_the_config_recorded_beside_what_the_run_measured(run_dir):
+  run = runs.read_run(run_dir)
+  general, poetry = report.rows(run, report.recorded(run))
+  assert (general.source, general.role, general.base, general.measured) == ("general", "replay", 3.0, 3.15)
+  assert general.error == pytest.approx(0.05) and general.is_inside
+  assert poetry.error == pytest.approx(0.2) and not poetry.is_inside
+
+
+def test_a_run_that_left_its_plan_is_told(run_dir, config, tmp_path):
+  (tmp_path / "plan").mkdir()
+  (tmp_path / "plan" / "plan.json").write_text(json.dumps(PLAN))
+  plan = report.read_plan(tmp_path / "plan")
+  run = runs.read_run(run_dir)
+  assert report.differences(run, plan) == []
+  other = plan._replace(rate=2e-3, replay=0.1, tokens=800)
+  lines = report.differences(run, other)
+  assert [line.split(":")[0] for line in lines] == ["schedule.lr_peak", "replay share", "tokens"]
+  assert "0.001 in the run, 0.002 in the plan" in lines[0]
+
+
+def test_a_run_without_a_prediction_is_refused(run_dir, tmp_path):
+  with pytest.raises(ConfigError, match=r"no prediction for its sources general, poetry.*tools/plan.py"):
+    report.rows(runs.read_run(run_dir), {"law": (1.0, 0.9, 1.1)})
+  with pytest.raises(ConfigError, match=r"no plan\.json there"):
+    report.read_plan(tmp_path)
+
+
+def test_the_tool_prints_the_table_and_draws_the_figure(run_dir, tmp_path, root):
+  (tmp_path / "plan").mkdir()
+  (tmp_path / "plan" / "plan.json").write_text(json.dumps(PLAN))
+  command = [sys.executable, root / "tools" / "report.py", f"--run={run_dir}", f"--plan={tmp_path / 'plan'}"]
+  done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+  assert done.returncode == 0, done.stderr
+  assert "3.0000 to 3.2000" in done.stdout and "+0.2000" in done.stdout
+  assert (run_dir / "report.png").read_bytes().startswith(b"\x89PNG")
+  wrong = subprocess.run([*command[:2], f"--run={tmp_path}"], capture_output=True, text=True, check=False)
+  assert wrong.returncode == 78 and "not a run (no config.json)" in wrong.stderr and "Traceback" not in wrong.stderr

@@ -1,0 +1,342 @@
+"""Packing: every pair once, nothing cut that fits, rows as a plain reference makes them, plans on disk that cannot go wrong."""
+
+import collections
+import dataclasses
+import json
+import threading
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpt_jax.stream import packing
+
+lengths_of_documents = st.lists(st.integers(0, 40) | st.integers(0, 2), max_size=40).map(lambda x: np.array(x, np.int64))
+policies = st.sampled_from(["concat", "best_fit", "pad"])
+
+
+class Documents:
+  """Document i is i*1000 + 0, 1, 2, ..: every token tells where it comes from."""
+
+  def __init__(self, lengths, masks=None):
+    self.all = [np.arange(n, dtype=np.uint32) + 1000 * i for i, n in enumerate(lengths)]
+    self.masks, self.has_loss_mask = masks, masks is not None
+
+  def tokens(self, i, start, length):
+    assert start >= 0 and start + length <= len(self.all[i])
+    return self.all[i][start : start + length]
+
+  def loss_mask(self, i, start, length):
+    assert self.masks is not None and start >= 0 and start + length <= len(self.all[i])
+    return self.masks[i][start : start + length]
+
+  def counts(self, i, t):
+    return self.masks is None or bool(self.masks[i][t])
+
+
+def reference_row(documents: Documents, pieces, row_len: int, crossing: bool, continues: bool) -> list[tuple]:
+  """(token, target, weight, segment, position) one by one."""
+  out = []
+  for number, (doc, start, length) in enumerate(pieces, 1):
+    if crossing and out:
+      weight = float(start == 0 and documents.counts(doc, 0))
+      out.append((out[-1][1], int(documents.all[doc][start]), weight, 1, len(out)))
+    for i in range(length):
+      pair = int(documents.all[doc][start + i]), int(documents.all[doc][start + i + 1])
+      place = len(out) if crossing else start + i if continues else i
+      out.append((*pair, float(documents.counts(doc, start + i + 1)), 1 if crossing else number, place))
+  assert len(out) <= row_len, f"{pieces} overflow a row of {row_len}"
+  return out + [(0, 0, 0.0, 0, 0)] * (row_len - len(out))
+
+
+def all_pieces(plan: packing.Plan) -> list[tuple[int, int, int]]:
+  return [piece for r in range(plan.num_rows) for piece in plan.pieces(r)]
+
+
+@settings(max_examples=150)
+@given(lengths_of_documents, st.integers(2, 40), policies, st.booleans(), st.booleans(), st.none() | st.integers(0, 9), st.data())
+def test_every_pair_is_in_exactly_one_row(lengths, row_len, policy, crossing, continues, mask_seed, data):
+  rng = np.random.default_rng(mask_seed)
+  documents = Documents(lengths, None if mask_seed is None else [rng.random(n) < 0.5 for n in lengths])
+  wanted_documents = data.draw(st.none() | st.lists(st.integers(0, max(len(lengths) - 1, 0)), max_size=2 * len(lengths)))
+  plan = packing.plan(
+    lengths,
+    row_len=row_len,
+    policy=policy,
+    cross_documents=crossing,
+    documents=None if wanted_documents is None else np.array(wanted_documents, np.int64),
+    count_targets=packing.target_counter(documents),
+  )
+  named = range(len(lengths)) if wanted_documents is None else wanted_documents
+  wanted = sorted((1000 * i + j, 1000 * i + j + 1) for i in named for j in range(lengths[i] - 1))
+  batch, seen = packing.empty_batch(plan.num_rows, row_len), []
+  for r in range(plan.num_rows)[::-1]:
+    pieces = plan.pieces(r)
+    assert pieces and all(length > 0 for _, _, length in pieces)
+    positions = "continue" if continues else "restart"
+    packing.pack_row(batch, r, documents, pieces, source=r + 3, cross_documents=crossing, split_positions=positions)
+  assert [a.dtype.name for a in batch] == ["int32", "int32", "float32", "int32", "int32", "int32"]
+  np.testing.assert_array_equal(batch.source_B, np.arange(plan.num_rows) + 3)
+  for r in range(plan.num_rows):  # a row wrote into no other
+    expected = reference_row(documents, plan.pieces(r), row_len, crossing, continues)
+    for array, values in zip(batch[:5], zip(*expected, strict=True), strict=True):
+      np.testing.assert_array_equal(array[r], values)
+    seen += [(t, u) for t, u, _, segment, _ in expected if segment and t // 1000 == u // 1000 and u == t + 1]
+    # Not padding: all but what no weight could be given to, the joints before the rest of a document.
+    begins = sum(start == 0 for _, start, _ in plan.pieces(r))
+    joints = sum(start == 0 for _, start, _ in plan.pieces(r)[1:]) if crossing else 0
+    assert plan.row_tokens[r] == sum(length for _, _, length in plan.pieces(r)) + joints
+    assert plan.row_docs[r] == begins
+  assert sorted(seen) == wanted
+  np.testing.assert_array_equal(plan.row_targets, (batch.weights_BT > 0).sum(1))
+  assert (plan.num_tokens, plan.num_targets) == (plan.row_tokens.sum(), plan.row_targets.sum())
+  assert mask_seed is not None or plan.num_targets == plan.num_tokens
+  assert plan.efficiency == plan.num_tokens / max(plan.num_rows * row_len, 1)
+  assert plan.num_documents == plan.row_docs.sum() == sum(lengths[i] > 1 for i in named)
+  assert plan.num_pieces == len(all_pieces(plan))
+  assert plan.max_documents == max(1, batch.segments_BT.max(initial=0))
+
+
+@given(lengths_of_documents, st.integers(2, 40), policies, st.booleans())
+def test_split_documents_are_counted(lengths, row_len, policy, crossing):
+  plan = packing.plan(lengths, row_len=row_len, policy=policy, cross_documents=crossing)
+  times = collections.Counter(doc for doc, _, _ in all_pieces(plan))
+  assert plan.num_split == sum(n > 1 for n in times.values())
+  assert plan.num_pieces == sum(times.values()) and plan.num_documents == len(times)
+
+
+@settings(max_examples=300)
+@given(st.lists(st.integers(0, 90), max_size=60).map(lambda x: np.array(x, np.int64)), st.integers(2, 70), st.booleans())
+def test_best_fit_cuts_only_what_is_longer_than_a_row_and_only_to_save_rows(lengths, row_len, crossing):
+  plan = packing.plan(lengths, row_len=row_len, policy="best_fit", cross_documents=crossing)
+  pieces = all_pieces(plan)
+  assert all((start, length) == (0, lengths[doc] - 1) for doc, start, length in pieces if lengths[doc] - 1 <= row_len)
+  for r in range(plan.num_rows):
+    assert sum(length + crossing for _, _, length in plan.pieces(r)) <= row_len + crossing
+  fewest_pieces = [min(row_len, n - 1 - s) for n in lengths for s in range(0, n - 1, row_len)]
+  sizes = np.array(fewest_pieces, np.int64) + crossing
+  rows_uncut = packing._fit(sizes, row_len + crossing).max(initial=-1) + 1
+  assert plan.num_rows <= rows_uncut
+  if plan.num_rows == rows_uncut:
+    assert sorted(length for _, _, length in pieces) == sorted(fewest_pieces)
+
+
+@pytest.mark.parametrize("crossing", [False, True])
+@pytest.mark.parametrize(
+  ("row_len", "least_filled", "draw"),
+  [
+    (256, 0.99, lambda rng: np.full(2000, 366)),  # ends of 109 pairs: two to a row, and room for less than a half
+    (2048, 0.99, lambda rng: rng.integers(3300, 3700, 1500)),  # ends that never pair
+    (2048, 0.99, lambda rng: np.concatenate([rng.integers(1100, 1500, 900), rng.integers(2500, 9000, 300)])),
+    (32768, 0.999, lambda rng: np.concatenate([rng.integers(900, 8000, 9000), rng.integers(40_000, 900_000, 60)])),
+  ],
+)
+def test_ends_of_long_documents_fill_the_rows(row_len, least_filled, draw, crossing):
+  lengths = draw(np.random.default_rng(0))
+  plan = packing.plan(lengths, row_len=row_len, policy="best_fit", cross_documents=crossing)
+  assert plan.efficiency > least_filled
+  rooms = row_len - plan.row_tokens
+  least = min(row_len // 32, 128)
+  crumbs = [
+    (doc, start, n)
+    for doc, start, n in all_pieces(plan)
+    if n < least and lengths[doc] - 1 > row_len and (lengths[doc] - 1) % row_len != n
+  ]
+  assert len(crumbs) <= 0.002 * plan.num_pieces
+  uncounted = np.diff(plan.row_ends, prepend=0) if crossing else 0  # joints before the rest of a document
+  assert (np.sort(rooms - uncounted)[:-1] < least).all()  # one more piece would have been a crumb
+
+
+def test_a_stretch_that_a_room_would_cut_badly_waits():
+  stretches = collections.deque([(0, 8, 95), (1, 0, 50)])  # 95 of 100 would leave a room of 5
+  placed = packing._pour(stretches, [(7, 100)], new_row=9, row_len=100, joint=0, least=10)
+  assert placed.tolist() == [[7, 1, 0, 50], [7, 0, 8, 50], [9, 0, 58, 45]]
+  placed = packing._pour(collections.deque([(0, 8, 105)]), [(7, 100)], new_row=9, row_len=100, joint=0, least=10)
+  assert placed.tolist() == [[7, 0, 8, 95], [9, 0, 103, 10]]  # none other to try: no crumb of 5
+
+
+def test_rows_of_long_documents_are_cut_where_their_ends_are_too_few():
+  lengths = np.array([61] * 10 + [1001])  # ten rows with room for 40 of 100 pairs, one document of ten full rows
+  plan = packing.plan(lengths, row_len=100, policy="best_fit")
+  assert plan.num_rows == 16 and plan.efficiency == 1.0 and plan.num_split == 1
+  assert [length for doc, _, length in all_pieces(plan) if doc == 10].count(100) == 6
+
+
+def test_copies_of_a_document_do_not_stay_together():
+  plan = packing.plan(np.full(300, 9), row_len=32, policy="concat", documents=np.repeat(np.arange(300), 3))
+  rows = [{doc for doc, _, _ in plan.pieces(r)} for r in range(plan.num_rows)]
+  assert plan.num_documents == 900 and sum(len(row) for row in rows) > 0.97 * plan.num_pieces
+  once = packing.plan(np.full(300, 9), row_len=32, policy="concat")
+  assert [doc for doc, _, _ in all_pieces(once)] == [
+    doc for doc, _, _ in all_pieces(packing.plan(np.full(300, 9), row_len=32, policy="concat", documents=np.arange(300)))
+  ]
+
+
+@given(st.lists(st.integers(1, 30), max_size=60), st.integers(30, 50))
+def test_best_fit_is_best_fit_decreasing(sizes, capacity):
+  rooms: list[int] = []
+  bins: list[list[int]] = []
+  for size in sorted(sizes, reverse=True):  # the plain algorithm: the bin with the least room that suffices
+    fitting = [(room, b) for b, room in enumerate(rooms) if room >= size]
+    if fitting:
+      _, b = min(fitting)
+    else:
+      b = len(rooms)
+      rooms.append(capacity)
+      bins.append([])
+    rooms[b] -= size
+    bins[b].append(size)
+  found = packing._fit(np.array(sizes, np.int64), capacity)
+  packed = [sorted(np.array(sizes)[found == b].tolist()) for b in range(len(bins))]
+  assert found.max(initial=-1) + 1 == len(bins)
+  assert sorted(packed) == sorted(sorted(b) for b in bins)
+
+
+def test_concat_fills_every_row_but_the_last():
+  lengths = np.random.default_rng(0).integers(2, 300, 200)
+  plan = packing.plan(lengths, row_len=64, policy="concat")
+  assert (plan.row_tokens[:-1] == 64).all() and plan.num_rows == -(-(lengths - 1).sum() // 64)
+
+
+def test_documents_of_a_row_are_not_neighbours_in_the_store():
+  plan = packing.plan(np.full(1000, 9), row_len=32, policy="best_fit")
+  docs = np.array([[doc for doc, _, _ in plan.pieces(r)] for r in range(plan.num_rows)])
+  assert docs.shape == (250, 4)
+  assert (np.abs(np.diff(docs, axis=1)) < 10).mean() < 0.1
+
+
+def test_only_the_named_documents_in_their_order():
+  plan = packing.plan(np.array([5, 5, 1, 5]), row_len=4, policy="pad", documents=np.array([3, 2, 0]), shuffle=False)
+  assert [plan.pieces(r) for r in range(plan.num_rows)] == [[(3, 0, 4)], [(0, 0, 4)]]
+
+
+def test_rows_written_out():
+  class Two:
+    has_loss_mask = False
+
+    def tokens(self, i, start, length):
+      return np.array([[3, 5, 2], [7, 2]][i][start : start + length])
+
+    def loss_mask(self, i, start, length):
+      return np.array([[True, True, False], [False, True]][i][start : start + length])
+
+  def rows(store, pieces, row_len, **options):
+    batch = packing.empty_batch(2, row_len)
+    packing.pack_row(batch, 1, store, pieces, source=1, **options)
+    assert not any(a[0].any() for a in batch) and batch.source_B[1] == 1
+    return [a[1].tolist() for a in batch[:5]]
+
+  found = rows(Two(), [(0, 0, 2), (1, 0, 1)], 4)
+  assert found == [[3, 5, 7, 0], [5, 2, 2, 0], [1, 1, 1, 0], [1, 1, 2, 0], [0, 1, 0, 0]]
+  found = rows(Two(), [(0, 0, 2), (1, 0, 1)], 5, cross_documents=True)
+  assert found == [[3, 5, 2, 7, 0], [5, 2, 7, 2, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [0, 1, 2, 3, 0]]
+  for split_positions, positions in ("restart", [0, 0, 0]), ("continue", [1, 0, 0]):
+    found = rows(Two(), [(0, 1, 1), (1, 0, 1)], 3, split_positions=split_positions)
+    assert found == [[5, 7, 0], [2, 2, 0], [1, 1, 0], [1, 2, 0], positions]
+  masked = Two()
+  masked.has_loss_mask = True
+  assert rows(masked, [(0, 0, 2), (1, 0, 1)], 4)[2] == [1, 0, 1, 0]
+  assert rows(masked, [(0, 0, 2), (1, 0, 1)], 5, cross_documents=True)[2] == [1, 0, 0, 1, 0]
+  assert rows(masked, [(1, 0, 1), (0, 0, 2)], 5, cross_documents=True)[2] == [1, 1, 1, 0, 0]
+
+
+def golden_plan():
+  return packing.plan(np.array([9, 2, 4, 30, 5, 1, 3]), row_len=8, policy="best_fit")
+
+
+def test_golden_plan():
+  """The order of rows of every run hangs on this: if it changes, packing.FORMAT must change too."""
+  plan = golden_plan()
+  assert [plan.pieces(r) for r in range(plan.num_rows)] == [
+    [(3, 0, 8)],
+    [(3, 8, 8)],
+    [(3, 16, 8)],
+    [(0, 0, 8)],
+    [(3, 24, 5), (2, 0, 3)],
+    [(4, 0, 4), (1, 0, 1), (6, 0, 2)],
+  ]
+  plan = packing.plan(np.array([14, 14, 14, 6]), row_len=8, policy="best_fit")  # ends of 5, and a document of 5
+  assert [plan.pieces(r) for r in range(plan.num_rows)] == [
+    [(1, 0, 8)],
+    [(2, 0, 8)],
+    [(0, 0, 8)],
+    [(3, 0, 5), (1, 8, 3)],
+    [(1, 11, 2), (2, 8, 5), (0, 8, 1)],
+    [(0, 9, 4)],
+  ]
+
+
+def same(a: packing.Plan, b: packing.Plan) -> bool:
+  names = [field.name for field in dataclasses.fields(packing.Plan)]
+  return all(np.array_equal(getattr(a, n), getattr(b, n)) for n in names)
+
+
+def test_a_plan_is_made_once_and_mapped_after(tmp_path):
+  made = []
+
+  def make():
+    made.append(1)
+    return golden_plan()
+
+  first = packing.load_or_make(tmp_path, key={"store": "a", "row_len": 8}, make=make)
+  again = packing.load_or_make(tmp_path, key={"row_len": 8, "store": "a"}, make=make)
+  assert len(made) == 1 and same(first, golden_plan()) and same(again, golden_plan())
+  packing.load_or_make(tmp_path, key={"store": "b", "row_len": 8}, make=make)
+  assert len(made) == 2
+  assert sorted(p.name[0] == "." for p in (tmp_path / "plans").iterdir()) == [False, False]  # nothing unfinished is left
+
+
+def test_an_empty_plan_is_kept_too(tmp_path):
+  empty = packing.plan(np.zeros(0, np.int64), row_len=8, policy="concat")
+  for _ in range(2):
+    assert packing.load_or_make(tmp_path, key={}, make=lambda: empty).num_rows == 0
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda d: (d / "plan.json").unlink(),
+    lambda d: (d / "plan.json").write_text("{"),
+    lambda d: (d / "plan.json").write_text(json.dumps({**json.loads((d / "plan.json").read_text()), "key": {"format": 0}})),
+    lambda d: (d / "doc.npy").unlink(),
+    lambda d: (d / "doc.npy").write_bytes((d / "doc.npy").read_bytes()[:-3]),
+    lambda d: (d / "row_docs.npy").unlink(),
+    lambda d: (d / "plan.json").write_text((d / "plan.json").read_text().replace("num_split", "num_spilt")),
+    lambda d: (d / "row_ends.npy").write_bytes((d / "row_tokens.npy").read_bytes()),
+    lambda d: np.save(d / "length.npy", np.load(d / "length.npy")[:-1]),
+    lambda d: np.save(d / "row_ends.npy", np.load(d / "row_ends.npy") - 1),
+  ],
+)
+def test_a_damaged_plan_is_made_again(tmp_path, damage):
+  packing.load_or_make(tmp_path, key={"k": 1}, make=golden_plan)
+  (directory,) = (tmp_path / "plans").iterdir()
+  damage(directory)
+  with pytest.warns(UserWarning, match=f"{directory.name}.*made again"):
+    assert same(packing.load_or_make(tmp_path, key={"k": 1}, make=golden_plan), golden_plan())
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    assert same(packing.load_or_make(tmp_path, key={"k": 1}, make=golden_plan), golden_plan())
+
+
+def test_where_nothing_can_be_written_the_plan_stays_in_memory(tmp_path):
+  (tmp_path / "plans").write_text("a file, so no directory can be made here")
+  with pytest.warns(UserWarning, match="cannot write the packing plan"):
+    assert same(packing.load_or_make(tmp_path, key={}, make=golden_plan), golden_plan())
+
+
+def test_many_writers_at_once(tmp_path):
+  start, plans = threading.Barrier(8), []
+
+  def work():
+    start.wait()
+    plans.append(packing.load_or_make(tmp_path, key={"k": 1}, make=golden_plan))
+
+  threads = [threading.Thread(target=work) for _ in range(8)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert len(plans) == 8 and all(same(plan, golden_plan()) for plan in plans)
+  assert len(list((tmp_path / "plans").iterdir())) == 1
