@@ -2,9 +2,9 @@
 
 Run:   python tools/experiments/vocab_experiment.py --domain examples/corpora/poetry_ci.jsonl.gz --join 10 \
            --base_text store/text --output plan/vocab/zh
-       python tools/experiments/vocab_experiment.py --collect plan/vocab/zh --output examples/vocabulary/measured/zh.jsonl
+       python tools/experiments/vocab_experiment.py --collect plan/vocab/zh --output tools/experiments/measured/vocabulary/zh.jsonl
 
-The first goes on where it was stopped. Tables: vocab_results.py; what was asked and found: docs/experiments.md, 2.
+The first goes on where it was stopped. Tables: vocab_results.py; what was asked and found: docs/results/experiments.md, 2.
 """
 
 import argparse
