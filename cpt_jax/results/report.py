@@ -5,6 +5,8 @@ Invariant: a prediction is read from where the plan recorded it, never made anew
 
 import json
 import pathlib
+import zlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,13 +111,18 @@ def figure(run: Run, table: list[Row], plan: Plan | None, path: str | pathlib.Pa
   made, axes = plt.subplots(1, columns, figsize=(6.4 * columns, 4.6), squeeze=False, layout="constrained")
   ax = axes[0][0]
   steps_E = run.eval_steps_E
-  for row, colour in zip(table, COLOURS * len(table), strict=False):
+  colour_of = colours(run.losses)
+  low, high = visible_range(run, table)
+  for row in table:
+    colour = colour_of[row.source]
     ax.plot(steps_E, run.losses[row.source] - row.base, marker="o", color=colour, label=f"{row.source} ({row.role}), measured")
-    low, high = row.predicted - row.low, row.high - row.predicted
+    predicted, least, most = row.predicted - row.base, row.low - row.base, row.high - row.base
+    is_cut = least < low or most > high
     ax.errorbar(
-      [len(run.rates_S) * 1.03], [row.predicted - row.base], yerr=[[low], [high]], marker="D", capsize=5, color=colour, alpha=0.6,
-      label=f"{row.source}, predicted",
+      [len(run.rates_S) * 1.03], [predicted], yerr=[[predicted - least], [most - predicted]], marker="D", capsize=5, color=colour,
+      alpha=0.6, label=f"{row.source}, predicted" + (f"; from {least:+.3g} to {most:+.3g}" if is_cut else ""),
     )  # fmt: skip
+  ax.set_ylim(low, high)
   ax.axhline(0, color=GREY, linewidth=0.8)
   ax.set_xlabel("step")
   ax.set_ylabel("held-out loss less the base's, nats/token")
@@ -125,6 +132,31 @@ def figure(run: Run, table: list[Row], plan: Plan | None, path: str | pathlib.Pa
     _frontier(axes[0][1], table, plan)
   made.savefig(path, dpi=140)
   plt.close(made)
+
+
+def colours(names: Iterable[str]) -> dict[str, str]:
+  """Name -> colour, which follows from the name: a source looks the same in every figure. Two of one colour are moved apart."""
+  found: dict[str, str] = {}
+  for name in sorted(names):
+    at = zlib.crc32(name.encode())
+    ordered = [COLOURS[(at + i) % len(COLOURS)] for i in range(len(COLOURS))]
+    found[name] = next((colour for colour in ordered if colour not in found.values()), ordered[0])
+  return found
+
+
+def visible_range(run: Run, table: list[Row]) -> tuple[float, float]:
+  """What the panel of losses shows, nats less the base's: all curves and predictions, and half as much again for intervals.
+
+  An interval that is far wider than everything measured would press the curves flat; it is cut, and the legend says its ends.
+  """
+  shown = [0.0]
+  for row in table:
+    shown += [*(run.losses[row.source] - row.base), row.predicted - row.base]
+  least, most = min(shown), max(shown)
+  span = (most - least) or 1.0
+  low = max(least - span / 2, min([least, *(row.low - row.base for row in table)]))
+  high = min(most + span / 2, max([most, *(row.high - row.base for row in table)]))
+  return low - 0.05 * span, high + 0.05 * span
 
 
 def _frontier(ax: Any, table: list[Row], plan: Plan) -> None:

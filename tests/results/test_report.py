@@ -65,6 +65,33 @@ def test_a_run_without_a_prediction_is_refused(run_dir, tmp_path):
     report.read_plan(tmp_path)
 
 
+def test_a_source_has_the_same_colour_in_every_figure():
+  two = report.colours(["poetry", "general"])
+  assert two == report.colours(["general", "poetry"])  # whatever the order of the config
+  assert len(set(two.values())) == 2
+  alone = {name: report.colours([name])[name] for name in ("general", "poetry", "law", "zh")}
+  assert alone["general"] == two["general"] == report.colours(["general", "poetry", "zh"])["general"]
+  assert len(set(report.colours(f"source {i}" for i in range(6)).values())) == 6  # as many as there are colours
+
+
+def test_a_wide_interval_does_not_flatten_the_curves(run_dir, tmp_path, monkeypatch):
+  import matplotlib.figure
+
+  run = runs.read_run(run_dir)
+  seen = []
+  monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *_, **__: seen.append(self.axes[0]))
+  for wide in (0.1, 11.0):
+    table = report.rows(run, {"general": (3.1, 3.0, 3.2), "poetry": (3.5, 3.5 - wide, 3.5 + wide)})
+    report.figure(run, table, None, tmp_path / "report.png")
+  usual, cut = seen
+  moved = max(abs(run.losses[name] - run.base(name)).max() for name in run.losses)
+  for ax in seen:
+    low, high = ax.get_ylim()
+    assert high - low < 5 * moved  # the curves fill a good part of the panel
+  assert not any("from" in text for text in usual.get_legend_handles_labels()[1])
+  assert "poetry, predicted; from -11.5 to +10.5" in cut.get_legend_handles_labels()[1]
+
+
 def test_the_tool_prints_the_table_and_draws_the_figure(run_dir, tmp_path, root):
   (tmp_path / "plan").mkdir()
   (tmp_path / "plan" / "plan.json").write_text(json.dumps(PLAN))

@@ -202,3 +202,14 @@ def test_scores_are_those_of_each_text_alone(where, root):
   [changed] = where.score(where.vocab_experiment.BASE, [other], num_old=4000)
   np.testing.assert_allclose(changed.nats[:300], together[1].nats[:300], atol=1e-4)
   assert abs(changed.nats[300] - together[1].nats[300]) > 0.1
+
+
+def test_the_legend_names_every_curve_of_every_panel(results, root, tmp_path, monkeypatch):
+  import matplotlib.figure
+
+  seen = []
+  monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *_, **__: seen.append(self))
+  results.draw([results.Experiment(path) for path in of_committed(root)], tmp_path / "figure.png")
+  [made] = seen
+  curves = {label for ax in made.axes for label in ax.get_legend_handles_labels()[1]}
+  assert [text.get_text() for text in made.legends[0].get_texts()] == list(results.BANDS) and curves == set(results.BANDS)

@@ -282,7 +282,9 @@ def draw(experiments: Sequence[Experiment], path: pathlib.Path) -> None:
       ax.set_xlabel("thousand tokens", fontsize=8)
       ax.set_ylabel("bits per byte less none", fontsize=8)
       ax.tick_params(labelsize=7)
-  made.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=len(BANDS))
+  handle_of = {label: handle for ax in grid.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+  shown = [arm for arm in BANDS if arm in handle_of]  # not every direction has every arm
+  made.legend([handle_of[arm] for arm in shown], shown, loc="outside lower center", fontsize=8, ncols=len(BANDS))
   made.savefig(path, dpi=80)
   plt.close(made)
 
