@@ -13,7 +13,7 @@ import cpt_jax  # noqa: E402
 
 project = "cpt_jax"
 author = "the cpt_jax authors"
-copyright = "the cpt_jax authors; Apache-2.0"  # noqa: A001 - Sphinx's name
+copyright = "the cpt_jax authors; Apache-2.0"
 version = release = cpt_jax.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -33,8 +33,9 @@ html_theme_options = {"show_toc_level": 2, "use_download_button": False, "use_fu
 
 def write_reference(_app=None) -> None:
   """Writes docs/reference/_generated: every config key and every command, as the code has them."""
-  from cpt_jax import config
   from cpt_jax.cli import app as cli
+
+  from cpt_jax import config
 
   folder = HERE / "reference" / "_generated"
   folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The committed measurements of docs/results/experiments.md, and the tool that reads and makes such files; no law is fitted here."""
+"""What was measured for docs/results/experiments.md, and the tool that reads and makes such files; no law is fitted here."""
 
 import json
 

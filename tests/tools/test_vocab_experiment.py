@@ -1,4 +1,4 @@
-"""The committed measurements of docs/results/experiments.md, section 2, and the tools that make and read them; nothing is trained."""
+"""What was measured for docs/results/experiments.md, section 2, and the tools that make and read it; nothing is trained."""
 
 import json
 

@@ -1,7 +1,7 @@
-"""Run directories of a probe -> a small file of what was measured; such files -> the tables and figures of docs/results/experiments.md.
+"""Run directories of a probe -> a small file of what was measured; these -> tables and figures of docs/results/experiments.md.
 
-Run:   python tools/experiments/plan_experiment.py --collect plan/poetry/trials --output tools/experiments/measured/plans/poetry.jsonl
-       python tools/experiments/plan_experiment.py tools/experiments/measured/plans/*.jsonl --output tools/experiments/results
+Run:   python plan_experiment.py --collect plan/poetry/trials --output measured/plans/poetry.jsonl
+       python plan_experiment.py measured/plans/*.jsonl --output results
 
 The second needs no training: laws are fitted to the runs of the smallest budget on the grid, and held against the other runs,
 which

@@ -1,8 +1,8 @@
 """A base and text of a domain -> the base grown in several ways and trained alike, and a small file of what was measured.
 
-Run:   python tools/experiments/vocab_experiment.py --domain examples/corpora/poetry_ci.jsonl.gz --join 10 \
+Run:   python vocab_experiment.py --domain examples/corpora/poetry_ci.jsonl.gz --join 10 \
            --base_text store/text --output plan/vocab/zh
-       python tools/experiments/vocab_experiment.py --collect plan/vocab/zh --output tools/experiments/measured/vocabulary/zh.jsonl
+       python vocab_experiment.py --collect plan/vocab/zh --output tools/experiments/measured/vocabulary/zh.jsonl
 
 The first goes on where it was stopped. Tables: vocab_results.py; what was asked and found: docs/results/experiments.md, 2.
 """

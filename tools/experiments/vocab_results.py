@@ -1,6 +1,6 @@
 """What vocab_experiment.py measured -> the tables of docs/results/experiments.md, section 2, and a figure; needs no training.
 
-Run:   python tools/experiments/vocab_results.py tools/experiments/measured/vocabulary/*.jsonl --figure tools/experiments/results/vocabulary.png
+Run:   python vocab_results.py measured/vocabulary/*.jsonl --figure results/vocabulary.png   (in tools/experiments)
 
 Every difference is one of bits per byte, on the same documents, between runs with the same seed; `none` is the base as it is.
 Tables are Markdown.
