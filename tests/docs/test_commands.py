@@ -68,6 +68,9 @@ def reader(tmp_path_factory):
   (here / "path" / "to").mkdir(parents=True)
   for name in ("base", "other_base"):
     (here / "path" / "to" / name).symlink_to(pages.ROOT / "examples" / "base")
+  (here / "path" / "to" / "smollm2").symlink_to(pages.ROOT / "examples" / "base")
+  (here / "zh.jsonl").write_text('{"text": "a b c d e f g h i j k l m n"}\n{"text": "another text"}\n', encoding="utf-8")
+  (here / "evals.jsonl").write_text('{"question": "what: b c d e f g h i j k l m n o"}\n', encoding="utf-8")
   for curve in (pages.ROOT / "tests" / "fixtures" / "lr_curves").glob("*.gz"):
     (here / curve.stem).write_bytes(gzip.decompress(curve.read_bytes()))
   for name in ("en", "law", "zh"):
@@ -114,12 +117,8 @@ def test_slow_commands_of_a_page_work(block, reader, monkeypatch):
 
 @pytest.mark.parametrize("page", pages.pages(), ids=lambda path: str(path.relative_to(pages.ROOT)))
 def test_files_and_flags_that_a_page_names_exist(page):
-  flags = {
-    option.removeprefix("--")
-    for command in app.COMMANDS
-    for action in command.parser()._actions
-    for option in action.option_strings
-  }
+  actions = [action for command in app.COMMANDS for action in command.parser()._actions]
+  flags = {option.removeprefix("--") for action in actions for option in action.option_strings}
   for code in pages.codes(page.read_text(encoding="utf-8")):
     if re.fullmatch(r"(cpt_jax|tools|tests|configs|examples|docs)/[\w./-]*\w", code):
       assert (pages.ROOT / code).exists(), code
