@@ -18,7 +18,7 @@ version = release = cpt_jax.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "reference/_generated/*.md", "**/.ipynb_checkpoints"]
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are executed by a test
 autodoc_typehints = "description"
@@ -32,19 +32,23 @@ html_theme_options = {"show_toc_level": 2, "use_download_button": False, "use_fu
 
 
 def write_reference(_app=None) -> None:
-  """Writes docs/reference/_generated: every config key and every command, as the code has them."""
+  """Writes docs/reference/_generated: config keys, commands and exit codes as the code has them, and the notebook."""
+  from cpt_jax import config, exits
   from cpt_jax.cli import app as cli
-
-  from cpt_jax import config
 
   folder = HERE / "reference" / "_generated"
   folder.mkdir(exist_ok=True)
-  _write(folder / "keys.md", config.describe_keys())
-  _write(folder / "commands.md", "\n".join(_command(name, command.help_text()) for name, command in cli.COMMANDS.items()))
+  _, _, keys = config.reference().partition("\n\n")  # its title is that of the page
+  _write(folder / "keys.md", keys)
+  _write(folder / "commands.md", "\n".join(map(_command, cli.COMMANDS)))
+  codes = [f"| {code} | {meaning} |" for code, meaning in exits.MEANINGS.items()]
+  _write(folder / "exit_codes.md", "\n".join(["| code | meaning |", "|---|---|", *codes, ""]))
+  _write(folder / "first_run.ipynb", (HERE.parent / "examples" / "first_run.ipynb").read_text(encoding="utf-8"))
 
 
-def _command(name: str, text: str) -> str:
-  return f"## cpt {name}\n\n```text\n{text.rstrip()}\n```\n"
+def _command(command) -> str:
+  page, _, _ = command.parser().format_help().partition("\nKEYS\n")  # keys have a page of their own
+  return f"## cpt {command.name}\n\n```text\n{page.rstrip()}\n```\n"
 
 
 def _write(path: pathlib.Path, text: str) -> None:
