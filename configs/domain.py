@@ -1,8 +1,8 @@
 """Teach a base the knowledge of a domain, in a language that it knows: mostly the domain's text, a tenth of general text replayed.
 
-Run:   python tools/prepare_data.py --input 'texts/en/*.jsonl.gz' --tokenizer path/to/base --output store/en
-       python tools/prepare_data.py --input 'texts/law/*.jsonl.gz' --tokenizer path/to/base --output store/law
-       python tools/diagnose.py --hf path/to/base --sources general=store/en,domain=store/law    # is it one? where to begin?
+Run:   cpt prepare --input 'texts/en/*.jsonl.gz' --tokenizer path/to/base --output store/en
+       cpt prepare --input 'texts/law/*.jsonl.gz' --tokenizer path/to/base --output store/law
+       cpt diagnose --hf path/to/base --sources general=store/en,domain=store/law    # is it one? where to begin?
        python -m cpt_jax.main --config=configs/domain.py --config.start.hf=path/to/base --workdir=runs/law --dry_run
        and the same without --dry_run
 

@@ -1,7 +1,7 @@
 """Take a base to another language: its share rises little by little from what the base saw, general text is replayed.
 
-Run:   python tools/prepare_data.py --input 'texts/en/*.jsonl.gz' --tokenizer path/to/base --output store/en
-       python tools/prepare_data.py --input 'texts/zh/*.jsonl.gz' --tokenizer path/to/base --output store/zh
+Run:   cpt prepare --input 'texts/en/*.jsonl.gz' --tokenizer path/to/base --output store/en
+       cpt prepare --input 'texts/zh/*.jsonl.gz' --tokenizer path/to/base --output store/zh
        python -m cpt_jax.main --config=configs/language.py --config.start.hf=path/to/base --workdir=runs/zh --dry_run
        and the same without --dry_run
 Try:   on the shipped base, English to Song poetry, in minutes on two cores, offline:

@@ -29,6 +29,22 @@ def no_mesh_is_left():
   jax.set_mesh(None)
 
 
+@pytest.fixture
+def cpt(capsys):
+  """Gives a command line to `cpt` in this process: `done = cpt("show", "--step=3")`, then done.returncode, .stdout, .stderr."""
+  import types
+
+  from cpt_jax.cli import app
+
+  def call(*arguments):
+    capsys.readouterr()
+    code = app.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return types.SimpleNamespace(returncode=code, stdout=captured.out, stderr=captured.err)
+
+  return call
+
+
 @pytest.fixture(scope="session")
 def root() -> pathlib.Path:
   """The repository's root."""

@@ -1,6 +1,6 @@
 """Llama-3.2-1B's shape on one H100 or H200.
 
-Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_1b_1xh100.py --topology=h100:1x1
+Compile, without a chip:  cpt compile --config=configs/recipes/llama3_1b_1xh100.py --topology=h100:1x1
 It ends with:             verdict       fits: 62.91 of 71.20 GiB a chip (12% free); bound by
                           compute; at most 73.4% MFU causal (80.6% palm), 88,291 tokens/s a chip
 

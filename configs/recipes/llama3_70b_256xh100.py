@@ -1,6 +1,6 @@
 """Llama-3.1-70B's shape on 32 hosts of eight H100.
 
-Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_70b_256xh100.py --topology=h100:32x8
+Compile, without a chip:  cpt compile --config=configs/recipes/llama3_70b_256xh100.py --topology=h100:32x8
 It ends with:             verdict       fits: 34.23 of 71.20 GiB a chip (52% free); bound by
                           compute; at most 76.3% MFU causal (79.2% palm), 1,743 tokens/s a chip
 

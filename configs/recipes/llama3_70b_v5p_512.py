@@ -1,6 +1,6 @@
 """Llama-3.1-70B's shape on 512 chips of TPU v5p, 8 x 8 x 8 ("v5p-1024" to Google's cloud, which counts cores).
 
-Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_70b_v5p_512.py --topology=v5p:8x8x8
+Compile, without a chip:  cpt compile --config=configs/recipes/llama3_70b_v5p_512.py --topology=v5p:8x8x8
 It ends with:             verdict       fits: 81.84 of 95.74 GiB a chip (15% free); bound by
                           compute; at most 68.8% MFU causal (71.4% palm), 729 tokens/s a chip
 

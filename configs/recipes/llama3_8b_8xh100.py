@@ -1,6 +1,6 @@
 """Llama-3.1-8B's shape on one host of eight H100.
 
-Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_8b_8xh100.py --topology=h100:1x8
+Compile, without a chip:  cpt compile --config=configs/recipes/llama3_8b_8xh100.py --topology=h100:1x8
 It ends with:             verdict       fits: 48.77 of 71.20 GiB a chip (32% free); bound by
                           compute; at most 74.1% MFU causal (79.0% palm), 15,179 tokens/s a chip
 

@@ -1,6 +1,6 @@
 """Llama-3.1-8B's shape on 16 chips of TPU v5e, a slice of 4 x 4.
 
-Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_8b_v5e_16.py --topology=v5e:4x4
+Compile, without a chip:  cpt compile --config=configs/recipes/llama3_8b_v5e_16.py --topology=v5e:4x4
 It ends with:             verdict       fits: 14.08 of 15.75 GiB a chip (11% free); bound by
                           compute; at most 64.8% MFU causal (69.2% palm), 2,648 tokens/s a chip
 

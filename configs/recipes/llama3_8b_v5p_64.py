@@ -1,6 +1,6 @@
 """Llama-3.1-8B's shape on 64 chips of TPU v5p, a cube of 4 x 4 x 4 ("v5p-128" to Google's cloud, which counts cores).
 
-Compile, without a chip:  python tools/aot_compile.py --config=configs/recipes/llama3_8b_v5p_64.py --topology=v5p:4x4x4
+Compile, without a chip:  cpt compile --config=configs/recipes/llama3_8b_v5p_64.py --topology=v5p:4x4x4
 It ends with:             verdict       fits: 35.50 of 95.74 GiB a chip (63% free); bound by
                           compute; at most 77.0% MFU causal (82.1% palm), 7,321 tokens/s a chip
 

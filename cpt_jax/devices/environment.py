@@ -4,12 +4,15 @@ Invariant: what a person has set stays, and no other module sets any of them. Ne
 """
 
 import glob
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import NamedTuple
+
+from cpt_jax.config import ConfigError
 
 # As jax's own look for a driver has them: a machine, a container, Windows.
 _NVIDIA_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
@@ -114,12 +117,35 @@ def detect(
   return "cpu"
 
 
+def check(
+  environ: Mapping[str, str],
+  *,
+  exists: Callable[[str], bool] = os.path.exists,
+  plugins: Callable[[], list[str]] = lambda: [plugin.name for plugin in importlib.metadata.entry_points(group="jax_plugins")],
+  is_installed: Callable[[str], bool] = lambda name: importlib.util.find_spec(name) is not None,
+) -> None:
+  """Raises ConfigError where JAX_PLATFORMS asks for devices that jax cannot have here, of which it says little itself."""
+  asked = environ.get("JAX_PLATFORMS", "")
+  remedy = "unset it for what is here, or set JAX_PLATFORMS=cpu"
+  for name in asked.split(","):
+    if name.strip() in ("cuda", "gpu") and not any(exists(path) for path in _NVIDIA_FILES):
+      raise ConfigError(f"JAX_PLATFORMS={asked}: there is no NVIDIA GPU here (no {_NVIDIA_FILES[0]}); {remedy}")
+    if name.strip() == "cuda" and not any("cuda" in plugin for plugin in plugins()):
+      raise ConfigError(f"JAX_PLATFORMS={asked}: jax has no CUDA plugin here; pip install 'jax[cuda13]', or {remedy}")
+    if name.strip() == "tpu" and not is_installed("libtpu"):
+      raise ConfigError(f"JAX_PLATFORMS={asked}: libtpu is not installed; pip install 'jax[tpu]', or {remedy}")
+
+
 def prepare(environ: MutableMapping[str, str]) -> None:
   """Sets what is missing in this process's environment, before jax is imported; nothing where CPT_JAX_ENVIRONMENT is "off".
 
   That is the way out where a version of XLA or libtpu refuses to start with one of its options.
+
+  Raises:
+    ConfigError: as `check`.
   """
   if environ.get("CPT_JAX_ENVIRONMENT") != "off":
+    check(environ)
     environ.update(missing(environ, settings(detect(environ), gpu_model=_gpu_model())))
 
 

@@ -34,7 +34,7 @@ _listener: tuple[threading.Thread, threading.Event] | None = None
 # ---- connecting ----
 
 
-def launch(
+def join_arguments(
   environ: Mapping[str, str], *, coordinator: str = "", num_processes: int | None = None, process_id: int | None = None
 ) -> dict[str, Any] | None:
   """The arguments of `jax.distributed.initialize`, from the flags or from what started this process; None = run alone.
@@ -92,18 +92,16 @@ def _devices(environ: Mapping[str, str], *, alone_here: bool) -> dict[str, Any]:
   return {"local_device_ids": []} if alone_here and "JAX_LOCAL_DEVICE_IDS" not in environ else {}
 
 
-def connect(
-  *, coordinator: str = "", num_processes: int | None = None, process_id: int | None = None, wait_secs: int = 300
-) -> None:
+def connect(*, coordinator: str, num_processes: int | None, process_id: int | None, wait_secs: int) -> None:
   """Joins the run's other processes, if there are any; before anything touches a device.
 
   Ends this process with EXIT_LOST where they have not all come after `wait_secs`.
 
   Raises:
-    ConfigError: as `launch`; a coordinator that cannot listen at its port.
+    ConfigError: as `join_arguments`; a coordinator that cannot listen at its port.
   """
   global _listener
-  arguments = launch(os.environ, coordinator=coordinator, num_processes=num_processes, process_id=process_id)
+  arguments = join_arguments(os.environ, coordinator=coordinator, num_processes=num_processes, process_id=process_id)
   if arguments is None:
     return
   address = arguments.get("coordinator_address", "the coordinator")

@@ -133,6 +133,12 @@ def sharding(mesh: Mesh | AbstractMesh, *logical: str | None) -> NamedSharding:
   return NamedSharding(mesh, spec(*logical))  # pyright: ignore[reportArgumentType] (AbstractMesh is accepted)
 
 
+def abstract(shape: tuple[int, ...], dtype: Any, *logical: str | None) -> jax.ShapeDtypeStruct:
+  """An array with these dimensions that is not made; on the mesh that is set it has its place there."""
+  mesh = current()
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=None if mesh is None else sharding(mesh, *logical))
+
+
 def current() -> Mesh | AbstractMesh | None:
   """The mesh that is set, the one with devices if there is one; None if there is none. Not for use inside jit."""
   mesh = jax.sharding.get_mesh()
@@ -166,12 +172,12 @@ def out(*logical: str | None) -> PartitionSpec | None:
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-  """Moves an array, inside or outside of jit, to where its dimensions live; its gradient moves back."""
+  """Moves an array with these dimensions, inside or outside of jit, to where they live; its gradient moves back."""
   return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec(*logical))
 
 
 def gathered(parameter: jax.Array, *logical: str | None) -> jax.Array:
-  """A parameter as a product wants it: its width gathered over fsdp, still divided over tensor."""
+  """A parameter with these dimensions as a product wants it: its width gathered over fsdp, still divided over tensor."""
   return constrain(parameter, *(None if name == "embed" else name for name in logical))
 
 
@@ -254,10 +260,13 @@ def check(
   batch_rows: int,
   microbatches: int,
   row_len: int,
-  eval_rows: int = 0,
+  eval_rows: int,
   problems: Problems,
 ) -> None:
-  """Adds a line for everything that the mesh does not divide evenly; `model` is a ModelSpec, `sizes` the devices by axis."""
+  """Adds a line for everything that the mesh does not divide evenly; `model` is a ModelSpec, `sizes` the devices by axis.
+
+  `eval_rows` is 0 where the rows of an evaluation are those of a microbatch.
+  """
   replicas = sizes["data"] * sizes["fsdp"]
   rows = batch_rows // microbatches
   if batch_rows % microbatches:

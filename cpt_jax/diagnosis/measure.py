@@ -1,29 +1,31 @@
-"""A base model and token stores -> the figures of every source, and what is to be said of each: what tools/diagnose.py prints.
+"""A base model and token stores -> the figures of every source, as `diagnose` judges them.
 
 Invariant: the base is evaluated as a run does it (stream.pipeline.evaluation_rows, training.perplexity), on the run's own
 held-out documents where there are enough of them; nothing is loaded whole but the base and the stores' indices.
 """
 
+import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from cpt_jax import config as config_lib
+from cpt_jax import hub
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.diagnosis import verdict
 from cpt_jax.diagnosis.verdict import Figures
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
+from cpt_jax.progress import Progress
 from cpt_jax.store import corpus
 from cpt_jax.store import store as stores
 from cpt_jax.store import tokenizer as tokenizer_lib
-from cpt_jax.stream import excerpts, pipeline
+from cpt_jax.stream import excerpts, pipeline, sources
 from cpt_jax.stream.excerpts import Excerpts
-from cpt_jax.stream.sources import Source
 from cpt_jax.training import perplexity, step
 
 # Of each source for what needs no model: enough that chance moves the distance by less than 0.01 bits (docs/guide/diagnose.md).
@@ -54,7 +56,8 @@ def open_base(path: str, problems: Problems) -> Base | None:
     problems.add("--hf is empty: name the base, a Hugging Face directory (config.json, *.safetensors, tokenizer.json)")
     return None
   if not pathlib.Path(path).is_dir():
-    problems.add(f"--hf={path}: no such directory; name a Hugging Face directory (config.json, *.safetensors, tokenizer.json)")
+    expected = "name a Hugging Face directory (config.json, *.safetensors, tokenizer.json)"
+    problems.add(f"--hf={path}: no such directory; {expected}{hub.how_to_get(path)}")
     return None
   spec = tokenizer = None
   with problems.collect():
@@ -74,7 +77,7 @@ def open_store(name: str, path: str, base: Base | None, problems: Problems) -> s
     problems.add(f"--sources {name}: {error}")
     return None
   if store.num_tokens == 0 or not (store.lengths > 1).any():
-    problems.add(f"{here}: the store is empty; make it again from text (tools/prepare_data.py)")
+    problems.add(f"{here}: the store is empty; make it again from text (cpt prepare)")
     return None
   if base is None:
     return store
@@ -112,10 +115,10 @@ def hold_out(
   rows = -(-rows // jax.device_count()) * jax.device_count()
   opening_bytes_V = base.tokenizer.opening_bytes_V
   options: dict[str, Any] = dict(opening_bytes_V=opening_bytes_V, source=number, row_len=row_len, batch_rows=rows)
-  source = Source(name, store, role="", share=(), heldout_frac=heldout_frac)
+  source = sources.measured(name, store, heldout_frac=heldout_frac)
   candidates = source.heldout_documents
   if source.num_pairs(candidates):
-    chosen = pipeline.whole_documents(candidates, store.lengths, max_tokens=max_tokens)
+    chosen = pipeline.whole_documents(candidates, store.lengths, max_tokens=max_tokens, max_bytes=0)
     if len(chosen) >= MIN_DOCUMENTS and max_tokens / 2 <= source.num_pairs(chosen) <= max_tokens:
       doc_bytes = pipeline.document_bytes(store, chosen, base.tokenizer)
       rows_of = pipeline.evaluation_rows(store, chosen, lengths=store.lengths, doc_bytes=doc_bytes, **options)
@@ -135,8 +138,8 @@ def _text_bytes(drawn: Excerpts, i: int, tokenizer: tokenizer_lib.Tokenizer) -> 
   return len(text.replace("\ufffd", "?").encode())
 
 
-def evaluate(base: Base, held: dict[str, Held], *, config: Any, on_batch: Callable[[], None]) -> dict[str, verdict.Loss]:
-  """The base's loss on every source; `on_batch` is called after each batch."""
+def evaluate(base: Base, held: dict[str, Held], *, config: Any, progress: Progress) -> dict[str, verdict.Loss]:
+  """The base's loss on every source; a part of the progress each."""
   mesh = mesh_lib.make_mesh(data=-1, fsdp=1, context=1, tensor=1)
   with jax.set_mesh(mesh):
     params = pretrained.load_params(base.path, base.spec, transformer.abstract_params(base.spec))
@@ -144,15 +147,16 @@ def evaluate(base: Base, held: dict[str, Held], *, config: Any, on_batch: Callab
     eval_step = jax.jit(step.make_eval_step(base.spec, settings=settings, num_sources=len(held)))
     found = {}
     for name, (rows, sample) in held.items():
-      parts = []
+      parts, advance = [], progress.part(f"evaluate the base on {name}", len(rows.batches))
 
-      def keep(params, batch, parts=parts):
+      def keep(params, batch, parts=parts, advance=advance):
         parts.append(eval_step(params, batch))
+        advance(1)
         return parts[-1]
 
-      loss = perplexity.evaluate(
-        params, {name: rows}, eval_step=keep, to_device=lambda batch: mesh_lib.to_global(mesh, batch), on_batch=on_batch
-      )[name]
+      to_device = functools.partial(mesh_lib.to_global, mesh)
+      (losses,) = perplexity.evaluate(params, {name: rows}, eval_step=keep, to_device=to_device)
+      loss = losses[name]
       sums, tokens = zip(*[(float(part.loss), float(part.tokens)) for part in jax.device_get(parts)], strict=True)
       error = corpus.ratio_error(sums, tokens)
       found[name] = verdict.Loss(

@@ -195,16 +195,3 @@ class MultiPower:
 def _summed(curve: Curve, share_F: np.ndarray) -> np.ndarray:
   """Sum over the falls before each loss of their sizes times shares."""
   return np.bincount(curve.falls.row_F, curve.falls.size_F * share_F, minlength=len(curve.step_n))
-
-
-def merge_weights(decay_K: np.ndarray) -> np.ndarray:
-  """(K+1,): factors of the K+1 checkpoints of a run at a constant rate whose sum stands for a run with a decay.
-
-  decay_K is the rate wanted in each stretch between two checkpoints, as a share of the constant rate, falling. The merged
-  weights hold every stretch's updates scaled by its share: exact for updates that do not depend on the weights, to first
-  order for those that do (WSM, 2507.17634). decay (1, 0.5) -> (0, 0.5, 0.5).
-  """
-  decay_K = np.asarray(decay_K, np.float64)
-  if decay_K.ndim != 1 or not decay_K.size or not ((decay_K >= 0) & (decay_K <= 1)).all() or (np.diff(decay_K) > 0).any():
-    raise ValueError(f"decay {decay_K}: shares of the constant rate between 1 and 0 that do not rise, one for each stretch")
-  return -np.diff(np.concatenate([[1.0], decay_K, [0.0]]))

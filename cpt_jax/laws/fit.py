@@ -204,25 +204,7 @@ def fit(
   loss_n = np.asarray(loss_n, np.float64)
   weights_n = np.asarray(np.ones(loss_n.shape) if weights_n is None else weights_n, np.float64)
   priors = dict(priors or {})
-  problems = []
-  if loss_n.ndim != 1:
-    problems.append(f"{law.name}: losses have shape {loss_n.shape}; give one number for each observation")
-  elif len(loss_n) < len(law.parameters):
-    problems.append(
-      f"{law.name}: {len(loss_n)} losses cannot fix {len(law.parameters)} parameters ({', '.join(law.parameters)}); "
-      "add measurements or take a law with fewer"
-    )
-  if not (np.isfinite(loss_n).all() and (loss_n > 0).all()):
-    problems.append(
-      f"{law.name}: losses must be finite and above 0 (the fit is of their logarithm); remove the rows that are not"
-    )
-  if weights_n.shape != loss_n.shape or not (np.isfinite(weights_n).all() and (weights_n >= 0).all() and weights_n.any()):
-    problems.append(f"{law.name}: weights must be finite, not below 0, not all 0, and one for each of {loss_n.size} losses")
-  if num_starts < 1:
-    problems.append(f"{law.name}: num_starts={num_starts}; at least 1")
-  if problems:
-    raise ConfigError("\n".join(problems))
-
+  _check(law, loss_n, weights_n, num_starts=num_starts)
   rng = np.random.default_rng(seed)
   starts_QP = np.asarray(law.starts(inputs, loss_n, num=num_starts, rng=rng), np.float64)
   weights_n = np.asarray(weights_n / weights_n.mean())
@@ -258,6 +240,27 @@ def fit(
     num_agreeing=agreeing,
     thetas_KP=np.zeros((0, len(best.theta_P))),
   )
+
+
+def _check(law: Law, loss_n: np.ndarray, weights_n: np.ndarray, *, num_starts: int) -> None:
+  problems = []
+  if loss_n.ndim != 1:
+    problems.append(f"{law.name}: losses have shape {loss_n.shape}; give one number for each observation")
+  elif len(loss_n) < len(law.parameters):
+    problems.append(
+      f"{law.name}: {len(loss_n)} losses cannot fix {len(law.parameters)} parameters ({', '.join(law.parameters)}); "
+      "add measurements or take a law with fewer"
+    )
+  if not (np.isfinite(loss_n).all() and (loss_n > 0).all()):
+    problems.append(
+      f"{law.name}: losses must be finite and above 0 (the fit is of their logarithm); remove the rows that are not"
+    )
+  if weights_n.shape != loss_n.shape or not (np.isfinite(weights_n).all() and (weights_n >= 0).all() and weights_n.any()):
+    problems.append(f"{law.name}: weights must be finite, not below 0, not all 0, and one for each of {loss_n.size} losses")
+  if num_starts < 1:
+    problems.append(f"{law.name}: num_starts={num_starts}; at least 1")
+  if problems:
+    raise ConfigError("\n".join(problems))
 
 
 def bootstrap(fitted: Fit, *, num: int = 200, groups_n: np.ndarray | None = None, seed: int = 0) -> Fit:

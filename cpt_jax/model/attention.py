@@ -51,7 +51,7 @@ def attend(
   """Causal attention inside segments, [B, T, N, H]; query head n reads key head n // (N / K).
 
   Equal segment numbers are neighbours in their row, and no row has more than `max_documents` beside its padding (None: no limit).
-  With `windows` a position sees itself and the windows[layer_window] - 1 before it.
+  With `windows` a position sees itself and the windows[layer_window] - 1 before it; with none, its whole segment so far.
 
   Where devices share a row (mesh.context) each gets whole rows of some of the heads by an all-to-all (DeepSpeed-Ulysses,
   2309.14509): all have the same work under causality, and every kernel can be used. Where they are too many for the heads, each

@@ -15,12 +15,12 @@ import numpy as np
 from cpt_jax.config import ConfigError
 from cpt_jax.model import hf_files
 from cpt_jax.vocab import initialise
-from cpt_jax.vocab.initialise import Block, Sources
+from cpt_jax.vocab.initialise import Block, OldRows
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TRUE_SIZE = "true_vocab_size"  # in config.json, beside vocab_size, which counts rows: ids from here on are padding
 BASE_SIZE = "base_vocab_size"  # ids from here on belong to the pieces that were added
-_COPY_BYTES = 8 << 20
+_COPY_BYTES = 8 << 20  # of a tensor that are in memory at once; by hand
 
 # A new table's rows: of the old rows, seen as they lie on disk, to what stands behind them.
 MakeRows = Callable[[np.ndarray], Iterator[np.ndarray]]
@@ -70,16 +70,16 @@ def open_model(directory: str | os.PathLike, *, vocab_size: int) -> Model:
   if vocab_size > rows:
     raise ConfigError(
       f"{path}: the tokenizer has ids up to {vocab_size - 1}, the model has {rows} rows: a grown tokenizer with a model that was "
-      "not grown; take the directory that tools/grow_vocab.py wrote, with both"
+      "not grown; take the directory that cpt vocab grow wrote, with both"
     )
   return Model(path, hf_config, files, tables)
 
 
-def make_rows(initialiser: Block, sources: Callable[[np.ndarray], Sources], *, num_padding: int) -> MakeRows:
+def make_rows(initialiser: Block, old: Callable[[np.ndarray], OldRows], *, num_padding: int) -> MakeRows:
   """New rows by an initialiser, then padding."""
 
   def made(old_VD: np.ndarray) -> Iterator[np.ndarray]:
-    found = sources(old_VD)
+    found = old(old_VD)
     yield from initialise.blocks(initialiser, found)
     if num_padding:
       yield initialise.padding(found, num_rows=num_padding)

@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from cpt_jax import hub
 from cpt_jax.config import ConfigError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -131,7 +132,9 @@ def _no_duplicates(pairs: list[tuple]) -> dict:
 def _weight_files(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str] | None]:
   """The files to read and, for a sharded model, tensor name -> file name. One file goes before shards, as in transformers."""
   if not directory.is_dir():
-    raise ConfigError(f"{directory}: no such directory; expected one with config.json and {SINGLE} or {INDEX}")
+    raise ConfigError(
+      f"{directory}: no such directory; expected one with config.json and {SINGLE} or {INDEX}" + hub.how_to_get(directory)
+    )
   if (directory / SINGLE).exists():
     return [_inside(directory, SINGLE)], None
   if (directory / INDEX).exists():

@@ -23,8 +23,8 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
-  """Root mean square norm over the last dimension (1910.07467); `scale` is float32."""
-  return _rms_norm(x, scale, eps)
+  """Root mean square norm of `x` [..., D] over its last dimension (1910.07467); `scale` is float32 [D]."""
+  return _rms_norm(x, mesh_lib.constrain(scale, None), eps)  # whole on every device
 
 
 def embed(table_VD: jax.Array, tokens_BT: jax.Array, *, dtype: jnp.dtype) -> jax.Array:

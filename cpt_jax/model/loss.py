@@ -196,7 +196,7 @@ def _in_chunks(x_BTx: jax.Array, chunk: int) -> jax.Array:
 
 
 def _from_chunks(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """What `_in_chunks` made of an array of this shape -> that array."""
+  """[chunks, J, P, ...], as `_in_chunks` made it of an array of this shape -> that array, [B, T, ...]."""
   rows, row_len, *rest = shape
   row_parts, seq_parts, num_rows, num_seq = _divided(rows, row_len)
   of_rest, num_padded = (None,) * len(rest), x.shape[0] * x.shape[2]

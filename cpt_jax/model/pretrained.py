@@ -422,7 +422,10 @@ def _chunks(params: Any, spec: ModelSpec, entries: Entries, *, advance: Callable
 
 @functools.partial(jax.jit, static_argnames=("layout", "num_rows", "dtype", "place"))
 def _rows(leaf: jax.Array, layer: int, start: int, *, layout: _Layout, num_rows: int, dtype: Any, place: Any) -> jax.Array:
-  """Rows of one layer's tensor in the file's layout. Cast on the device, which halves the traffic; exact as numpy's cast is."""
+  """`num_rows` rows of one layer's tensor in the file's layout, of a leaf [L, ...] or [...].
+
+  Cast on the device, which halves the traffic; exact as numpy's cast is.
+  """
   if layout.is_stacked:
     leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
   leaf = jax.lax.dynamic_slice_in_dim(leaf, start, num_rows, axis=layout.ours.index(layout.split[0]))

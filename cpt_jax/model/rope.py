@@ -12,7 +12,7 @@ import numpy as np
 from cpt_jax.model.spec import LinearScaling, ModelSpec, YarnScaling
 
 _LOW = 1024  # positions are split into hi * 1024 + lo, so that a product with a 14-bit fraction fits float32's 24 bits
-_BITS = 2.0**14
+_BITS = 2.0**14  # parts of a turn
 
 
 def frequencies(spec: ModelSpec) -> np.ndarray:
@@ -67,6 +67,7 @@ def tables(spec: ModelSpec, positions_BT: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def _split(turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Fractions of a turn, float64 [H/2] -> their first 14 bits and the rest, float32 [1, 1, H/2] each."""
   coarse = np.floor(turns * _BITS) / _BITS
   return coarse.astype(np.float32)[None, None], (turns - coarse).astype(np.float32)[None, None]
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cpt_jax import hub
 from cpt_jax.config import ConfigError, Problems
 
 
@@ -74,9 +75,9 @@ class ModelSpec:
   # Sliding window of each layer: a position sees itself and the window - 1 before it; 0 = all. () = all layers see all.
   windows: tuple[int, ...] = ()
   init_std: float = 0.02
-  # Ids from here on are padding rows, which no softmax may count; 0 = none. Written by tools/grow_vocab.py.
+  # Ids from here on are padding rows, which no softmax may count; 0 = none. Written by cpt vocab grow.
   true_vocab_size: int = 0
-  # Ids from here on belong to pieces that were added; 0 = none was. Written by tools/grow_vocab.py.
+  # Ids from here on belong to pieces that were added; 0 = none was. Written by cpt vocab grow.
   base_vocab_size: int = 0
 
   @property
@@ -101,6 +102,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
   "qwen2": {"num_key_value_heads": 32, "head_dim": None, "max_position_embeddings": 32_768, "sliding_window": 4096},
   "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768, "sliding_window": 4096},
 }
+# The same, of all families.
 _COMMON_DEFAULTS = {
   "rms_norm_eps": 1e-6,
   "tie_word_embeddings": False,
@@ -179,7 +181,8 @@ def load_hf_config(path: str | Path) -> dict[str, Any]:
   file = Path(path)
   file = file / "config.json" if file.is_dir() else file
   if not file.is_file():
-    raise ConfigError(f"{file}: no such file; give a Hugging Face directory that holds config.json, or that file")
+    expected = "give a Hugging Face directory that holds config.json, or that file"
+    raise ConfigError(f"{file}: no such file; {expected}{hub.how_to_get(path)}")
   try:
     found = json.loads(file.read_text(encoding="utf-8"))
   except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
@@ -259,11 +262,6 @@ def matmul_leaves(spec: ModelSpec) -> dict[str, int]:
   return leaves | {"embedding" if spec.tied else "head": spec.width * spec.vocab_size}
 
 
-def matmul_parameters(spec: ModelSpec) -> int:
-  """The sum of `matmul_leaves`."""
-  return sum(matmul_leaves(spec).values())
-
-
 def flops_per_token(spec: ModelSpec, row_len: int, *, frozen: Sequence[str] = ()) -> tuple[float, float]:
   """Floating point operations of one training step per token, forward and backward, without recomputation: (causal, palm).
 
@@ -290,10 +288,15 @@ def flops_per_token(spec: ModelSpec, row_len: int, *, frozen: Sequence[str] = ()
   per_key = (12.0 if reaches_layers else 4.0) * spec.num_heads * spec.head_dim
   keys_causal = keys_palm = 0.0
   for window in spec.windows or (0,) * spec.num_layers:
-    keys = min(window or row_len, row_len)
-    keys_palm += keys
-    keys_causal += keys - keys * keys / (2 * row_len)
+    keys_palm += min(window or row_len, row_len)
+    keys_causal += visible_keys(window, row_len)
   return products + per_key * keys_causal, products + per_key * keys_palm
+
+
+def visible_keys(window: int, row_len: int) -> float:
+  """Keys that a position sees, on average over a row that is one document; window 0 = all before it."""
+  keys = min(window or row_len, row_len)
+  return keys - keys * keys / (2 * row_len)
 
 
 class _Reader:

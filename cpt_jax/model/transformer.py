@@ -1,13 +1,13 @@
 """Tokens -> hidden states -> logits: the decoder, its parameters and their logical axes.
 
 Invariant: parameters are a plain nested dict in float32, layers stacked along their first dimension and scanned; NNX modules
-only declare them.
+only declare them. Letters of dimensions: cpt_jax/model/__init__.py.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,18 @@ from cpt_jax.model import attention as attention_lib
 from cpt_jax.model import layers, rope
 from cpt_jax.model.spec import ModelSpec
 from cpt_jax.model.visible import KEPT
+
+
+class Settings(NamedTuple):
+  """How a model is computed; none of it changes what is computed, but for rounding."""
+
+  compute_dtype: Any  # of products and activations; norms, softmax and rotations are float32
+  remat: str  # what of each layer is kept for the backward pass, as the config lists it
+  attention: str  # the implementation that is asked for, or "auto"
+  loss_chunk: int  # positions of each device whose logits exist at once; 0 = all
+  max_documents: int | None  # in a row, beside its padding; None = not known
+  scan: bool  # the layers are one loop
+
 
 # What the backward pass finds kept of each layer, by the names that the layer gives; the rest is computed again from its input.
 _MLP = ("gate", "up")
@@ -41,8 +53,8 @@ def _policy(remat: str) -> Callable[..., Any]:
   )
 
 
-def kept_bytes(spec: ModelSpec, remat: str, *, itemsize: int, tensor: int = 1) -> float:
-  """Bytes that a position keeps of each layer on each of `tensor` devices, by config.py; `itemsize` of the compute dtype.
+def kept_bytes(spec: ModelSpec, remat: str, *, itemsize: int, tensor: int) -> float:
+  """Bytes that a position keeps of each layer on each of `tensor` devices; `itemsize` is that of the compute dtype.
 
   "none" keeps a little more where queries and keys have norms or biases.
   """
@@ -122,23 +134,17 @@ def init(spec: ModelSpec, key: jax.Array) -> dict[str, Any]:
 
 def abstract_params(spec: ModelSpec) -> dict[str, Any]:
   """Shapes, dtypes and, on the mesh that is set, shardings of the parameters: a tree of ShapeDtypeStruct."""
-  placed_on = mesh_lib.current()
 
   def describe(shape_and_axes):
     shape, axes = shape_and_axes
-    sharding = None if placed_on is None else mesh_lib.sharding(placed_on, *axes)
-    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    return mesh_lib.abstract(shape, jnp.float32, *axes)
 
-  return jax.tree.map(describe, _declared(spec), is_leaf=lambda x: isinstance(x, tuple))
-
-
-def logical_axes(spec: ModelSpec) -> dict[str, Any]:
-  """The logical axes of each parameter: a tree of tuples of names."""
-  return jax.tree.map(lambda leaf: leaf[1], _declared(spec), is_leaf=lambda x: isinstance(x, tuple))
+  return jax.tree.map(describe, declared(spec), is_leaf=lambda x: isinstance(x, tuple))
 
 
 @functools.lru_cache(maxsize=64)
-def _declared(spec: ModelSpec) -> dict[str, Any]:
+def declared(spec: ModelSpec) -> dict[str, Any]:
+  """(shape, names of its logical axes) of each parameter: a tree of such pairs."""
   with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
     state = nnx.state(nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0))), nnx.Param)
   tree: dict[str, Any] = {}
@@ -157,52 +163,52 @@ def apply(
   positions_BT: jax.Array,
   segments_BT: jax.Array,
   *,
-  compute_dtype: Any,
-  remat: str = "none",
-  attention: str = "auto",
-  max_documents: int | None = None,
-  scan: bool = True,
+  settings: Settings,
 ) -> jax.Array:
-  """Hidden states after the final norm, [B, T, D] in `compute_dtype`.
-
-  `remat`: as config.py lists them; `attention`, `max_documents`: as `attention.attend`. Norms, softmax and rotations: float32.
-  """
+  """Hidden states after the final norm, [B, T, D] in the compute dtype."""
   tokens_BT, positions_BT, segments_BT = (mesh_lib.constrain(x, "batch", "seq") for x in (tokens_BT, positions_BT, segments_BT))
   rotation = rope.tables(spec, positions_BT)
   # Programs are made for the different windows, and each layer says which is its own.
   windows = [window or tokens_BT.shape[1] for window in spec.windows_at(tokens_BT.shape[1])]
   different = tuple(sorted(set(windows)))
   attend = functools.partial(
-    attention_lib.attend, segments_BT=segments_BT, kind=attention, windows=different, max_documents=max_documents
+    attention_lib.attend,
+    segments_BT=segments_BT,
+    kind=settings.attention,
+    windows=different,
+    max_documents=settings.max_documents,
   )
 
   def layer(x_BTD, stacked):
     weights, layer_window = stacked
     x_BTD = checkpoint_name(x_BTD, "input")
     x_BTD = x_BTD + _attention(weights, spec, x_BTD, rotation, functools.partial(attend, layer_window=layer_window))
-    normed_BTD = layers.rms_norm(x_BTD, mesh_lib.gathered(weights["mlp_norm"], "embed"), eps=spec.norm_eps)
+    normed_BTD = layers.rms_norm(x_BTD, weights["mlp_norm"], eps=spec.norm_eps)
     return x_BTD + layers.swiglu(normed_BTD, weights["w_gate"], weights["w_up"], weights["w_down"]), None
 
-  if remat != "none":
-    layer = jax.checkpoint(layer, policy=_policy(remat), prevent_cse=False)
-  hidden_BTD = layers.embed(params["embedding"], tokens_BT, dtype=compute_dtype)
+  if settings.remat != "none":
+    layer = jax.checkpoint(layer, policy=_policy(settings.remat), prevent_cse=False)
+  hidden_BTD = layers.embed(params["embedding"], tokens_BT, dtype=settings.compute_dtype)
   layer_windows = [different.index(w) for w in windows] or [0] * spec.num_layers
-  if scan:
+  if settings.scan:
     hidden_BTD, _ = jax.lax.scan(layer, hidden_BTD, (params["layers"], jnp.asarray(layer_windows, jnp.int32)))
   else:
     for stacked in zip(_unstacked(params["layers"], spec.num_layers), layer_windows, strict=True):
       hidden_BTD, _ = layer(hidden_BTD, stacked)
-  return layers.rms_norm(hidden_BTD, mesh_lib.gathered(params["final_norm"], "embed"), eps=spec.norm_eps)
+  return layers.rms_norm(hidden_BTD, params["final_norm"], eps=spec.norm_eps)
 
 
 def _unstacked(stacked: dict[str, jax.Array], num_layers: int) -> list[dict[str, jax.Array]]:
-  """The parameters of each layer. A split, whose gradient is one concatenation; that of an index is a whole stack of zeros."""
+  """[L, ...] each -> the parameters of each layer, [...].
+
+  A split, whose gradient is one concatenation; that of an index is a whole stack of zeros.
+  """
   parts = {name: jax.lax.split(x, (1,) * num_layers) for name, x in stacked.items()}
   return [{name: parts[name][index].squeeze(0) for name in stacked} for index in range(num_layers)]
 
 
 def _attention(weights, spec: ModelSpec, x_BTD, rotation, attend: Callable[..., jax.Array]) -> jax.Array:
-  normed_BTD = layers.rms_norm(x_BTD, mesh_lib.gathered(weights["attn_norm"], "embed"), eps=spec.norm_eps)
+  normed_BTD = layers.rms_norm(x_BTD, weights["attn_norm"], eps=spec.norm_eps)
   q_BTNH = layers.project("BTD,DNH->BTNH", ("embed", "heads", "head_dim"), None, normed_BTD, weights["wq"])
   k_BTKH = layers.project("BTD,DKH->BTKH", ("embed", "kv_heads", "head_dim"), None, normed_BTD, weights["wk"])
   v_BTKH = layers.project("BTD,DKH->BTKH", ("embed", "kv_heads", "head_dim"), None, normed_BTD, weights["wv"])

@@ -14,15 +14,14 @@ from cpt_jax.store.store import write_atomically
 
 def as_python(config: Any, *, about: str) -> str:
   """The text of the file; `about` becomes its docstring."""
-  default, lines = config_lib.default(), []
-  for key in config_lib.leaf_keys(config):
-    if not key.startswith("data.sources.") and key != "data.sources":
-      value = _plain(config_lib.get(config, key))
-      if value != _plain(config_lib.get(default, key)):
-        lines.append(f"  c.{key} = {value!r}")
+  lines = []
+  for key in config_lib.KEYS.values():
+    value = _plain(config_lib.get(config, key.name))
+    if value != _plain(key.default):
+      lines.append(f"  c.{key.name} = {value!r}")
   for name, entry in config.data.sources.items():
-    ordinary = config_lib.source()
-    changed = [f"    {field}={_plain(value)!r}," for field, value in entry.items() if _plain(value) != _plain(ordinary[field])]
+    ordinary = {field.name: _plain(field.default) for field in config_lib.FIELDS.values()}
+    changed = [f"    {field}={_plain(entry[field])!r}," for field, value in ordinary.items() if _plain(entry[field]) != value]
     lines += [f"  c.data.sources.{name} = config.source(", *changed, "  )"]
   about = about.replace("\\", "\\\\").replace('"""', "'''").strip()
   return "\n".join(
@@ -39,7 +38,7 @@ def write(config: Any, path: pathlib.Path, *, about: str) -> None:
 
 def _plain(value: Any) -> Any:
   """Tuples for lists, dicts for ConfigDicts, and a share that stands still as its number: what a person would write."""
-  if isinstance(value, config_lib.Share) and len(value) == 1 and value[0][0] == 0:
+  if isinstance(value, config_lib.Share) and len(value) == 1 and value[0][0].amount == 0:
     return value[0][1]
   if isinstance(value, (list, tuple)):
     return tuple(_plain(x) for x in value)

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cpt_jax import config as config_lib
-from cpt_jax import durations
-from cpt_jax.config import ConfigError
+from cpt_jax.config import ConfigError, Duration
 from cpt_jax.planning import choose
 from cpt_jax.planning.trials import Trial, by_role, grid, replay_share
 
@@ -172,13 +171,9 @@ def _check(config: Any, rates: Sequence[float], replays: Sequence[float], seeds:
 def _tokens(flag: str, text: str, per_step: int, *, of: float | None = None) -> float:
   """Tokens of a duration; a bare number counts tokens."""
   try:
-    amount = float(text)
-  except ValueError:
-    amount = None
-  try:
-    if amount is None:
-      amount = durations.parse(text).steps(tokens_per_step=1, run_steps=None if of is None else math.ceil(of))
-      amount *= per_step if durations.parse(text).unit == "steps" else 1
+    found = Duration(text, bare="tokens")
+    amount = found.steps(tokens_per_step=1, run_steps=None if of is None else math.ceil(of))
+    amount *= per_step if found.unit == "steps" else 1
   except ValueError as error:
     raise ConfigError(f"--{flag}: {error}") from None
   if not (math.isfinite(amount) and amount > 0):

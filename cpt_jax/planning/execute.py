@@ -17,21 +17,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ml_collections import ConfigDict
+import jax
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.planning import config_files, stacked
-from cpt_jax.planning.outcome import Measured, is_stable
+from cpt_jax.model import spec as spec_lib
+from cpt_jax.planning import config_files
+from cpt_jax.planning.outcome import FinishedTrial, is_stable
 from cpt_jax.planning.trials import Trial, by_role, replay_share, trial_config
+from cpt_jax.preview import memory
 from cpt_jax.results import runs
 from cpt_jax.store.store import write_atomically
-from cpt_jax.training import checkpoint, console, loop, metrics, start
+from cpt_jax.training import checkpoint, console, loop, metrics, start, step
+from cpt_jax.training import inputs as inputs_lib
+from cpt_jax.training.stack import ONE_DEVICE
 
 DIVERGED = "diverged.json"
-# Keys in which a trial may differ from what would be made now: none changes an update or the last evaluation.
-_FREE = ("log.", "checkpoint.", "debug.", "eval.every", "eval.batch_rows", "mesh.", "data.prefetch", "plan.")
-_FREE += ("model.remat", "model.attention", "model.loss_chunk", "data.on_bad", "data.max_bad")
+# Bytes of a parameter while it is trained: itself, two moments, its gradient, its update, all float32.
+_BYTES_PER_PARAMETER = 5 * 4
+_MEMORY_FRAC = 0.7  # of a device's memory that a stack may take by this arithmetic; chosen by hand
 
 
 def state_of(path: pathlib.Path, config: Any) -> str:
@@ -60,23 +64,9 @@ def record_of(config: Any) -> dict[str, Any]:
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-  """A line for each key that makes another run of it. A key that a record does not know yet had its default."""
-  before, now = _flat(found), _flat(wanted)
-  return [
-    f"  {key}: {json.dumps(before.get(key))} -> {json.dumps(now.get(key))}"
-    for key in sorted(before | now)
-    if not key.startswith(_FREE) and not _is_close(before.get(key), now.get(key))
-  ]
-
-
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
-  """Dotted key -> value, with the default of each key that is not there."""
-  flat = {}
-  trees = [("", config_lib.default()), *((f"data.sources.{name}.", config_lib.source()) for name in record["data"]["sources"])]
-  for prefix, tree in (*trees, ("", ConfigDict(record))):
-    plain = ConfigDict(json.loads(tree.to_json()))
-    flat |= {prefix + key: config_lib.get(plain, key) for key in config_lib.leaf_keys(plain)}
-  return json.loads(json.dumps(flat))
+  """A line for each key that makes another run of it."""
+  changed = config_lib.changes(found, wanted, allowed=("nothing",))
+  return [f"  {key}: {json.dumps(a)} -> {json.dumps(b)}" for key, (a, b) in changed.items() if not _is_close(a, b)]
 
 
 def _is_close(a: Any, b: Any) -> bool:
@@ -96,7 +86,7 @@ def found_trials(config: Any, folder: pathlib.Path) -> list[Trial]:
   """
   problems, trials = Problems(), []
   for file in sorted(folder.glob("*/config.json")):
-    record = ConfigDict(json.loads(file.read_text(encoding="utf-8")))
+    record = config_lib.completed(json.loads(file.read_text(encoding="utf-8")))
     with problems.collect():
       trial = _trial_of(config, record, file.parent)
       state_of(file.parent, trial_config(config, trial))
@@ -117,7 +107,7 @@ def _trial_of(config: Any, record: Any, path: pathlib.Path) -> Trial:
   return Trial(float(record.schedule.lr_peak), round(replay_share(record), 12), steps, int(record.seed) - config.seed)
 
 
-def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, bar: "Progress", stack: int = 1) -> int:
+def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, bar: "TrialsBar", stack: int = 1) -> int:
   """Makes the trials that are not there yet; returns the exit code of loop.run: done, or stopped by a signal.
 
   Up to `stack` trials of one length are trained at once, which begin again if they are stopped.
@@ -136,10 +126,10 @@ def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, ba
   for together in _groups(todo, states, folder, stack=stack):
     with bar.running(together), console.muted():
       paths = [folder / trial.name for trial in together]
-      if len(together) == 1:
-        code, diverged = _alone(configs[together[0]], paths[0], bar=bar)
-      else:
-        code, diverged = stacked.run_stack([configs[trial] for trial in together], paths, bar=bar)
+      try:
+        code, diverged = loop.run_stack([configs[trial] for trial in together], paths, bar=bar)
+      except FloatingPointError as error:  # all of them
+        code, diverged = loop.EXIT_DONE, error.args
       if code != loop.EXIT_DONE:
         return code
       for path, message in zip(paths, diverged, strict=True):
@@ -151,11 +141,20 @@ def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, ba
   return loop.EXIT_DONE
 
 
-def _alone(config: Any, path: pathlib.Path, *, bar: "Progress") -> tuple[int, list[str]]:
-  try:
-    return loop.run(config, path, bar=bar), [""]
-  except FloatingPointError as error:
-    return loop.EXIT_DONE, [str(error)]
+def how_many(config: Any) -> int:
+  """Trials of this config that one device holds at once: as many as its memory has room for; 1 on a CPU, which gains little.
+
+  By arithmetic: parameters, moments, gradients and updates in float32, and the activations that preview.memory counts, in
+  _MEMORY_FRAC of the memory that the device says it has.
+  """
+  has = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+  if not has or "bytes_limit" not in has:
+    return 1
+  inputs = inputs_lib.open_inputs(config)
+  itemsize = step.settings_from_config(inputs.config).compute_dtype.itemsize
+  activations = memory.kept_bytes(inputs.config, inputs.spec, ONE_DEVICE, itemsize)
+  one = spec_lib.num_parameters(inputs.spec) * _BYTES_PER_PARAMETER + activations
+  return max(1, int(_MEMORY_FRAC * has["bytes_limit"] / one))
 
 
 def _groups(todo: Sequence[Trial], states: dict[Trial, str], folder: pathlib.Path, *, stack: int) -> Iterator[list[Trial]]:
@@ -172,7 +171,7 @@ def _groups(todo: Sequence[Trial], states: dict[Trial, str], folder: pathlib.Pat
   yield from waiting.values()
 
 
-def measured(config: Any, wanted: Sequence[Trial], folder: pathlib.Path) -> list[Measured]:
+def finished(config: Any, wanted: Sequence[Trial], folder: pathlib.Path) -> list[FinishedTrial]:
   """Those of the trials that are over."""
   found = []
   for trial in wanted:
@@ -180,24 +179,24 @@ def measured(config: Any, wanted: Sequence[Trial], folder: pathlib.Path) -> list
     state = state_of(path, trial_config(config, trial))
     if state in ("complete", "diverged"):
       message = json.loads((path / DIVERGED).read_text(encoding="utf-8"))["message"] if state == "diverged" else ""
-      found.append(Measured(trial, runs.read_run(path), message))
+      found.append(FinishedTrial(trial, runs.read_run(path), message))
   return found
 
 
 def sweep(
-  config: Any, ladder: Sequence[Trial], folder: pathlib.Path, *, bar: "Progress", stack: int = 1
-) -> tuple[list[Measured], int]:
+  config: Any, ladder: Sequence[Trial], folder: pathlib.Path, *, bar: "TrialsBar", stack: int = 1
+) -> tuple[list[FinishedTrial], int]:
   """Goes up the ladder of rates until one is not stable: what was measured on the way, and the exit code of loop.run."""
-  found: list[Measured] = []
+  found: list[FinishedTrial] = []
   for at in range(0, len(ladder), stack):
     code = run_trials(config, ladder[at : at + stack], folder, bar=bar, stack=stack)
-    found = measured(config, ladder[: at + stack], folder)
+    found = finished(config, ladder[: at + stack], folder)
     if code != loop.EXIT_DONE or is_swept(found, ladder):
       return found, code
   return found, loop.EXIT_DONE
 
 
-def is_swept(found: Sequence[Measured], ladder: Sequence[Trial]) -> bool:
+def is_swept(found: Sequence[FinishedTrial], ladder: Sequence[Trial]) -> bool:
   """Was the lowest unstable rate found, with all below it, or the whole ladder climbed."""
   over = {m.trial for m in found}
   unstable = [i for i, trial in enumerate(ladder) if any(m.trial == trial and not is_stable(m, found) for m in found)]
@@ -214,7 +213,7 @@ def write_commands(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *
     made, path = trial_config(config, trial), folder / trial.name
     if state_of(path, made) in ("missing", "begun"):
       file = folder / "configs" / f"{trial.name}.py"
-      config_files.write(made, file, about=f"The trial {trial.name} of a plan, made by tools/plan.py --commands.")
+      config_files.write(made, file, about=f"The trial {trial.name} of a plan, made by cpt plan --commands.")
       lines.append(shlex.join(["python", "-m", "cpt_jax.main", f"--config={file}", f"--workdir={path}"]))
   written = [folder / "commands.txt"]
   write_atomically(written[0], "".join(f"{line}\n" for line in lines).encode())
@@ -232,7 +231,7 @@ def write_commands(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *
   return written
 
 
-class Progress:
+class TrialsBar:
   """How far all trials are: one bar on a terminal, a line for each finished trial, with the time left.
 
   Time is counted in steps. It has the methods of console.TrainProgress, for the trial that is running.
@@ -292,7 +291,7 @@ class Progress:
   def close(self) -> None:
     """Of a trial; the bar goes on."""
 
-  def __enter__(self) -> "Progress":
+  def __enter__(self) -> "TrialsBar":
     return self
 
   def __exit__(self, *_: Any) -> None:

@@ -24,7 +24,7 @@ from cpt_jax.store.store import write_atomically
 STABLE_NATS = 0.05
 
 
-class Measured(NamedTuple):
+class FinishedTrial(NamedTuple):
   """A trial that is over."""
 
   trial: Trial
@@ -32,18 +32,18 @@ class Measured(NamedTuple):
   diverged: str  # how; "" = it did not
 
 
-def domain_loss(measured: Measured) -> float:
+def domain_loss(finished: FinishedTrial) -> float:
   """Mean final loss of the domain sources, infinite where the trial diverged."""
-  if measured.diverged:
+  if finished.diverged:
     return float("inf")
-  return float(np.mean([measured.run.final(name) for name, role in measured.run.roles.items() if role == "domain"]))
+  return float(np.mean([finished.run.final(name) for name, role in finished.run.roles.items() if role == "domain"]))
 
 
-def general_rise(measured: Measured) -> float:
+def general_rise(finished: FinishedTrial) -> float:
   """Of the replay source that was forgotten most, over the base; infinite where the trial diverged."""
-  if measured.diverged:
+  if finished.diverged:
     return float("inf")
-  run = measured.run
+  run = finished.run
   return max(run.final(name) - run.base(name) for name, role in run.roles.items() if role == "replay")
 
 
@@ -52,34 +52,34 @@ def base_domain_loss(run: Run) -> float:
   return float(np.mean([run.base(name) for name, role in run.roles.items() if role == "domain"]))
 
 
-def is_stable(measured: Measured, sweep: Sequence[Measured]) -> bool:
+def is_stable(finished: FinishedTrial, sweep: Sequence[FinishedTrial]) -> bool:
   """Did it learn, and end with a domain loss at most STABLE_NATS above the lowest of the rates below it."""
-  loss = domain_loss(measured)
-  better = [domain_loss(other) for other in sweep if other.trial.rate < measured.trial.rate]
-  return loss < base_domain_loss(measured.run) and loss <= min(better, default=loss) + STABLE_NATS
+  loss = domain_loss(finished)
+  better = [domain_loss(other) for other in sweep if other.trial.rate < finished.trial.rate]
+  return loss < base_domain_loss(finished.run) and loss <= min(better, default=loss) + STABLE_NATS
 
 
-def highest_stable(sweep: Sequence[Measured]) -> float | None:
+def highest_stable(sweep: Sequence[FinishedTrial]) -> float | None:
   """The highest rate of a sweep below the first one that is not stable; None where the lowest is not."""
   highest = None
-  for measured in sorted(sweep, key=lambda m: m.trial.rate):
-    if not is_stable(measured, sweep):
+  for finished in sorted(sweep, key=lambda m: m.trial.rate):
+    if not is_stable(finished, sweep):
       break
-    highest = measured.trial.rate
+    highest = finished.trial.rate
   return highest
 
 
-def cells_of(found: Sequence[Measured]) -> list[Cell]:
+def cells_of(found: Sequence[FinishedTrial]) -> list[Cell]:
   """Trials as the laws take them.
 
   Replay shares and tokens are what was really read, as means over all trials with the same share and steps: a share of 1% of 256
   rows is 3 rows. Seeds differ in it by a few tokens, and are one cell all the same.
   """
   replays, tokens = {}, {}
-  for measured in found:
-    if not measured.diverged:
-      replays.setdefault((measured.trial.replay, measured.trial.steps), []).append(measured.run.replay)
-      tokens.setdefault(measured.trial.steps, []).append(measured.run.num_tokens)
+  for finished in found:
+    if not finished.diverged:
+      replays.setdefault((finished.trial.replay, finished.trial.steps), []).append(finished.run.replay)
+      tokens.setdefault(finished.trial.steps, []).append(finished.run.num_tokens)
   per_step = np.mean([count / steps for steps, counts in tokens.items() for count in counts]) if tokens else 1.0
   cells = []
   for trial, run, diverged in found:
@@ -95,7 +95,7 @@ def cells_of(found: Sequence[Measured]) -> list[Cell]:
   return cells
 
 
-def trained_tokens(found: Sequence[Measured], *, budget_tokens: int, tokens_per_step: int) -> float:
+def trained_tokens(found: Sequence[FinishedTrial], *, budget_tokens: int, tokens_per_step: int) -> float:
   """Targets that a run of `budget_tokens` positions trains on: those that the trials' padding and first tokens left."""
   whole = [m for m in found if not m.diverged]
   if not whole:
@@ -118,8 +118,8 @@ def write_config(config: Any, path: pathlib.Path, plan: Recommendation) -> None:
   """OUTPUT/config.py."""
   said = "; ".join(f"{name} {p.loss:.4f} ({p.low:.4f} to {p.high:.4f})" for name, p in plan.losses.items())
   about = (
-    f"The run that tools/plan.py recommends: {plan.objective}.\n\n"
-    f"Predicted final losses in nats per token: {said}.\nRun: python -m cpt_jax.main --config={path}"
+    f"The run that cpt plan recommends: {plan.objective}.\n\n"
+    f"Predicted final losses in nats per token: {said}.\nRun: cpt train --config={path}"
   )
   config_files.write(config, path, about=about)
 

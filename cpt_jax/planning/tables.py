@@ -9,7 +9,7 @@ import numpy as np
 
 from cpt_jax.planning import choose
 from cpt_jax.planning.design import FARTHEST, Design
-from cpt_jax.planning.outcome import Measured, domain_loss, general_rise, highest_stable, is_stable
+from cpt_jax.planning.outcome import FinishedTrial, domain_loss, general_rise, highest_stable, is_stable
 from cpt_jax.planning.recommend import Point, Recommendation
 from cpt_jax.training.console import count, say, table
 
@@ -42,7 +42,7 @@ def design(planned: Design, *, num_over: int) -> None:
   say(f"reach    the run is {times:.3g} times as long as the longest trial{far}")
 
 
-def sweep(found: Sequence[Measured]) -> None:
+def sweep(found: Sequence[FinishedTrial]) -> None:
   """Rate against learning and forgetting at one replay share, and where the loss is no longer stable."""
   rows = [
     [f"{m.trial.rate:.3g}", *_losses(m), "stable" if is_stable(m, found) else m.diverged or "not stable"]
@@ -58,7 +58,7 @@ def sweep(found: Sequence[Measured]) -> None:
     say(f"highest stable rate {highest:.3g}" + ("" if highest < found[-1].trial.rate else ", the ladder's highest"))
 
 
-def cells(found: Sequence[Measured]) -> None:
+def cells(found: Sequence[FinishedTrial]) -> None:
   """Change of the general and the domain loss in every cell, means over its seeds."""
   for steps in sorted({m.trial.steps for m in found}):
     of_length = [m for m in found if m.trial.steps == steps]
@@ -128,10 +128,10 @@ def _points(title: str, points: Sequence[Point], plan: Recommendation) -> None:
   )
 
 
-def _losses(measured: Measured) -> list[str]:
-  if measured.diverged:
-    return ["diverged"] * len(measured.run.roles)
-  run = measured.run
+def _losses(finished: FinishedTrial) -> list[str]:
+  if finished.diverged:
+    return ["diverged"] * len(finished.run.roles)
+  run = finished.run
   return [f"{run.final(name):.4f} ({run.final(name) - run.base(name):+.4f})" for name in run.roles]
 
 

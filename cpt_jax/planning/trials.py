@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cpt_jax import config as config_lib
-from cpt_jax import durations
-from cpt_jax.config import ConfigError, Share
+from cpt_jax.config import ConfigError, Duration, Share
 
 NUM_EVALS = 4  # of a trial, after the base's: enough of a curve for the laws of whole curves
 
@@ -45,10 +44,10 @@ def trial_config(config: Any, trial: Trial) -> Any:
       "them into the one that the plan writes"
     )
   c = at_point(config, rate=trial.rate, replay=trial.replay)
-  with c.unlocked():
+  with c.unlocked(), c.ignore_type():
     c.seed = config.seed + trial.seed
     for key in ("warmup", "cooldown", "anneal"):  # the same part of a trial as of the run
-      if durations.parse(config.schedule[key]).unit != "%":
+      if Duration(config.schedule[key]).unit != "%":
         c.schedule[key] = f"{100 * config_lib.steps_at(config, config.schedule[key]) / config_lib.num_steps(config):.6g}%"
     c.train.length = f"{trial.steps} steps"
     c.eval.every = f"{100 / NUM_EVALS:g}%"
@@ -77,7 +76,7 @@ def at_point(config: Any, *, rate: float, replay: float) -> Any:
     for key in ("lr_start", "lr_const", "lr_final"):
       c.schedule[key] = config.schedule[key] * times
     c.schedule.lr_peak = rate
-    c.data.stages = ()
+    c.data.shares = ()
     for name, share in shares(config, replay).items():
       c.data.sources[name].share = Share(share)
   return c
@@ -111,7 +110,7 @@ def replay_share(config: Any) -> float:
 
 def last_shares(config: Any) -> dict[str, float]:
   """The share of each source at the end of the run, not normalised."""
-  if config.data.stages:
-    last = config.data.stages[-1][1]
+  if config.data.shares:
+    last = config.data.shares[-1][1]
     return {name: float(last[name]) if name in last else 0.0 for name in config.data.sources}
   return {name: Share(entry.share)[-1][1] for name, entry in config.data.sources.items()}

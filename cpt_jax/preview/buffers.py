@@ -1,7 +1,7 @@
-"""Text of a compiled program -> the buffers that are alive when it needs most memory, and what they were made for.
+"""A compiled program -> the buffers that are alive when it needs most memory, and what they were made for.
 
-Invariant: the text is in the order in which the device runs it (XLA prints `is_scheduled=true`); a loop's state is one buffer for
-all its turns, and an output that takes a donated argument's place needs none.
+Invariant: instructions stand in the order in which the device runs them (XLA prints `is_scheduled=true`); a loop's state is one
+buffer for all its turns, and an output that takes a donated argument's place needs none.
 
 XLA gives its own buffer assignment on a CPU only, so the lives are read from the schedule, which every compiler prints. What is
 not modelled: gaps between buffers, and results written over operands in ways other than of equal size.
@@ -32,10 +32,9 @@ class Buffer:
     return f"{self.num_bytes:,} B  {self.dtype}{list(self.dims)}  {self.op_name}"
 
 
-def at_peak(text: str) -> list[Buffer]:
+def at_peak(program: hlo.Module) -> list[Buffer]:
   """The buffers that a program has at the moment when they are largest, beside its arguments and constants."""
-  program = hlo.parse(text)
-  assert program.is_scheduled, "not the text of a compiled program"
+  assert program.is_scheduled, "not a compiled program"
   entry = program.computations[program.entry]
   arguments = {int(i.literal): _without_memory(i.shape) for i in entry.values() if i.op == "parameter"}
   return _peak_of(program.computations, program.entry, arguments, program.aliased)

@@ -13,48 +13,61 @@ import jax.numpy as jnp
 
 from cpt_jax import config as config_lib
 from cpt_jax import trees
+from cpt_jax.config import Problems
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.preview import memory
-from cpt_jax.training import console, guard, loop, optimizer, schedule, state, step
+from cpt_jax.store import documents
+from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.stream import sources
+from cpt_jax.training import console, guard, loop, optimizer, schedule, start, state, step
+from cpt_jax.training import inputs as inputs_lib
 
 
 def describe(config: Any, workdir: pathlib.Path) -> int:
-  """Prints the plan of a run; returns exit code 0.
+  """Prints what a run would do; returns exit code 0. Writes nothing: a text that is not prepared yet is not read.
 
   Raises:
     ConfigError: what the run itself would refuse.
   """
-  inputs = loop.open_inputs(config, workdir)
-  config, spec = inputs.config, inputs.spec
-  sizes, assumed = _mesh_sizes(config)
-  loop.check_mesh(sizes, spec, config)
+  resolved = inputs_lib.resolve(config)
+  config, spec = resolved.config, resolved.spec
+  sizes, assumed = mesh_sizes(config)
+  inputs_lib.check_mesh(sizes, spec, config)  # before any text is read
+  missing = inputs_lib.unprepared(config)
+  inputs = None if missing else inputs_lib.open_texts(resolved, workdir, writes=False)
+  begin = inputs.begin if inputs else start.choose_start(config, workdir, resolved.base)
   num_steps = config_lib.num_steps(config)
 
   console.say(f"run      {workdir}")
   console.say(
     f"model    {spec.family}, {spec_lib.num_parameters(spec):,} parameters, {spec.num_layers} layers of width {spec.width}"
   )
-  console.say(f"start    {inputs.begin.describe(optimizer=config.start.optimizer, moments=config.start.moments)}")
+  console.say(f"start    {begin.describe(optimizer=config.start.optimizer, moments=config.start.moments)}")
   console.say(f"mesh     {' x '.join(f'{name} {size}' for name, size in sizes.items())}{assumed}")
-  _data(inputs, num_steps)
+  if inputs:
+    _data(inputs, num_steps)
+  else:
+    _unprepared(config, missing, num_steps)
+  _shares(config)
   console.table(
     f"learning rate: schedule {config.schedule.name}",
     ["at", "step", "rate"],
-    [[what, at, f"{rate:.3e}"] for what, at, rate in schedule.table(inputs.rates, num_steps=num_steps)],
+    [[what, at, f"{rate:.3e}"] for what, at, rate in schedule.table(resolved.rates, num_steps=num_steps)],
   )
   mesh = mesh_lib.abstract_mesh(**sizes)
   with jax.sharding.use_abstract_mesh(mesh):
-    abstract = state.abstract(spec, inputs.tx)
+    abstract = state.abstract(spec, resolved.tx)
     _groups(config, spec)
     _placement(abstract)
-  _memory(inputs, abstract, sizes)
-  _events(inputs, num_steps)
+  _memory(resolved, abstract, sizes)
+  in_force = {source.name: source.share for source in inputs.loader.sources} if inputs else None
+  _events(config, in_force or {name: sources.knots(config, name) for name in config.data.sources}, begin.step)
   console.say("\ndry run: nothing was trained. Without --dry_run this command trains.")
   return loop.EXIT_DONE
 
 
-def _mesh_sizes(config: Any) -> tuple[dict[str, int], str]:
+def mesh_sizes(config: Any) -> tuple[dict[str, int], str]:
   """The mesh of the run; where -1 asks for the devices of a machine that this one is not, one along that axis."""
   fixed = math.prod(size for size in config.mesh.values() if size != -1)
   asks = -1 in config.mesh.values()
@@ -64,7 +77,7 @@ def _mesh_sizes(config: Any) -> tuple[dict[str, int], str]:
   return mesh_lib.axis_sizes(**config.mesh, num_devices=fixed), f", taking the {fixed} that mesh.* names" if asks else ""
 
 
-def _data(inputs: loop.Inputs, num_steps: int) -> None:
+def _data(inputs: inputs_lib.Inputs, num_steps: int) -> None:
   config, summaries = inputs.config, inputs.loader.describe()
   positions = num_steps * config_lib.tokens_per_step(config)
   console.table(
@@ -105,6 +118,38 @@ def _data(inputs: loop.Inputs, num_steps: int) -> None:
       console.say(f"note: {note}")
 
 
+def _unprepared(config: Any, missing: dict[str, Any], num_steps: int) -> None:
+  """What the run would do before its first step, and what cannot be said before that."""
+  positions, problems = num_steps * config_lib.tokens_per_step(config), Problems()
+  size = f"{num_steps:,} steps x {config.train.batch_rows} rows x {config.data.row_len} positions = {console.count(positions)}"
+  console.say(f"data     {size}, packed {config.data.packing}")
+  for name, entry in missing.items():
+    with problems.collect():
+      files = documents.find_files([entry.text], flag=f"data.sources.{name}.text")
+      num_bytes = sum(pathlib.Path(file).stat().st_size for file in files)
+      console.say(f"prepare  {name}: {len(files)} file(s) of {entry.text}, {console.size(num_bytes)}, into {entry.store}")
+  with problems.collect():
+    tokenizer_lib.load(config.data.tokenizer)
+  problems.raise_if_any()
+  console.say(
+    "         not known before that: documents, tokens, epochs, and when a source ends. The run prepares first; cpt prepare does "
+    "it without training"
+  )
+
+
+def _shares(config: Any) -> None:
+  """Says what shares are normalised to, where they do not add up to 1."""
+  entries = config.data.sources.items()
+  given = [(f"from {when} on", dict(of_sources)) for when, of_sources in config.data.shares]
+  ends = ("at the start", 0), ("at the end", -1)
+  given = given or [(at, {name: entry.share[i][1] for name, entry in entries}) for at, i in ends]
+  for at, of_sources in given:
+    total = math.fsum(of_sources.values())
+    if total and not math.isclose(total, 1.0, rel_tol=1e-6):
+      taken = ", ".join(f"{name} {share / total:.3g}" for name, share in of_sources.items())
+      console.say(f"shares   add up to {total:g} {at}: taken as {taken}")
+
+
 def _groups(config: Any, spec: spec_lib.ModelSpec) -> None:
   stages = config_lib.stages(config)
   for i in range(len(stages)):
@@ -126,7 +171,7 @@ def _placement(abstract: state.TrainState) -> None:
   console.table("parameters and where they live", ["leaf", "shape", "sharding", "per device"], rows, left=3)
 
 
-def _memory(inputs: loop.Inputs, abstract: state.TrainState, sizes: dict[str, int]) -> None:
+def _memory(inputs: inputs_lib.Resolved, abstract: state.TrainState, sizes: dict[str, int]) -> None:
   """The classes of the step as it is compiled for this mesh; by arithmetic where it cannot be."""
   config = inputs.config
   if note := step.remat_note(config):
@@ -165,11 +210,11 @@ def _memory(inputs: loop.Inputs, abstract: state.TrainState, sizes: dict[str, in
     console.say(f"         does NOT fit: a device has {console.size(has)}. Try {memory.what_to_change(found, config)}")
 
 
-def _compiled(inputs: loop.Inputs, sizes: dict[str, int]) -> tuple[memory.Memory | str, str]:
+def _compiled(inputs: inputs_lib.Resolved, sizes: dict[str, int]) -> tuple[memory.Memory | str, str]:
   """The classes and the devices that the step was compiled for, or why it was not."""
   needed, devices = math.prod(sizes.values()), jax.devices()
   platform = devices[0].platform
-  arguments = dict(source_weights=inputs.loader.loss_weights)
+  arguments = dict(source_weights=[entry.loss_weight for entry in inputs.config.data.sources.values()])
   try:
     if needed <= len(devices):
       with jax.set_mesh(mesh_lib.make_mesh(**sizes, devices=devices[:needed])):
@@ -178,7 +223,7 @@ def _compiled(inputs: loop.Inputs, sizes: dict[str, int]) -> tuple[memory.Memory
       found = memory.of_step_elsewhere(inputs.config, inputs.spec, sizes=sizes, **arguments)
     else:
       here = f"{len(devices)} of the {needed} devices of this mesh are here"
-      return f"since {here}; tools/aot_compile.py compiles for devices that are not", ""
+      return f"since {here}; cpt compile compiles for devices that are not", ""
   except subprocess.CalledProcessError as error:
     return f"since the step did not compile for {needed} CPU devices: {error.stderr.decode().strip().splitlines()[-1]}", ""
   except jax.errors.JaxRuntimeError as error:
@@ -208,14 +253,13 @@ def _arithmetic(config: Any, spec: spec_lib.ModelSpec, abstract: state.TrainStat
   )
 
 
-def _events(inputs: loop.Inputs, num_steps: int) -> None:
-  config = inputs.config
+def _events(config: Any, knots: dict[str, sources.Knots], start_step: int) -> None:
   every_eval, every_save = (config_lib.steps_of(config, key) for key in ("eval.every", "checkpoint.every"))
   often = f"before the first step, every {every_eval} steps, at the end"
   amount = f"{config.eval.bytes:,} held-out bytes" if config.eval.bytes else f"{config.eval.tokens:,} held-out tokens"
   console.say(f"evaluations  {often}; up to {amount} a source")
   console.say(f"checkpoints  every {every_save} steps and at the end; the newest {config.checkpoint.keep_last} are kept")
-  for line in guard.describe(config, inputs.loader):
+  for line in guard.describe(config, knots, start_step=start_step):
     console.say(f"guard        {line}")
   export = "a Hugging Face directory at the end" if config.checkpoint.export_hf else "none (checkpoint.export_hf=False)"
   console.say(f"export       {export}")

@@ -28,7 +28,7 @@ from cpt_jax import config as config_lib
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec
-from cpt_jax.preview import buffers
+from cpt_jax.preview import buffers, hlo
 from cpt_jax.stream.batch import Batch
 from cpt_jax.training import optimizer, state, step
 
@@ -54,19 +54,22 @@ class Memory(NamedTuple):
     return sum(self) - self.donated - self.host
 
 
-def of_compiled(compiled: Any, train_state: state.TrainState, *, is_scanned: bool) -> Memory:
+def of_compiled(stats: Any, program: hlo.Module, train_state: state.TrainState, *, is_scanned: bool) -> Memory:
   """The classes of a compiled `train_step(state, batch, rate)`, whose state was like `train_state` (shapes and shardings).
 
-  `is_scanned`: the layers are one loop (model.scan), not one after the other.
+  Args:
+    stats: jax's `memory_analysis()` of it.
+    program: its text, read.
+    train_state: ShapeDtypeStructs.
+    is_scanned: the layers are one loop (model.scan), not one after the other.
   """
   shapes = {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(train_state.params)}
   # Gradients outside of the loop over layers are whole before they are scattered.
   shapes |= {leaf.shape for name, leaf in train_state.params.items() if name != "layers"}
   num_layers = jax.tree.leaves(train_state.params["layers"])[0].shape[0] if is_scanned else None
   classes: dict[str, int] = dict.fromkeys(["gradients", "update", "kept", "layer", "loss"], 0)
-  for buffer in buffers.at_peak(compiled.as_text()):
+  for buffer in buffers.at_peak(program):
     classes[_class(buffer, shapes, num_layers)] += buffer.num_bytes
-  stats = compiled.memory_analysis()
   arguments, aliased = stats.argument_size_in_bytes, stats.alias_size_in_bytes
   parameters, moments = (sum(map(shard_bytes, jax.tree.leaves(tree))) for tree in (train_state.params, train_state.opt_state))
   # A CPU calls arguments and results its peak; a TPU leaves out of its temporaries what is not in its vector memory.
@@ -96,15 +99,21 @@ def _class(buffer: buffers.Buffer, shapes: set[tuple[int, ...]], num_layers: int
 
 
 def of_step(config: Any, spec: ModelSpec, *, source_weights: Sequence[float]) -> Memory:
-  """Compiles the step of a resolved config (of the stage that trains most) for the mesh that is set."""
+  """Compiles the step of a resolved config for the mesh that is set."""
+  traced, train_state = trace_step(config, spec, source_weights=source_weights)
+  compiled = traced.lower().compile()
+  return of_compiled(compiled.memory_analysis(), hlo.parse(compiled.as_text()), train_state, is_scanned=config.model.scan)
+
+
+def trace_step(config: Any, spec: ModelSpec, *, source_weights: Sequence[float]) -> tuple[Any, state.TrainState]:
+  """The step of a run with this config (of the stage that trains most) for the mesh that is set, and its state's shapes."""
   mesh = mesh_lib.current()
   assert mesh is not None, "set a mesh first"
   train_state = state.abstract(spec, optimizer.from_config(config, spec))
   stage = optimizer.largest_stage(config, spec)
   train_step = jax.jit(step.from_config(config, spec, source_weights=source_weights, stage=stage), donate_argnums=0)
   rate = jax.ShapeDtypeStruct((), jnp.float32)
-  compiled = train_step.lower(train_state, abstract_batch(config, mesh), rate).compile()
-  return of_compiled(compiled, train_state, is_scanned=config.model.scan)
+  return train_step.trace(train_state, abstract_batch(config, mesh), rate), train_state
 
 
 def abstract_batch(config: Any, mesh: Any) -> Batch:
@@ -150,7 +159,7 @@ def what_to_change(memory: Memory, config: Any) -> str:
   parts = [a for a in range(config.train.microbatches + 1, rows + 1) if rows % a == 0][:1]
   fewer = f"train.microbatches={parts[0]}" if parts else "a smaller data.row_len"
   smaller = [fewer, "more devices along mesh.fsdp or mesh.context"]
-  ladder = [name for name in config_lib.CHOICES["model.remat"] if "_offload" not in name]
+  ladder = [name for name in config_lib.KEYS["model.remat"].choices if "_offload" not in name]
   below = ladder[ladder.index(config.model.remat.removesuffix("_offload")) + 1 :]
   changes = {
     "state": ["more devices along mesh.fsdp", "optimizer.mu_dtype='bfloat16'", "more patterns in optimizer.frozen"],

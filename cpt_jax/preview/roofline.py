@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from cpt_jax.devices.chips import Topology
+from cpt_jax.preview.collectives import Collective
 from cpt_jax.preview.hlo import Instruction
-from cpt_jax.preview.program import Collective, Program, phase_of
+from cpt_jax.preview.program import Program, phase_of
 
 
 class Place(NamedTuple):

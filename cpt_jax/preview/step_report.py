@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cpt_jax.devices.chips import Topology
-from cpt_jax.model.spec import ModelSpec, flops_per_token
-from cpt_jax.preview import roofline
+from cpt_jax.model.spec import ModelSpec, flops_per_token, visible_keys
+from cpt_jax.preview import hlo, roofline
+from cpt_jax.preview.collectives import collectives
 from cpt_jax.preview.hlo import Instruction
-from cpt_jax.preview.program import Program, collectives, kernel_products
+from cpt_jax.preview.program import Program, kernel_products
 
 
 class Job(NamedTuple):
@@ -34,6 +35,26 @@ class Job(NamedTuple):
   def rows_per_device(self) -> float:
     """Rows of a microbatch on each chip; a row that chips share counts on each of them."""
     return self.batch_rows / self.microbatches / (self.mesh["data"] * self.mesh["fsdp"])
+
+
+def from_config(config: Any, spec: ModelSpec, *, topology: Topology, mesh: Mapping[str, int]) -> Job:
+  """The job of a resolved config."""
+  return Job(
+    topology=topology,
+    mesh=mesh,
+    spec=spec,
+    batch_rows=config.train.batch_rows,
+    microbatches=config.train.microbatches,
+    row_len=config.data.row_len,
+    remat=config.model.remat,
+    loss_chunk=config.model.loss_chunk,
+  )
+
+
+def heading(job: Job) -> dict[str, Any]:
+  """What is compiled, and for what."""
+  record = {"topology": str(job.topology), "chips": job.topology.num_chips, "mesh": dict(job.mesh)}
+  return record | {name: getattr(job, name) for name in ("batch_rows", "microbatches", "row_len", "remat")}
 
 
 def memory(needed: Mapping[str, int], job: Job) -> dict[str, Any]:
@@ -61,9 +82,9 @@ def flops(done: roofline.Work, job: Job) -> dict[str, Any]:
   }
 
 
-def measure(text: str, job: Job, places: Sequence[roofline.Place]) -> dict[str, Any]:
-  """Everything that follows from the text of the optimized program; `places` are those of the mesh's devices, in order."""
-  program = Program(text)
+def measure(compiled: hlo.Module, job: Job, places: Sequence[roofline.Place]) -> dict[str, Any]:
+  """Everything that follows from the optimized program; `places` are those of the mesh's devices, in order."""
+  program = Program(compiled)
   unknown: set[str] = set()
   one_product = _attention_product_flops(job)
 
@@ -97,15 +118,9 @@ def _attention_product_flops(job: Job) -> float:
   All layers share a kernel, so windows that differ count with their mean.
   """
   windows = job.spec.windows or (0,)
-  visible = sum(_visible_keys(window or job.row_len, job.row_len) for window in windows) / len(windows)
+  visible = sum(visible_keys(window, job.row_len) for window in windows) / len(windows)
   heads = job.spec.num_heads / (job.mesh["tensor"] * job.mesh["context"])
   return 2.0 * job.rows_per_device * job.row_len * heads * job.spec.head_dim * visible
-
-
-def _visible_keys(window: int, row_len: int) -> float:
-  """On average over the positions of a row."""
-  window = min(window, row_len)
-  return window - window * window / (2 * row_len)
 
 
 def _grouped(transfers: Sequence[roofline.Transfer]) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ class Evaluated(NamedTuple):
   target_bytes: int | None  # those that targets spell; None in records of versions that divided by all bytes
 
 
-class Measured(NamedTuple):
+class EvaluatedRun(NamedTuple):
   """The evaluations of one run, and what it had spent at each."""
 
   path: pathlib.Path
@@ -49,8 +49,8 @@ class Comparison(NamedTuple):
   """One source in two runs; bits per byte."""
 
   source: str
-  base: Measured  # the unexpanded run
-  grown: Measured
+  base: EvaluatedRun  # the unexpanded run
+  grown: EvaluatedRun
   base_curves: dict[str, tuple[np.ndarray, np.ndarray]]  # axis -> spent, bits per byte; axes that both runs' records have
   grown_curves: dict[str, tuple[np.ndarray, np.ndarray]]
   is_by_targets: bool  # else both by all bytes of the documents, for an older record lacks the other count
@@ -116,7 +116,7 @@ def _difference(x_base: np.ndarray, y_base: np.ndarray, x: np.ndarray, y: np.nda
   return at, np.interp(at, x, y) - np.interp(at, x_base, y_base)
 
 
-def read_measured(path: str | pathlib.Path) -> Measured:
+def read_evaluated(path: str | pathlib.Path) -> EvaluatedRun:
   """Reads the evaluations of a run, as far as it is.
 
   Raises:
@@ -142,7 +142,7 @@ def read_measured(path: str | pathlib.Path) -> Measured:
   if np.isnan(spent["flops"]).any():
     notes.append(f"{path}: an older version did not record FLOPs")
   arrays = {axis: np.array(values, np.float64) for axis, values in spent.items()}
-  return Measured(path, np.array([record["step"] for record in records]), arrays, sources, tuple(notes))
+  return EvaluatedRun(path, np.array([record["step"] for record in records]), arrays, sources, tuple(notes))
 
 
 def _evaluated(path: pathlib.Path, name: str, records: list[dict]) -> Evaluated:
@@ -170,7 +170,21 @@ def _bytes_read(entry: dict, evaluated: dict, estimated: set[str]) -> float:
   return entry["tokens"] * held["bytes"] / held["tokens"]
 
 
-def compare(base: Measured, grown: Measured) -> list[Comparison]:
+def compare_runs(base: str | pathlib.Path, grown: Sequence[str | pathlib.Path]) -> list[Comparison]:
+  """Every source of the run directories `grown` beside the run with the old vocabulary.
+
+  Raises:
+    ConfigError: no such run, or runs that cannot be compared.
+  """
+  if not base or not grown:
+    raise ConfigError("--base and --grown: name the --workdir of a run with the old vocabulary and of one or more with others")
+  with_old, runs = read_evaluated(base), [read_evaluated(path) for path in grown]
+  if len({run.path.resolve() for run in runs}) < len(runs):
+    raise ConfigError(f"--grown={','.join(map(str, grown))}: names a run twice")
+  return [one for run in runs for one in compare(with_old, run)]
+
+
+def compare(base: EvaluatedRun, grown: EvaluatedRun) -> list[Comparison]:
   """The sources that both runs evaluated.
 
   Raises:
@@ -197,10 +211,10 @@ def compare(base: Measured, grown: Measured) -> list[Comparison]:
   return [_comparison(name, base, grown, axes) for name in names]
 
 
-def _comparison(name: str, base: Measured, grown: Measured, axes: Sequence[str]) -> Comparison:
+def _comparison(name: str, base: EvaluatedRun, grown: EvaluatedRun, axes: Sequence[str]) -> Comparison:
   by_targets = all(run.sources[name].target_bytes is not None for run in (base, grown))
 
-  def curves(run: Measured) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  def curves(run: EvaluatedRun) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     of_run = run.sources[name]
     divisor = of_run.target_bytes if by_targets else of_run.bytes
     assert divisor, f"{run.path}: {name} has no bytes to predict"
@@ -209,6 +223,14 @@ def _comparison(name: str, base: Measured, grown: Measured, axes: Sequence[str])
     return {axis: (run.spent[axis][known_E], bits_E[known_E]) for axis in axes}
 
   return Comparison(name, base, grown, curves(base), curves(grown), by_targets)
+
+
+def labels(comparisons: Sequence[Comparison]) -> dict[pathlib.Path, str]:
+  """The last parts of the runs' paths, as many as tell them apart."""
+  paths = list(dict.fromkeys(run.path for one in comparisons for run in (one.base, one.grown)))
+  full = [path.resolve().parts for path in paths]
+  size = next(n for n in range(1, max(map(len, full)) + 1) if len({parts[-n:] for parts in full}) == len(paths))
+  return {path: "/".join(parts[-size:]) for path, parts in zip(paths, full, strict=True)}
 
 
 def figure(comparisons: Sequence[Comparison], labels: dict[pathlib.Path, str], path: str | pathlib.Path) -> None:

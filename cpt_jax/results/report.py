@@ -41,7 +41,7 @@ class Row(NamedTuple):
     return self.low <= self.measured <= self.high
 
 
-class Plan(NamedTuple):
+class Prediction(NamedTuple):
   """What a plan recorded."""
 
   path: pathlib.Path
@@ -53,20 +53,20 @@ class Plan(NamedTuple):
   limit: float | None  # of the rise
 
 
-def read_plan(folder: str | pathlib.Path) -> Plan:
-  """Reads the plan.json that tools/plan.py wrote.
+def read_plan(folder: str | pathlib.Path) -> Prediction:
+  """Reads the plan.json that cpt plan wrote.
 
   Raises:
     ConfigError: it is not there.
   """
   path = pathlib.Path(folder) / "plan.json"
   if not path.is_file():
-    raise ConfigError(f"--plan={folder}: no plan.json there; name the --output of tools/plan.py")
+    raise ConfigError(f"--plan={folder}: no plan.json there; name the --output of cpt plan")
   record = json.loads(path.read_text(encoding="utf-8"))
   best = record["recommended"]
   losses = {name: (p["loss"], p["low"], p["high"]) for name, p in best["losses"].items()}
   frontier = [(point["rise"], point["domain_loss"]) for point in record["frontier"]]
-  return Plan(path, best["rate"], best["replay"], record["tokens"], losses, frontier, record["general_loss_rise"])
+  return Prediction(path, best["rate"], best["replay"], record["tokens"], losses, frontier, record["general_loss_rise"])
 
 
 def recorded(run: Run) -> dict[str, tuple[float, float, float]]:
@@ -83,13 +83,13 @@ def rows(run: Run, predicted: dict[str, tuple[float, float, float]]) -> list[Row
   both = [name for name in run.losses if name in predicted]
   if not both:
     raise ConfigError(
-      f"{run.path}: no prediction for its sources {', '.join(run.losses)}; the config of a plan records one (tools/plan.py), "
+      f"{run.path}: no prediction for its sources {', '.join(run.losses)}; the config of a plan records one (cpt plan), "
       "and --plan=DIR names a plan"
     )
   return [Row(name, run.roles[name], run.base(name), *predicted[name], run.final(name)) for name in both]
 
 
-def differences(run: Run, plan: Plan) -> list[str]:
+def differences(run: Run, plan: Prediction) -> list[str]:
   """Where the run did not do what the plan predicted for, in words."""
   lines = []
   asked = {
@@ -104,7 +104,7 @@ def differences(run: Run, plan: Plan) -> list[str]:
   return lines
 
 
-def figure(run: Run, table: list[Row], plan: Plan | None, path: str | pathlib.Path) -> None:
+def figure(run: Run, table: list[Row], plan: Prediction | None, path: str | pathlib.Path) -> None:
   """Losses over the run with what was predicted for its end; with a plan also where it came out beside the frontier."""
   plt = pyplot()
   columns = 1 if plan is None else 2
@@ -159,7 +159,7 @@ def visible_range(run: Run, table: list[Row]) -> tuple[float, float]:
   return low - 0.05 * span, high + 0.05 * span
 
 
-def _frontier(ax: Any, table: list[Row], plan: Plan) -> None:
+def _frontier(ax: Any, table: list[Row], plan: Prediction) -> None:
   def place(value: str) -> tuple[float, float]:
     rise = max(getattr(row, value) - row.base for row in table if row.role == "replay")
     return rise, float(np.mean([getattr(row, value) for row in table if row.role == "domain"]))

@@ -172,6 +172,8 @@ def prepare(
 ) -> PrepareReport:
   """Tokenises text files into a token store, or goes on doing so.
 
+  >>> cpt_jax.prepare(["texts/*.jsonl"], tokenizer="examples/base", output="store/mine").lines()  # doctest: +SKIP
+
   Args:
     inputs: paths and globs.
     tokenizer: as `tokenizer.load` takes it.

@@ -497,13 +497,13 @@ def open_store(path: str | os.PathLike) -> TokenStore:
   """
   path = Path(path)
   if not path.is_dir():
-    raise ConfigError(f"{path}: there is no such token store; make it with tools/prepare_data.py --output {path}")
+    raise ConfigError(f"{path}: there is no such token store; make it with cpt prepare --output {path}")
   manifest = read_manifest(path)
   if manifest is None and (path / IN_PROGRESS).exists():
     raise ConfigError(f"{path}: the store is not finished; run the command that makes it again, it goes on where it stopped")
   names = [entry["name"] for entry in manifest["files"]] if manifest else sorted(p.name for p in path.glob("*.ds"))
   if not names and manifest is None:
-    raise ConfigError(f"{path}: holds no token file (*.ds); make the store with tools/prepare_data.py --output {path}")
+    raise ConfigError(f"{path}: holds no token file (*.ds); make the store with cpt prepare --output {path}")
   dtype = np.dtype(manifest["dtype"]).newbyteorder("<") if manifest else _datatrove_dtype(path, names)
   if manifest:
     masked = ["loss" in entry["digests"] for entry in manifest["files"]]

@@ -17,6 +17,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from cpt_jax import hub
 from cpt_jax.config import ConfigError, did_you_mean
 
 MAX_FILE_BYTES = 256 << 20  # the largest in use (Gemma's) has 33 MB; a bigger file is not a tokenizer
@@ -224,7 +225,10 @@ def _find(path: Path) -> Path:
       raise ConfigError(f"{path}: no tokenizer file; expected tokenizer.json, a SentencePiece *.model, or a directory with one")
     return path
   if not path.is_dir():
-    raise ConfigError(f"{path}: no such tokenizer; expected a Hugging Face directory, tokenizer.json or a SentencePiece *.model")
+    raise ConfigError(
+      f"{path}: no such tokenizer; expected a Hugging Face directory, tokenizer.json or a SentencePiece *.model"
+      + hub.how_to_get(path)
+    )
   for name in ("tokenizer.json", "tokenizer.model"):
     if (path / name).is_file():
       return path / name

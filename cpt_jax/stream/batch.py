@@ -9,7 +9,10 @@ Array = Any  # numpy on a host, jax on its devices
 
 
 class Batch(NamedTuple):
-  """B rows of T positions. Position t of a row predicts `targets_BT` from `tokens_BT[:, :t+1]` of its segment."""
+  """B rows of T positions. Position t of a row predicts `targets_BT` from `tokens_BT[:, :t+1]` of its segment.
+
+  Letters of dimensions: cpt_jax/model/__init__.py.
+  """
 
   tokens_BT: Array  # int32, ids below the vocabulary size; 0 where padded
   targets_BT: Array  # int32, the next token of the same document; 0 where padded

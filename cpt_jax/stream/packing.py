@@ -111,7 +111,7 @@ def plan(
   *,
   row_len: int,
   policy: str,
-  cross_documents: bool = False,
+  cross_documents: bool,
   documents: np.ndarray | None = None,
   shuffle: bool = True,
   count_targets: CountTargets | None = None,
@@ -213,8 +213,8 @@ def pack_row(
   pieces: Sequence[tuple[int, int, int]],
   *,
   source: int,
-  cross_documents: bool = False,
-  split_positions: str = "restart",
+  cross_documents: bool,
+  split_positions: str,
 ) -> None:
   """Writes a row into row `row` of a batch, which is padding yet.
 
@@ -258,11 +258,12 @@ def _ramp(length: int) -> np.ndarray:
   return ramp
 
 
-def load_or_make(store_path: str | os.PathLike, *, key: dict, make: Callable[[], Plan]) -> Plan:
+def load_or_make(store_path: str | os.PathLike, *, key: dict, make: Callable[[], Plan], keep: bool = True) -> Plan:
   """The plan of `key` from `plans/` beside the store, memory-mapped; made and written there when it is not.
 
   `key` holds all that the plan depends on (JSON-able). Writers in other processes do no harm: a plan appears whole or not at
-  all. A plan on disk that is damaged is made again. Where nothing can be written the plan stays in memory, with a warning.
+  all. A plan on disk that is damaged is made again. Where nothing can be written the plan stays in memory, with a warning;
+  without `keep` nothing is written.
   """
   key = {"format": FORMAT, **key}
   name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=12).hexdigest()
@@ -273,6 +274,8 @@ def load_or_make(store_path: str | os.PathLike, *, key: dict, make: Callable[[],
   if found:
     warnings.warn(f"{directory}: {found}; the packing plan is made again", stacklevel=2)
   fresh = make()
+  if not keep:
+    return fresh
   try:
     _write(directory, key, fresh)
   except OSError as error:

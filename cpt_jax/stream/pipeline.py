@@ -76,6 +76,8 @@ class Loader:
   permutation for each epoch, seeded by the source's name and `seed` alone: another source, or another order of the sources,
   changes no source's own order.
 
+  With `keep_plans` packing plans that had to be made are written beside the stores, for the next start.
+
   With `vocab_size` no batch holds an id that the model has no row for: an error names the store.
 
   `past` is the `state` of a checkpoint from which the run goes on at `start_step`; sources go on from the rows where they were,
@@ -93,22 +95,23 @@ class Loader:
     batch_rows: int,
     row_len: int,
     packing_policy: str,
-    cross_documents: bool = False,
-    split_positions: str = "restart",
-    seed: int = 0,
-    num_threads: int = 16,
-    eval_batch_rows: int | None = None,
+    cross_documents: bool,
+    split_positions: str,
+    seed: int,
+    num_threads: int,
+    eval_batch_rows: int,
     tokenizer: tokenizer_lib.Tokenizer | None = None,
     vocab_size: int | None = None,
     past: dict | None = None,
     start_step: int = 0,
     skip: Mapping[str, int] | None = None,
+    keep_plans: bool = True,
   ):
     self.sources = tuple(sources)
     self.names = tuple(source.name for source in sources)
     self.num_steps, self.batch_rows, self.row_len = num_steps, batch_rows, row_len
     self.cross_documents, self.split_positions, self.seed, self.num_threads = cross_documents, split_positions, seed, num_threads
-    self.start_step, self.eval_batch_rows = start_step, eval_batch_rows or batch_rows
+    self.start_step, self.eval_batch_rows = start_step, eval_batch_rows
     self._tokenizer, self._vocab_size = tokenizer, vocab_size
     self.settings = {
       "seed": seed,
@@ -122,7 +125,7 @@ class Loader:
       _check_past(past, self.settings)
     self.selections = [_select(source) for source in sources]
     self.plans = [
-      _plan(source, chosen, row_len=row_len, policy=packing_policy, cross_documents=cross_documents)
+      _plan(source, chosen, row_len=row_len, policy=packing_policy, cross_documents=cross_documents, keep=keep_plans)
       for source, chosen in zip(sources, self.selections, strict=True)
     ]
     self._shuffles = [
@@ -194,7 +197,7 @@ class Loader:
       path = self.sources[int(batch.source_B[b])].store.path
       raise ConfigError(
         f"{path}: holds token id {largest}, the model's vocabulary has {self._vocab_size} rows; its store.json says otherwise, "
-        f"so the files were changed or damaged (tools/prepare_data.py --verify {path}); make the store again"
+        f"so the files were changed or damaged (cpt prepare --verify {path}); make the store again"
       )
 
   def batches(self, start_step: int, *, rows: slice | None = None) -> Iterator[Batch]:
@@ -254,7 +257,7 @@ class Loader:
     return [{"source": name, "role": roles.get(name, ""), **read[name]._asdict()} for name in names]
 
   def heldout_rows(
-    self, source_name: str, *, max_tokens: int, max_bytes: int = 0, batch_rows: int | None = None, rows: slice | None = None
+    self, source_name: str, *, max_tokens: int, max_bytes: int, batch_rows: int | None = None, rows: slice | None = None
   ) -> HeldOut:
     """Held-out documents of a source, in the order of their hashes, with at most `max_tokens` pairs together.
 
@@ -363,8 +366,9 @@ def from_config(
   past: dict | None = None,
   start_step: int = 0,
   skip: Mapping[str, int] | None = None,
+  keep_plans: bool = True,
 ) -> Loader:
-  """The loader of a resolved config; `vocab_size` (of the model; None = not checked), `past` to `skip` as for `Loader`.
+  """The loader of a resolved config; `vocab_size` (of the model; None = not checked), `past` to `keep_plans` as for `Loader`.
 
   Raises:
     ConfigError: a source that runs out where it must not, shares that are all 0 at some step, or a past that cannot go on.
@@ -386,6 +390,7 @@ def from_config(
     past=past,
     start_step=start_step,
     skip=skip,
+    keep_plans=keep_plans,
   )
   problems = Problems()
   loader.check_ends(problems)
@@ -414,7 +419,13 @@ def evaluation_rows(
   firsts = [(int(store.tokens(i, 0, 1)[0]), bool(store.loss_mask(i, 0, 1)[0])) for i in documents.tolist()]
   unpredicted = [int(opening_bytes_V[token]) if counts else 0 for token, counts in firsts]
   plan = packing.plan(
-    lengths, row_len=row_len, policy="best_fit", documents=documents, shuffle=False, count_targets=packing.target_counter(store)
+    lengths,
+    row_len=row_len,
+    policy="best_fit",
+    cross_documents=False,
+    documents=documents,
+    shuffle=False,
+    count_targets=packing.target_counter(store),
   )
 
   def make(number: int) -> Batch:
@@ -422,7 +433,8 @@ def evaluation_rows(
     batch = packing.empty_batch(len(part), row_len)
     for b, row in enumerate(part):
       # Past the last row of the plan there is padding, which is a row without pieces.
-      packing.pack_row(batch, b, store, plan.pieces(row) if row < plan.num_rows else [], source=source)
+      pieces = plan.pieces(row) if row < plan.num_rows else []
+      packing.pack_row(batch, b, store, pieces, source=source, cross_documents=False, split_positions="restart")
     check(batch)
     return batch
 
@@ -475,6 +487,8 @@ def from_record(record: dict, step: int, *, tokenizer: tokenizer_lib.Tokenizer |
     cross_documents=settings["data.cross_documents"],
     split_positions=settings["data.split_positions"],
     seed=settings["seed"],
+    num_threads=config_lib.KEYS["data.prefetch"].default,
+    eval_batch_rows=settings["train.batch_rows"],
     tokenizer=tokenizer,
     past={**record, "segments": record["segments"][: len(known)], "read": {n: r._asdict() for n, r in begin.read.items()}},
     start_step=begin.start_step,
@@ -585,7 +599,7 @@ def _select(source: Source) -> Selection:
     raise ConfigError(f"data.sources.{source.name}.{error}") from None
 
 
-def _plan(source: Source, chosen: Selection, *, row_len: int, policy: str, cross_documents: bool) -> packing.Plan:
+def _plan(source: Source, chosen: Selection, *, row_len: int, policy: str, cross_documents: bool, keep: bool) -> packing.Plan:
   key = {
     "store": source.store.fingerprint,
     "heldout_frac": source.heldout_frac,
@@ -605,7 +619,7 @@ def _plan(source: Source, chosen: Selection, *, row_len: int, policy: str, cross
     documents=chosen.documents,
     count_targets=packing.target_counter(source.store),
   )
-  return packing.load_or_make(source.store.path, key=key, make=make)
+  return packing.load_or_make(source.store.path, key=key, make=make, keep=keep)
 
 
 def _content(segment: order.Segment) -> dict:
@@ -620,7 +634,7 @@ def _digest(content: list) -> str:
 
 
 def whole_documents(
-  documents: np.ndarray, lengths: np.ndarray, *, max_tokens: int, max_bytes: int = 0, doc_bytes: np.ndarray | None = None
+  documents: np.ndarray, lengths: np.ndarray, *, max_tokens: int, max_bytes: int, doc_bytes: np.ndarray | None = None
 ) -> np.ndarray:
   """Documents with at most `max_tokens` pairs together, in the order given; the smallest alone if none fits.
 

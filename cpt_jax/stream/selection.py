@@ -47,9 +47,9 @@ def select(
   lengths: np.ndarray,
   documents: np.ndarray,
   *,
-  min_tokens: int = 0,
-  max_tokens: int = 0,
-  length_shares: Sequence[tuple[int, float]] = (),
+  min_tokens: int,
+  max_tokens: int,
+  length_shares: Sequence[tuple[int, float]],
   hashes: np.ndarray | None = None,
 ) -> Selection:
   """Leaves out documents by length, then repeats whole brackets of lengths until each has its share of the tokens.

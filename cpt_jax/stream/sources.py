@@ -17,6 +17,8 @@ from cpt_jax.store import tokenizer as tokenizer_lib
 from cpt_jax.store.store import TokenStore, open_store
 
 Knots = tuple[tuple[float, float, str], ...]
+# More than this share is never advised to be held out (by hand): little would be left to learn from.
+MOST_HELDOUT = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +27,16 @@ class Source:
 
   name: str
   store: TokenStore
+  _: dataclasses.KW_ONLY
   role: str  # "replay" or "domain"
   share: Knots  # (step, share, curve), see stream.quotas
   heldout_frac: float
-  at_end: str = "repeat"  # or "stop", "renormalise", "error": what happens when it was read `max_epochs` times
-  max_epochs: float = 0.0  # 0 = once; with "repeat" = no limit
-  loss_weight: float = 1.0  # of its tokens in the objective
-  min_tokens: int = 0  # of a training document; 0 = no limit
-  max_tokens: int = 0
-  length_shares: tuple[tuple[int, float], ...] = ()  # see stream.selection
+  at_end: str  # "repeat", "stop", "renormalise", "error": what happens when it was read `max_epochs` times
+  max_epochs: float  # 0 = once; with "repeat" = no limit
+  loss_weight: float  # of its tokens in the objective
+  min_tokens: int  # of a training document; 0 = no limit
+  max_tokens: int
+  length_shares: tuple[tuple[int, float], ...]  # see stream.selection
 
   @functools.cached_property
   def _split_hashes(self) -> np.ndarray:
@@ -65,6 +68,13 @@ class Source:
     return int(np.maximum(self.store.lengths[documents] - 1, 0).sum())
 
 
+def measured(name: str, store: TokenStore, *, heldout_frac: float) -> Source:
+  """A source of no run, whose held-out documents are looked at; the rest as a config has it by default."""
+  fields = ("at_end", "max_epochs", "loss_weight", "min_tokens", "max_tokens", "length_shares")
+  rest = {field: config_lib.FIELDS[field].default for field in fields}
+  return Source(name, store, role="", share=(), heldout_frac=heldout_frac, **rest)
+
+
 def mix64(values: np.ndarray) -> np.ndarray:
   """Scrambles uint64s one-to-one (splitmix64, doi 10.1145/2660193.2660195), so that any hash will do, a counter too."""
   z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
@@ -81,7 +91,7 @@ def from_config(config, problems: Problems) -> list[Source]:
     key = f"data.sources.{name}"
     if entry.text and not os.path.exists(entry.store):
       problems.add(
-        f"{key}.store={entry.store!r}: not made yet; make it from {key}.text with tools/prepare_data.py --input {entry.text!r} "
+        f"{key}.store={entry.store!r}: not made yet; make it from {key}.text with cpt prepare --input {entry.text!r} "
         f"--tokenizer {config.data.tokenizer or config.start.hf} --output {entry.store}"
       )
       continue
@@ -94,7 +104,7 @@ def from_config(config, problems: Problems) -> list[Source]:
       name,
       store,
       role=entry.role,
-      share=_knots(config, name),
+      share=knots(config, name),
       heldout_frac=config.data.heldout_frac,
       length_shares=tuple((int(from_tokens), float(share)) for from_tokens, share in entry.length_shares),
       **{key: entry[key] for key in ("at_end", "max_epochs", "loss_weight", "min_tokens", "max_tokens")},
@@ -109,14 +119,17 @@ def check(source: Source, problems: Problems) -> bool:
   """Can the source be split, evaluated and (if its share says so) trained on."""
   key, store = f"data.sources.{source.name}", source.store
   if store.num_documents == 0 or store.num_tokens == 0:
-    problems.add(f"{key}.store={str(store.path)!r}: the store is empty; give tools/prepare_data.py text to read")
+    problems.add(f"{key}.store={str(store.path)!r}: the store is empty; give cpt prepare text to read")
     return False
   sizes = f"{store.num_documents} documents of {str(store.path)!r}"
   pairs = np.maximum(store.lengths - 1, 0)
   if pairs[source.heldout_documents].sum() == 0:
+    if why := too_few_documents(store):
+      problems.add(f"{key}.store={str(store.path)!r}: {why}")
+      return False
     hint = "" if pairs.any() else "; its documents have less than two tokens each"
     if pairs.any():
-      needed = float(source._split_hashes[pairs > 0].min()) / 2**64
+      needed = least_heldout_frac(store)
       hint = f"; from {needed:.2g} on one would be" if needed >= source.heldout_frac else ""
     problems.add(
       f"data.heldout_frac={source.heldout_frac:g}: none of the {sizes} ({key}) is held out, so nothing could be evaluated{hint}; "
@@ -124,12 +137,32 @@ def check(source: Source, problems: Problems) -> bool:
     )
     return False
   if source.is_trained and pairs[source.train_documents].sum() == 0:
+    if why := too_few_documents(store):
+      problems.add(f"{key}.store={str(store.path)!r}: {why}")
+      return False
     problems.add(
       f"data.heldout_frac={source.heldout_frac:g}: leaves none of the {sizes} ({key}) to train on; "
       f"lower it, give more text, or set {key}.share=0.0 to evaluate only"
     )
     return False
   return True
+
+
+def least_heldout_frac(store: TokenStore) -> float:
+  """The heldout_frac from which on a document is held out."""
+  return float(mix64(store.doc_hashes()[store.lengths > 1]).min()) / 2**64
+
+
+def too_few_documents(store: TokenStore) -> str:
+  """Why no sane share of the documents can be held out, and what to do; "" where one can."""
+  num = len(np.unique(store.doc_hashes()[store.lengths > 1]))
+  if not num or (num > 1 and least_heldout_frac(store) < MOST_HELDOUT):
+    return ""
+  what = "one document cannot" if num == 1 else f"so few documents ({num}) can hardly"
+  return (
+    f"{what} be split into training and held-out text: give more text, or split it into documents (.txt: a line that holds one "
+    "form feed between two of them; .jsonl: a record each)"
+  )
 
 
 def check_vocabulary(sources: Sequence[Source], vocab_size: int, problems: Problems) -> None:
@@ -141,15 +174,15 @@ def check_vocabulary(sources: Sequence[Source], vocab_size: int, problems: Probl
       problems.add(
         f"data.sources.{source.name}.store={str(source.store.path)!r}: holds token id {largest}, the model's vocabulary has "
         f"{vocab_size} rows (ids 0..{vocab_size - 1}); prepare the text with the tokenizer of the model that the run starts "
-        "from, or start from the model that tools/grow_vocab.py wrote with a grown tokenizer"
+        "from, or start from the model that cpt vocab grow wrote with a grown tokenizer"
       )
 
 
-def _knots(config, name: str) -> Knots:
+def knots(config, name: str) -> Knots:
   """A source's share over time, times in steps, not rounded."""
   entry = config.data.sources[name]
-  knots = [(when, float(shares.get(name, 0.0)), "hold") for when, shares in config.data.stages] or entry.share
-  return tuple((float(config_lib.steps_at(config, when)), share, curve) for when, share, curve in knots)
+  found = [(when, float(shares.get(name, 0.0)), "hold") for when, shares in config.data.shares] or entry.share
+  return tuple((float(config_lib.steps_at(config, when)), share, curve) for when, share, curve in found)
 
 
 def _tokenizer_fingerprint(config, problems: Problems) -> tuple[str, str] | None:

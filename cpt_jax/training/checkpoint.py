@@ -39,9 +39,9 @@ _STATE, _META = "state", "meta"
 
 
 class Checkpoints:
-  """The checkpoints of one run: of this process's own run, where it says what is kept, or of any run, to read."""
+  """The checkpoints of one run: of this process's own run, where it says what is kept, or of any run, to read (`reader`)."""
 
-  def __init__(self, run_dir: str | pathlib.Path, *, keep_last: int = 0, keep_every_steps: int = 0, best_metric: str = ""):
+  def __init__(self, run_dir: str | pathlib.Path, *, keep_last: int, keep_every_steps: int, best_metric: str):
     policies = ocp.training.preservation_policies
     self._needed = _Needed()
     keep: list[Any] = [policies.LatestN(keep_last), self._needed]
@@ -213,7 +213,7 @@ def load_params(run_dir: str | pathlib.Path, *, step: int | None = None) -> tupl
   if step is not None and step not in steps:
     raise ConfigError(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
   step = steps[-1] if step is None else step
-  checkpoints = Checkpoints(run_dir)
+  checkpoints = reader(run_dir)
   spec = from_hf(checkpoints.meta(step)["hf_config"])
   params = checkpoints.restore_params(step, transformer.abstract_params(spec))
   checkpoints.close()
@@ -241,13 +241,17 @@ def saved_steps(run_dir: str | pathlib.Path) -> list[int]:
   return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(directory)) if directory.is_dir() else []
 
 
+def reader(run_dir: str | pathlib.Path) -> Checkpoints:
+  """The checkpoints of any run, of which none is removed."""
+  return Checkpoints(run_dir, keep_last=0, keep_every_steps=0, best_metric="")
+
+
 def from_config(config: Any, run_dir: pathlib.Path) -> Checkpoints:
   """The checkpoints of a run."""
-  keep_every = config_lib.steps_of(config, "checkpoint.keep_every") if config.checkpoint.keep_every else 0
   return Checkpoints(
     run_dir,
     keep_last=config.checkpoint.keep_last,
-    keep_every_steps=keep_every,
+    keep_every_steps=config_lib.steps_of(config, "checkpoint.keep_every"),
     best_metric=config.checkpoint.best_metric,
   )
 
@@ -308,27 +312,17 @@ def identity(config: Any, run_dir: pathlib.Path) -> dict[str, str]:
   return {**keys, **code, "--workdir is claimed by": claimed}
 
 
-# Keys that may change between two starts of a run: they alter no row, no update and nothing that a checkpoint holds. Not
-# eval.tokens: the base was measured on those held-out documents.
-_FREE = ("log.", "checkpoint.", "debug.", "eval.every", "eval.batch_rows", "mesh.", "data.prefetch")
-_FREE += ("guard.", "plan.", "model.remat", "model.attention", "model.loss_chunk")
-# Those that may change what lies ahead; stream.order keeps the past as it was, or refuses.
-_FREE += ("train.length", "data.sources.", "data.stages", "data.on_bad", "data.max_bad")
-
-
 def check_same_run(saved: dict, config: dict) -> None:
   """Refuses to continue a run under a config that would have changed its past.
 
-  A key that an older version did not have stood for what is its default now.
+  What lies ahead may change: stream.order keeps the past as it was, or refuses.
 
   Raises:
     ConfigError: a line for each key that differs and matters.
   """
-  default, before, now = (_flat_json(c) for c in (json.loads(config_lib.default().to_json()), saved, config))
-  before = default | before
-  changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and not key.startswith(_FREE)]
+  changed = config_lib.changes(saved, config, allowed=("nothing", "ahead"))
   if changed:
-    lines = [f"  {key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}" for key in changed]
+    lines = [f"  {key}: {json.dumps(before)} -> {json.dumps(now)}" for key, (before, now) in changed.items()]
     raise ConfigError(
       "\n".join(
         ["this --workdir holds a run with another config:", *lines]

@@ -118,7 +118,7 @@ class TrainProgress:
     """A training.metrics.Reading: loss of each source, rate and speed."""
     values = reading.values
     losses = "  ".join(f"{name} {loss:.3f}" for name, loss in values["source_loss"].items())
-    figures = f"{losses}  lr {values['rate']:.2e}  {count(reading.tokens_per_sec)} tok/s"
+    figures = f"{losses}  rate {values['rate']:.2e}  {count(reading.tokens_per_sec)} tok/s"
     if reading.mfu is not None:
       figures += f"  MFU {reading.mfu['causal']:.1%}"
     if self._bar is not None:
@@ -229,7 +229,8 @@ def data_changes(loader: Any, *, rate: float) -> None:
 
 def guards(config: Any, loader: Any, decisions: list[dict], asked: Any) -> None:
   """A line for each guard that is on, and for what they have decided."""
-  for line in guard.describe(config, loader):
+  shares = {source.name: source.share for source in loader.sources}
+  for line in guard.describe(config, shares, start_step=loader.start_step):
     say(f"guard    {line}")
   for decision in decisions:
     say(f"guard    decided before: {guard.words(decision)}")

@@ -87,10 +87,10 @@ def from_config(
   )
 
 
-def describe(config: Any, loader: Any) -> list[str]:
-  """A line for each guard that is on."""
-  knots = {source.name: source.share for source in loader.sources}
-  return settings_from_config(config).describe(_protected(loader), moves=moves(knots, loader.start_step))
+def describe(config: Any, knots: Mapping[str, Knots], *, start_step: int) -> list[str]:
+  """A line for each guard that is on; `knots` are the shares of the sources from `start_step` on."""
+  protected = [name for name, entry in config.data.sources.items() if entry.role == "replay"]
+  return settings_from_config(config).describe(protected, moves=moves(knots, start_step))
 
 
 def _protected(loader: Any) -> list[str]:

@@ -129,7 +129,7 @@ class Reading(NamedTuple):
 
 
 class Meter:
-  """Reads each step's metrics while the next step runs; adds up sums, divides once per record.
+  """Takes in each step's metrics while the next step runs; adds up sums, divides once per record.
 
   A step whose update was skipped, as its numbers are not finite, is counted and left out of the means. With the `state` of a
   checkpoint a record that was begun before a restart is what it would have been without one; only its speed is not.
@@ -150,7 +150,6 @@ class Meter:
     self._log_every = log_every
     self._flops_per_token = flops_per_token
     self._peak_flops = peak_flops
-    self._pending: tuple[int, StepMetrics] | None = None
     begun = state or {"sums": {}, "grad_norm": math.nan, "skipped": 0}
     rows = [begun["sums"].get(name, (0.0, 0.0, 0)) for name in names]
     # Wider than on the device: the steps of one record may hold more tokens than int32 counts.
@@ -167,22 +166,15 @@ class Meter:
     self.pause()
     self._is_warm, self._flops_per_token = False, flops_per_token
 
-  def dispatched(self, step: int, metrics: StepMetrics, *, num_positions: int) -> None:
-    """The step that will have finished `step` updates is on its way, with this many positions."""
-    assert self._pending is None, "read() before the next step is dispatched"
-    self._pending = (step, metrics)
+  def dispatched(self, *, num_positions: int) -> None:
+    """A step with this many positions is on its way."""
     if self._is_warm:
       self._timed_positions += num_positions
       if self._start_secs is None:
         self._start_secs = time.monotonic()
 
-  def read(self) -> Reading | None:
-    """Waits for the step that was dispatched last; None where there is none."""
-    if self._pending is None:
-      return None
-    step, metrics = self._pending
-    self._pending = None
-    host = jax.device_get(metrics)
+  def read(self, step: int, host: StepMetrics) -> Reading:
+    """Takes in what the step has measured that finished `step` updates, as soon as it is on the host."""
     if not self._is_warm:
       self._is_warm, self._start_secs = True, time.monotonic()
     not_finite = None
@@ -227,18 +219,16 @@ def summary(
   checkpoint: str,
   exported: str,
   guard: list[str],
+  predicted: Sequence[Sequence[Any]],
 ) -> dict[str, Any]:
-  """What the run came to: summary.json, and the table at the end."""
-  measured = [row for row in ledger if row["source"] in losses]  # sources that the run has given up are not evaluated
-  sources = [{**row, "base": base_losses[row["source"]]._asdict(), "result": losses[row["source"]]._asdict()} for row in measured]
+  """What the run came to: summary.json, and the table at the end. `predicted`: `plan.losses`, what a plan had said of it."""
+  said = {name: {"predicted": {"loss": loss, "low": low, "high": high}} for name, loss, low, high in predicted}
+  sources = [
+    {**row, "base": base_losses[name]._asdict(), "result": losses[name]._asdict(), **said.get(name, {})}
+    for row in ledger
+    if (name := row["source"]) in losses  # sources that the run has given up are not evaluated
+  ]
   return {"step": step, "sources": sources, "checkpoint": checkpoint, "exported": exported, "guard": guard}
-
-
-def with_predictions(result: dict[str, Any], losses: Sequence[Sequence[Any]]) -> dict[str, Any]:
-  """The summary with what a plan had said beside what was measured: `plan.losses` of the config."""
-  said = {name: {"loss": loss, "low": low, "high": high} for name, loss, low, high in losses}
-  sources = [row | ({"predicted": said[row["source"]]} if row["source"] in said else {}) for row in result["sources"]]
-  return {**result, "sources": sources}
 
 
 def write_segments(run_dir: pathlib.Path, record: dict) -> None:

@@ -55,7 +55,7 @@ def plan(
   rate_rules: Rules,
   layer_rates: Sequence[float],
   frozen: Sequence[str],
-  stages: Sequence[Trained] = ("all",),
+  stages: Sequence[Trained],
   stage: int = -1,
   new_rows: range | None = None,
 ) -> dict[str, Leaf]:
@@ -95,17 +95,17 @@ class State(NamedTuple):
 def make(
   params: Any,
   *,
-  b1: float = 0.9,
-  b2: float = 0.95,
-  eps: float = 1e-8,
-  mu_dtype: str = "float32",
-  weight_decay: float = 0.1,
-  clip_norm: float = 1.0,
-  decay_rules: Rules = ((".*", 1.0),),
-  rate_rules: Rules = ((".*", 1.0),),
-  layer_rates: Sequence[float] = (),
-  frozen: Sequence[str] = (),
-  stages: Sequence[Trained] = ("all",),
+  b1: float,
+  b2: float,
+  eps: float,
+  mu_dtype: str,
+  weight_decay: float,
+  clip_norm: float,
+  decay_rules: Rules,
+  rate_rules: Rules,
+  layer_rates: Sequence[float],
+  frozen: Sequence[str],
+  stages: Sequence[Trained],
   stage: int = -1,
   new_rows: range | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -303,7 +303,7 @@ def _trains(
     if of_new and new_rows is None:
       problems.add(
         f"{key} trains the rows of new pieces, but the model has none (its config.json has no base_vocab_size above 0); start "
-        "from what tools/grow_vocab.py wrote, or leave that stage out"
+        "from what cpt vocab grow wrote, or leave that stage out"
       )
     for path in matched:
       if of_new and path not in VOCAB_DIM:
@@ -358,11 +358,10 @@ def _check_own_rules(c: Any, params: Any) -> None:
   The default rules are written for every model and may match nothing in this one.
   """
   problems = Problems()
-  default: Any = config_lib.default().optimizer
   for name in ("decay_rules", "rate_rules"):
     left = list(trees.paths(params))
     for pattern, _ in c[name]:
-      own = pattern not in [known for known, _ in default[name]]
+      own = pattern not in [known for known, _ in config_lib.KEYS[f"optimizer.{name}"].default]
       matched = _matches(pattern, list(trees.paths(params)), f"optimizer.{name}", problems if own else Problems())
       if own and matched and not set(matched) & set(left):
         problems.add(f"optimizer.{name}: {pattern!r} has no effect, rules before it match all its leaves; put it first")

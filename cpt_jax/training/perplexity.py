@@ -24,26 +24,22 @@ class SourceLoss(NamedTuple):
 
 
 def evaluate(
-  params: Any, heldout: dict[str, Any], *, eval_step: Callable, to_device: Callable, on_batch: Callable[[], None] = lambda: None
-) -> dict[str, SourceLoss]:
-  """Loss of `params` on the held-out documents of each source.
+  params: Any,
+  heldout: Mapping[str, Any],
+  *,
+  eval_step: Callable,
+  to_device: Callable,
+  parts: Callable[[Any], Iterable] = lambda sums: (sums,),
+) -> list[dict[str, SourceLoss]]:
+  """Loss of `params` on the held-out documents of each source (name -> stream.pipeline.HeldOut), for each run that they are of.
 
-  Args:
-    heldout: source name -> stream.pipeline.HeldOut
-    eval_step: the jitted `training.step.make_eval_step`
-    to_device: numpy batch -> global arrays
-    on_batch: called after each batch, for a progress bar
+  `parts` divides the sums of the jitted `eval_step` between the runs.
   """
-  return {
-    name: source_loss(held, jax.device_get([eval_step(params, to_device(batch)) for batch in _each(held.batches, on_batch)]))
-    for name, held in heldout.items()
-  }
-
-
-def _each(batches: Iterable, on_batch: Callable[[], None]) -> Iterable:
-  for batch in batches:
-    yield batch
-    on_batch()
+  found = []
+  for held in heldout.values():
+    sums = jax.device_get([eval_step(params, to_device(batch)) for batch in held.batches])
+    found.append([source_loss(held, of_run) for of_run in zip(*map(parts, sums), strict=True)])
+  return [dict(zip(heldout, of_run, strict=True)) for of_run in zip(*found, strict=True)]
 
 
 def source_loss(held: Any, sums: Sequence[Any]) -> SourceLoss:

@@ -34,7 +34,7 @@ import numpy as np
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
 
-NAMES = config_lib.CHOICES["schedule.name"]
+NAMES = config_lib.KEYS["schedule.name"].choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Fall:
   shape: str
 
   def __call__(self, step: np.ndarray) -> np.ndarray:
-    """The rate at `step`: `high` before the fall, `low` after it."""
+    """The rate at each `step` of an array of any shape: `high` before the fall, `low` after it."""
     x = np.clip((step - self.first) / max(self.num_steps, 1), 0.0, 1.0)
     if self.shape == "exponential":
       rate = self.high * np.exp(x * math.log(self.low / self.high))
@@ -101,14 +101,14 @@ def make(
   name: str,
   *,
   num_steps: int,
-  warmup_steps: int = 0,
+  warmup_steps: int,
   lr_peak: float,
-  lr_start: float = 0.0,
-  lr_const: float = 0.0,
-  lr_final: float = 0.0,
-  cooldown_steps: int = 0,
-  anneal_steps: int = 0,
-  shape: str = "1-sqrt",
+  lr_start: float,
+  lr_const: float,
+  lr_final: float,
+  cooldown_steps: int,
+  anneal_steps: int,
+  shape: str,
 ) -> Schedule:
   """The schedule called `name`; the module's docstring says which arguments each uses (the others are not looked at).
 

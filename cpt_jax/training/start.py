@@ -8,19 +8,22 @@ import json
 import pathlib
 import secrets
 import shutil
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from cpt_jax import config as config_lib
+from cpt_jax import hub
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model.spec import ModelSpec, from_hf, load_hf_config
-from cpt_jax.training import guard
+from cpt_jax.training import guard, perplexity
 from cpt_jax.training import optimizer as optimizer_lib
 from cpt_jax.training import state as state_lib
-from cpt_jax.training.checkpoint import Checkpoints, read_meta, saved_steps
+from cpt_jax.training.checkpoint import read_meta, reader, saved_steps
+from cpt_jax.training.perplexity import SourceLoss
 from cpt_jax.training.state import TrainState
 
 
@@ -32,13 +35,13 @@ class Start(NamedTuple):
   step: int = 0  # updates finished in the state that is loaded; 0 where only parameters are
   checkpoint: int = -1  # step of the checkpoint that is read, of this run or another
 
-  def describe(self, *, optimizer: str = "keep", moments: str = "") -> str:
-    """One line for people."""
+  def describe(self, *, optimizer: str = "", moments: str = "") -> str:
+    """One line for people; `optimizer` and `moments` as in config.start, where it is to be said what becomes of moments."""
     fresh = f"moments of {moments} for what it had" if moments else "optimizer state fresh"
     return {
       "run": f"this run's own checkpoint at step {self.step}: parameters, optimizer state and data position",
       "resume": f"{self.path} at step {self.step}: parameters"
-      + (", optimizer state and step" if optimizer == "keep" else "; optimizer state and step reset"),
+      + {"keep": ", optimizer state and step", "reset": "; optimizer state and step reset", "": ""}[optimizer],
       "hf": f"{self.path} (Hugging Face): parameters; {fresh}",
       "weights": f"{self.path}: parameters; optimizer state fresh",
       "scratch": f"random parameters for {self.path}; optimizer state fresh",
@@ -101,6 +104,11 @@ def choose_base(config: Any) -> Start:
     newest = _newest_step(start.resume, "start.resume")
     return Start("resume", start.resume, newest if start.optimizer == "keep" else 0, newest)
   if start.hf:
+    if not pathlib.Path(start.hf).is_dir():
+      raise ConfigError(
+        f"start.hf={start.hf}: no such directory; name one with config.json, *.safetensors and the tokenizer's files"
+        f"{hub.how_to_get(start.hf)}"
+      )
     return Start("hf", start.hf)
   if start.weights:
     return Start("weights", start.weights, 0, _newest_step(start.weights, "start.weights"))
@@ -181,10 +189,16 @@ def base_params(base: Start, spec: ModelSpec, *, seed: int) -> Any:
     return pretrained.load_params(base.path, spec, abstract)
   if base.checkpoint not in saved_steps(base.path):
     return None
-  checkpoints = Checkpoints(base.path)
+  checkpoints = reader(base.path)
   params = checkpoints.restore_params(base.checkpoint, abstract)
   checkpoints.close()
   return params
+
+
+def kept_losses(meta: Mapping[str, Any], heldout: Mapping[str, Any], *, replaced: Collection[str]) -> dict[str, SourceLoss]:
+  """The base's losses that a checkpoint keeps, but for sources that were `replaced`: those were other documents."""
+  kept = meta.get("base_losses", {}).items()
+  return {name: perplexity.recorded(values, heldout.get(name)) for name, values in kept if name not in replaced}
 
 
 def initial_state(
@@ -192,21 +206,18 @@ def initial_state(
   params: Any,
   spec: ModelSpec,
   optimizer: optax.GradientTransformation,
-  checkpoints: Checkpoints,
   *,
   keep_optimizer: bool,
-  moments: str = "",
+  moments: str,
 ) -> TrainState:
   """The state before the first update of this process; `params` are those of the base, `moments` as in start.moments."""
-  if start.kind == "run":
-    return checkpoints.restore(start.checkpoint, state_lib.abstract(spec, optimizer))
-  if start.kind == "resume" and keep_optimizer:
-    other = Checkpoints(start.path)
-    state = other.restore(start.checkpoint, state_lib.abstract(spec, optimizer))
-    other.close()
+  if start.kind == "run" or (start.kind == "resume" and keep_optimizer):
+    kept = reader(start.path)
+    state = kept.restore(start.checkpoint, state_lib.abstract(spec, optimizer))
+    kept.close()
     return state
   if start.kind == "hf" and moments:
-    before = Checkpoints(moments)
+    before = reader(moments)
     opt_state = before.restore_moments(_newest_step(moments, "start.moments"), state_lib.abstract(spec, optimizer).opt_state)
     before.close()
     # Padding rows were counted with the others, and may be rows of pieces now.

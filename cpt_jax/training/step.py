@@ -29,31 +29,20 @@ class StepMetrics(NamedTuple):
   rate: jax.Array  # of this update
 
 
-class ModelSettings(NamedTuple):
-  """How the model is computed; none of it changes what is computed, but for rounding."""
-
-  compute_dtype: Any
-  remat: str
-  attention: str
-  loss_chunk: int
-  max_documents: int | None = None  # in a row; None = not known
-  scan: bool = True
-
-
 # Each chunk reads and writes the head's float32 gradient once more: 8 bytes for 6 operations times the chunk's positions, so with
 # 4096 of them it is 7% of the products' time on an H100 and less on TPUs. A CPU computes slower than it reads, and holds the
 # logits of few positions in its cache; 256 by measurement (docs/results/performance.md).
 _LOSS_CHUNK = {"cpu": 256}
 
 
-def settings_from_config(config: Any, *, max_documents: int | None = None) -> ModelSettings:
+def settings_from_config(config: Any, *, max_documents: int | None = None) -> transformer.Settings:
   """`auto` computes in bfloat16 where the chip has units for it: GPU and TPU. What cannot be offloaded stays on the device."""
   c, platform = config.model, mesh_lib.platform()
   dtype = c.compute_dtype
   if dtype == "auto":
     dtype = "float32" if platform == "cpu" else "bfloat16"
   remat, chunk = transformer.on_platform(c.remat, platform), c.loss_chunk or _LOSS_CHUNK.get(platform, 4096)
-  return ModelSettings(jnp.dtype(dtype), remat, c.attention, chunk, max_documents, c.scan)
+  return transformer.Settings(jnp.dtype(dtype), remat, c.attention, chunk, max_documents, c.scan)
 
 
 def remat_note(config: Any) -> str:
@@ -74,7 +63,7 @@ def from_config(
   stage: int = -1,
 ) -> TrainStep:
   """The update that a config asks for in one of its train.stages; `source_weights` as in `make_train_step`, `max_documents` as in
-  `ModelSettings`."""
+  `transformer.Settings`."""
   leaves = optimizer_lib.from_config_plan(config, spec, stage=stage)
   return make_train_step(
     spec,
@@ -88,32 +77,21 @@ def from_config(
   )
 
 
-def hidden_states(params: Any, batch: Batch, spec: ModelSpec, *, settings: ModelSettings) -> jax.Array:
+def hidden_states(params: Any, batch: Batch, spec: ModelSpec, *, settings: transformer.Settings) -> jax.Array:
   """Hidden states of a batch, [B, T, D]."""
-  return transformer.apply(
-    params,
-    spec,
-    batch.tokens_BT,
-    batch.positions_BT,
-    batch.segments_BT,
-    compute_dtype=settings.compute_dtype,
-    remat=settings.remat,
-    attention=settings.attention,
-    max_documents=settings.max_documents,
-    scan=settings.scan,
-  )
+  return transformer.apply(params, spec, batch.tokens_BT, batch.positions_BT, batch.segments_BT, settings=settings)
 
 
 def make_train_step(
   spec: ModelSpec,
   optimizer: optax.GradientTransformation,
   *,
-  settings: ModelSettings,
+  settings: transformer.Settings,
   source_weights: Sequence[float],
   microbatches: int,
+  accumulate_dtype: str,
   z_loss: float,
   hold: Callable[[Any], Any] = lambda params: params,
-  accumulate_dtype: str = "float32",
 ) -> TrainStep:
   """The update `train_step(state, batch, rate)` as a pure function; the caller jits it and donates the state.
 
@@ -179,9 +157,7 @@ def _relative(source_weights: Sequence[float]) -> np.ndarray:
   return (weights_M / largest).astype(np.float32)
 
 
-def accumulate(
-  gradient: Callable, params: Any, batch: Batch, *, microbatches: int, dtype: str = "float32"
-) -> tuple[Any, loss.Sums]:
+def accumulate(gradient: Callable, params: Any, batch: Batch, *, microbatches: int, dtype: str) -> tuple[Any, loss.Sums]:
   """Sums of gradients and losses over `microbatches` parts of the batch, one after the other.
 
   Gradients are float32 and added in float32; their sum waits for the next part in `dtype`. Each rounding to bfloat16 is off by up
@@ -208,7 +184,7 @@ def accumulate(
   return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), sums
 
 
-def make_eval_step(spec: ModelSpec, *, settings: ModelSettings, num_sources: int) -> Callable[[Any, Batch], loss.Sums]:
+def make_eval_step(spec: ModelSpec, *, settings: transformer.Settings, num_sources: int) -> Callable[[Any, Batch], loss.Sums]:
   """Loss sums without an update."""
 
   def eval_step(params: Any, batch: Batch) -> loss.Sums:

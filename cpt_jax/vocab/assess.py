@@ -6,15 +6,20 @@ were not chosen from.
 
 import dataclasses
 import json
+import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cpt_jax.config import ConfigError
-from cpt_jax.store import corpus
+from cpt_jax import durations
+from cpt_jax.config import ConfigError, Problems
+from cpt_jax.progress import Progress
+from cpt_jax.store import corpus, documents
 from cpt_jax.store import tokenizer as tokenizer_lib
+from cpt_jax.store.store import write_atomically
 from cpt_jax.vocab import candidates, grow, kinds, verdict
 from cpt_jax.vocab import texts as texts_lib
 from cpt_jax.vocab.bases import Base
@@ -22,7 +27,7 @@ from cpt_jax.vocab.verdict import RULES, Finding
 
 SIZES = (500, 1000, 2000, 4000, 8000, 16_000)  # pieces of the curve; published growths: 9 to 20 thousand
 SAMPLE_BYTES = 5_000_000  # of domain text that pieces are chosen from and tried on
-HELDOUT_FRAC = 0.2
+HELDOUT_FRAC = 0.2  # of that text, on which pieces are tried; by hand
 
 
 class Fit(NamedTuple):
@@ -69,6 +74,34 @@ class Assessment:
   def fits(self) -> bool:
     """Does the vocabulary suit the text as it is."""
     return verdict.fits({name: finding.met for name, finding in self.findings.items()})
+
+  def as_json(self) -> dict[str, Any]:
+    """Plain numbers, strings, lists and dicts."""
+    record = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    record |= {side: record[side]._asdict() for side in ("domain", "general")}
+    record["curve"] = [point._asdict() for point in self.curve]
+    record["findings"] = {
+      name: {"value": f.value, "threshold": f.rule.threshold, "sign": f.rule.sign, "met": f.met, "basis": f.rule.basis}
+      for name, f in self.findings.items()
+    }
+    return record
+
+
+class Comparison(NamedTuple):
+  """A base's tokenizer and others on the same texts."""
+
+  assessments: list[Assessment]  # the base's first
+  texts: dict[str, corpus.Text]  # domain, general
+
+  @property
+  def instead(self) -> Assessment | None:
+    """Of the others the one to take instead of the base's, if any."""
+    return better(self.assessments)
+
+  @property
+  def answer(self) -> str:
+    """What to do, as vocab.verdict names it."""
+    return self.assessments[0].answer if self.instead is None else verdict.OTHER_BASE
 
 
 @dataclasses.dataclass
@@ -120,7 +153,10 @@ def fit(tokenizer: tokenizer_lib.Tokenizer, counts_V: np.ndarray, text: corpus.T
 
 
 def distance(domain_2V: np.ndarray, general_2V: np.ndarray) -> tuple[float, float]:
-  """Jensen-Shannon bits between the texts, and the larger one between the halves of either."""
+  """Jensen-Shannon bits between the texts, and the larger one between the halves of either.
+
+  Of each text how often either half of it has each id, [2, V].
+  """
   noises = [corpus.jensen_shannon_bits(*side_2V) for side_2V in (domain_2V, general_2V) if side_2V.sum(axis=1).all()]
   return corpus.jensen_shannon_bits(domain_2V.sum(axis=0), general_2V.sum(axis=0)), max(noises, default=0.0)
 
@@ -233,3 +269,102 @@ def better(assessments: Sequence[Assessment]) -> Assessment | None:
     return None
   others = [other for other in assessments[1:] if other.fits]
   return max(others, key=lambda other: other.domain.bytes_per_token, default=None)
+
+
+def compare(
+  tokenizers: Sequence[str | os.PathLike],
+  *,
+  domain: Sequence[str],
+  general: Sequence[str],
+  domain_gb: float | None = None,
+  budget: str = "",
+  output: str | os.PathLike = "",
+) -> Comparison:
+  """Assesses tokenizers, the base's first, on all of the texts.
+
+  Args:
+    tokenizers: Hugging Face directories, tokenizer.json or *.model files.
+    domain: text files or globs of what is to be learnt.
+    general: of text like the base's own.
+    domain_gb: domain text that exists in all, 10^9 bytes, where `domain` is a part of it.
+    budget: tokens of domain text that the run would read, e.g. "2B tokens"; "" = all, as often as repeats are worth it.
+    output: a file for all figures; "" = none.
+
+  Raises:
+    ConfigError: all that is wrong with the settings.
+    DataError: text that cannot be read.
+  """
+  problems, files = Problems(), {}
+  paths = [str(path) for path in tokenizers]
+  for name, patterns in ("domain", domain), ("general", general):
+    if not patterns:
+      problems.add(f"--{name} is empty: name text files, e.g. --{name} 'texts/{name}/*.jsonl.gz'")
+      continue
+    with problems.collect():
+      files[name] = documents.find_files(list(patterns), flag=f"--{name}")
+  if not paths:
+    problems.add("--tokenizers is empty: name the base's Hugging Face directory, then others to compare it with")
+  if len(set(paths)) < len(paths):
+    problems.add(f"--tokenizers={','.join(paths)}: names one twice")
+  if domain_gb is not None and domain_gb <= 0:
+    problems.add(f"--domain_gb={domain_gb}: give 10^9 bytes above 0")
+  budget_tokens = None
+  try:
+    budget_tokens = durations.parse_tokens(budget) if budget else None
+  except ValueError as error:
+    problems.add(f"--budget={error}")
+  opened = {}
+  for path in paths:
+    with problems.collect():
+      opened[path] = tokenizer_lib.load(path)
+  problems.raise_if_any()
+  domain_bytes = None if domain_gb is None else domain_gb * 1e9
+  found = _compare(opened, files, domain_bytes=domain_bytes, budget_tokens=budget_tokens)
+  if output:
+    record: dict[str, Any] = {"command": sys.argv, "answer": found.answer}
+    record["texts"] = {name: text._asdict() for name, text in found.texts.items()}
+    record["tokenizers"] = [each.as_json() for each in found.assessments]
+    write_atomically(pathlib.Path(output), (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+  return found
+
+
+def _compare(
+  opened: dict[str, tokenizer_lib.Tokenizer],
+  files: dict[str, list[str]],
+  *,
+  domain_bytes: float | None,
+  budget_tokens: float | None,
+) -> Comparison:
+  """Reads both texts once and measures every tokenizer on them."""
+  sampler = texts_lib.Sampler(
+    wanted_bytes=SAMPLE_BYTES, there_bytes=texts_lib.total_bytes(files["domain"]), heldout_frac=HELDOUT_FRAC
+  )
+  counted, found = {}, []
+  with Progress() as progress:
+    for name, of_side in files.items():
+      advance = progress.part(f"{name}: count tokens (kB)", sum(os.path.getsize(file) for file in of_side), unit=1000)
+      batches = texts_lib.batches(texts_lib.parts(of_side, on_bytes=advance))
+      counted[name] = count(list(opened.values()), batches, on_part=sampler.add if name == "domain" else lambda _: None)
+    texts = {name: side.text for name, side in counted.items()}
+    sample, own_tokens = sampler.sample, {}
+    for at, (path, tokenizer) in enumerate(opened.items()):
+      advance = progress.part(f"try pieces of {path} on held-out text", 1)
+      size = min(corpus.OWN_VOCAB_SIZE, tokenizer.vocab_size)
+      if size not in own_tokens:
+        own_tokens[size] = corpus.own_vocabulary_tokens(sample.train, sample.heldout, vocab_size=size)
+      found.append(
+        assess(
+          path,
+          tokenizer,
+          counted["domain"].halves_2V[at],
+          counted["general"].halves_2V[at],
+          domain_text=texts["domain"],
+          general_text=texts["general"],
+          sample=sample,
+          own_tokens=own_tokens[size],
+          domain_bytes=domain_bytes,
+          budget_tokens=budget_tokens,
+        )
+      )
+      advance(1)
+  return Comparison(found, texts)

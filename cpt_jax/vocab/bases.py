@@ -130,7 +130,10 @@ class Base(abc.ABC):
     return 1 if is_byte_piece(text) else len(text.encode())
 
   def with_characters(self, ids: np.ndarray) -> np.ndarray:
-    """Ids as symbols: runs of byte pieces become characters, as far as they spell whole ones; the rest is closed."""
+    """Ids of a text [n] as symbols, at most as many.
+
+    Runs of byte pieces become characters, as far as they spell whole ones; the rest is closed.
+    """
     symbols = np.where(self.closed_V[ids], -1, ids).astype(np.int32)
     if not self._byte_pieces:
       return symbols
@@ -155,7 +158,10 @@ class Base(abc.ABC):
     return symbols[keep]
 
   def with_unknown(self, symbols: np.ndarray, surfaces: Mapping[int, str]) -> np.ndarray:
-    """Unknown tokens, which may stand for several characters, as symbols of these; `surfaces` is place -> text."""
+    """Unknown tokens among symbols [n], which may stand for several characters, as symbols of these.
+
+    `surfaces` is place among the symbols -> text.
+    """
     parts, done = [], 0
     for place, surface in surfaces.items():
       characters = [self.extra_symbol(character) for character in surface if not character.isspace() and character != SPACE]
@@ -164,8 +170,9 @@ class Base(abc.ABC):
     return np.concatenate([*parts, symbols[done:]])
 
   def starts_by_spelling(self, symbols: np.ndarray) -> np.ndarray:
-    """Word starts of models without splitting rules: before the mark of a space, and where letters, digits and the rest meet.
+    """Word starts among symbols [n] of models without splitting rules, bool [n].
 
+    They are before the mark of a space, and where letters, digits and the rest meet.
     So SentencePiece's own trainer splits its text; scripts that are mixed within words in Japanese count as one.
     """
     head, tail = self._classes()[:, symbols]

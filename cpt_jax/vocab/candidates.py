@@ -18,7 +18,6 @@ from cpt_jax.store.tokenizer import byte_characters
 from cpt_jax.vocab.bases import Base, Piece, Words
 
 _FIRST = 0x10000  # code point of symbol 0; there are 2^20 from here on
-MAX_SYMBOLS = 0x110000 - _FIRST
 MAX_CHARACTERS = 16  # of a piece, as SentencePiece's default (max_sentencepiece_length)
 
 

@@ -41,7 +41,7 @@ def compare(texts: list[str], old: Iterable[list[int]], new: Iterable[list[int]]
 
 
 def num_lost(old: np.ndarray, new: np.ndarray, *, lengths_W: np.ndarray) -> int:
-  """Tokens of `old` that stand at no place of `new` with the same id.
+  """Tokens of `old`, ids of a text as one model cuts it, that stand at no place of `new` with the same id.
 
   Where an id has no length of its own (the unknown token), places cannot be told: the old ids that are fewer in `new` count.
   """

@@ -22,6 +22,7 @@ from cpt_jax.vocab.bases import Base, Piece, Words
 from cpt_jax.vocab.candidates import Candidates
 from cpt_jax.vocab.changes import Changes
 
+# Parts of the candidates in the order of use or count, from the rarest.
 BANDS = {"all": (0.0, 1.0), "low": (0.0, 0.5), "high": (0.5, 1.0)}
 MIN_COUNT = 20  # by hand: a piece that the sample holds less often is learnt by chance, and its row from few examples
 # Text from which frequencies are estimated. By hand: a few hundred pieces of each hundred thousand bytes are still found.

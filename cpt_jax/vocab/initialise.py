@@ -51,10 +51,10 @@ class Statistics(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sources:
-  """What initialisers start from."""
+class OldRows:
+  """What initialisers start from: a table's old rows, and what new pieces have to do with them."""
 
-  old_VD: np.ndarray  # the base's true rows; may be a mapped file
+  rows_VD: np.ndarray  # the base's true rows; may be a mapped file
   pieces: Replaced
   overlap: np.ndarray | None = None  # the old id nearest in spelling to each piece, int64 (`overlapping`)
   counts_V: np.ndarray | None = None  # how often each old id is used, for "weighted"
@@ -65,69 +65,70 @@ class Sources:
   @functools.cached_property
   def statistics(self) -> Statistics:
     """Of all old rows."""
-    return statistics(self.old_VD)
+    return statistics(self.rows_VD)
 
 
-Block = Callable[[Sources, int, int], np.ndarray]
+Block = Callable[[OldRows, int, int], np.ndarray]
 
 
-def mean(sources: Sources, start: int, stop: int) -> np.ndarray:
+def mean(old: OldRows, start: int, stop: int) -> np.ndarray:
   """The mean of the old pieces' rows, each as often as it stands in the piece."""
-  return _weighted(sources, start, stop, np.ones(len(sources.pieces.ids), np.float64))
+  return _weighted(old, start, stop, np.ones(len(old.pieces.ids), np.float64))
 
 
-def weighted(sources: Sources, start: int, stop: int) -> np.ndarray:
+def weighted(old: OldRows, start: int, stop: int) -> np.ndarray:
   """The old pieces' rows, weighted by how often each is used: rows that were trained more count more."""
-  if sources.counts_V is None:
+  if old.counts_V is None:
     raise ConfigError("initialiser 'weighted' needs how often the base's ids are used: give --general")
-  return _weighted(sources, start, stop, sources.counts_V[sources.pieces.ids] + 1.0)
+  return _weighted(old, start, stop, old.counts_V[old.pieces.ids] + 1.0)
 
 
-def _weighted(sources: Sources, start: int, stop: int, weights: np.ndarray) -> np.ndarray:
-  starts = sources.pieces.starts[start : stop + 1]
+def _weighted(old: OldRows, start: int, stop: int, weights: np.ndarray) -> np.ndarray:
+  """Rows [stop - start, D]: means of old rows with a weight for each of `pieces.ids`."""
+  starts = old.pieces.starts[start : stop + 1]
   part = slice(starts[0], starts[-1])
-  rows = sources.old_VD[sources.pieces.ids[part]].astype(np.float32) * weights[part, None].astype(np.float32)
+  rows = old.rows_VD[old.pieces.ids[part]].astype(np.float32) * weights[part, None].astype(np.float32)
   totals = np.add.reduceat(weights[part], starts[:-1] - starts[0])
   return np.add.reduceat(rows, starts[:-1] - starts[0], axis=0) / totals[:, None].astype(np.float32)
 
 
-def first(sources: Sources, start: int, stop: int) -> np.ndarray:
+def first(old: OldRows, start: int, stop: int) -> np.ndarray:
   """The first old piece's row: as an output row, the new piece is said where the old one began (EEVE, 2402.14714)."""
-  return sources.old_VD[sources.pieces.ids[sources.pieces.starts[start:stop]]].astype(np.float32)
+  return old.rows_VD[old.pieces.ids[old.pieces.starts[start:stop]]].astype(np.float32)
 
 
-def overlap(sources: Sources, start: int, stop: int) -> np.ndarray:
+def overlap(old: OldRows, start: int, stop: int) -> np.ndarray:
   """A copy of the row of the old piece that is spelt most alike."""
-  assert sources.overlap is not None
-  return sources.old_VD[sources.overlap[start:stop]].astype(np.float32)
+  assert old.overlap is not None
+  return old.rows_VD[old.overlap[start:stop]].astype(np.float32)
 
 
-def zero(sources: Sources, start: int, stop: int) -> np.ndarray:
+def zero(old: OldRows, start: int, stop: int) -> np.ndarray:
   """Zeros. As output rows they give every new piece the logit 0, which beats trained, negative ones."""
-  return np.zeros((stop - start, sources.old_VD.shape[1]), np.float32)
+  return np.zeros((stop - start, old.rows_VD.shape[1]), np.float32)
 
 
-def random(sources: Sources, start: int, stop: int) -> np.ndarray:
+def random(old: OldRows, start: int, stop: int) -> np.ndarray:
   """Normal, around 0, as wide as the old rows' values are: the naive way."""
-  return _normal(sources, start, stop) * np.float32(sources.scale * sources.statistics.rms)
+  return _normal(old, start, stop) * np.float32(old.scale * old.statistics.rms)
 
 
-def gaussian(sources: Sources, start: int, stop: int) -> np.ndarray:
+def gaussian(old: OldRows, start: int, stop: int) -> np.ndarray:
   """Normal with the mean and the covariance of all old rows (Hewitt); `scale` shrinks the noise, 0 leaves the mean."""
-  found = sources.statistics
-  noise = _normal(sources, start, stop).astype(np.float64) @ found.root_DD.T
-  return (found.mean_D + sources.scale * noise).astype(np.float32)
+  found = old.statistics
+  noise = _normal(old, start, stop).astype(np.float64) @ found.root_DD.T
+  return (found.mean_D + old.scale * noise).astype(np.float32)
 
 
-def similar(sources: Sources, start: int, stop: int) -> np.ndarray:
+def similar(old: OldRows, start: int, stop: int) -> np.ndarray:
   """Old rows weighted by how alike they are used in domain text (as FOCUS, 2305.14481); the parts' mean where that is unknown."""
-  if sources.neighbours is None:
+  if old.neighbours is None:
     raise ConfigError("initialiser 'similar' needs domain text to see how pieces are used: give --domain")
-  rows = mean(sources, start, stop)
+  rows = mean(old, start, stop)
   for at in range(start, stop):
-    ids, weights = sources.neighbours.of(at)
+    ids, weights = old.neighbours.of(at)
     if len(ids):
-      rows[at - start] = weights @ sources.old_VD[ids].astype(np.float32)
+      rows[at - start] = weights @ old.rows_VD[ids].astype(np.float32)
   return rows
 
 
@@ -147,15 +148,15 @@ def find(name: str, *, flag: str) -> Block:
   return INITIALISERS[name]
 
 
-def blocks(initialiser: Block, sources: Sources) -> Iterator[np.ndarray]:
+def blocks(initialiser: Block, old: OldRows) -> Iterator[np.ndarray]:
   """All new rows, some at a time, float32 [<= 1024, D]."""
-  for start in range(0, len(sources.pieces), _BLOCK_ROWS):
-    yield initialiser(sources, start, min(start + _BLOCK_ROWS, len(sources.pieces)))
+  for start in range(0, len(old.pieces), _BLOCK_ROWS):
+    yield initialiser(old, start, min(start + _BLOCK_ROWS, len(old.pieces)))
 
 
-def padding(sources: Sources, *, num_rows: int) -> np.ndarray:
+def padding(old: OldRows, *, num_rows: int) -> np.ndarray:
   """Rows that no id uses: the mean of all old rows, so that a softmax which forgets to mask them gives them little (Hewitt)."""
-  return np.broadcast_to(sources.statistics.mean_D.astype(np.float32), (num_rows, sources.old_VD.shape[1]))
+  return np.broadcast_to(old.statistics.mean_D.astype(np.float32), (num_rows, old.rows_VD.shape[1]))
 
 
 def overlapping(texts: Mapping[int, str], pieces: Sequence[Piece]) -> np.ndarray:
@@ -185,8 +186,8 @@ def statistics(old_VD: np.ndarray) -> Statistics:
   return Statistics(mean_D, root_DD, float(np.sqrt(np.trace(squares_DD) / (num_rows * width))))
 
 
-def _normal(sources: Sources, start: int, stop: int) -> np.ndarray:
+def _normal(old: OldRows, start: int, stop: int) -> np.ndarray:
   """Standard normal values that depend on seed and row alone."""
-  width = sources.old_VD.shape[1]
-  rows = [np.random.default_rng([sources.seed, row]).standard_normal(width, np.float32) for row in range(start, stop)]
+  width = old.rows_VD.shape[1]
+  rows = [np.random.default_rng([old.seed, row]).standard_normal(width, np.float32) for row in range(start, stop)]
   return np.stack(rows)

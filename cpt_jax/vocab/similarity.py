@@ -18,7 +18,7 @@ WIDTH = 100  # of the auxiliary embedding
 WINDOW = 5  # tokens to either side, as fastText's default
 MIN_COUNT = 10  # of a token, below which its neighbours say nothing (as FOCUS)
 MAX_TOKENS = 3_000_000  # of text; more changes little and costs memory
-_BLOCK = 512
+_BLOCK = 512  # new pieces whose cosines with all old ones are in memory at once; by hand
 
 
 class Neighbours(NamedTuple):

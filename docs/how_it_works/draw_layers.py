@@ -9,7 +9,8 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOMS = {  # what each room turns into what
-  "cli, main": "commands: flags to one call of the package",
+  "cli, main": "commands: flags -> one call of the package",
+  "library": "what a notebook asks for: train, evaluate, load and save a model",
   "planning": "short trials and laws -> the config of a run, with its predicted losses",
   "laws": "measured losses -> formulas that predict others",
   "diagnosis": "a base and texts -> which kind of continual pretraining this is",
@@ -21,9 +22,9 @@ ROOMS = {  # what each room turns into what
   "stream": "token stores -> batches, in an order that is a function of the row",
   "store": "text -> token stores",
   "devices": "machines -> processes, a mesh, a table of axes",
-  "config, journal, trees": "keys and durations; records of runs; paths of parameters",
+  "config, journal, trees, exits, shipped": "keys of a run, records, paths of parameters, exit codes, files in the wheel",
 }
-WIDTH, ROW, LEFT = 860, 34, 180
+WIDTH, ROW, LEFT = 860, 34, 270
 
 
 def rooms_of(layers: list[list[str]]) -> list[str]:

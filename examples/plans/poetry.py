@@ -1,6 +1,6 @@
 """A plan to try: the shipped base on Song poetry, replaying English. Of what the base saw 5% was Chinese, none of it these poems.
 
-Run:   python tools/plan.py --config=examples/plans/poetry.py --output=plan/poetry
+Run:   cpt plan --config=examples/plans/poetry.py --output=plan/poetry
 """
 
 from cpt_jax import config as config_lib

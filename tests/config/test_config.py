@@ -4,6 +4,7 @@ import pathlib
 import pytest
 
 from cpt_jax import config as config_lib
+from cpt_jax.config import durations
 
 
 def good():
@@ -18,7 +19,7 @@ def test_a_good_config_resolves_to_a_locked_copy_that_is_json():
   c = good()
   resolved = config_lib.resolve(c)
   assert resolved.is_locked and not resolved.data.sources.domain.is_type_safe
-  assert json.loads(resolved.to_json())["data"]["sources"]["domain"]["share"] == [[0, 0.05, "linear"], ["20%", 0.75, "linear"]]
+  assert json.loads(resolved.to_json())["data"]["sources"]["domain"]["share"] == [["0", 0.05, "linear"], ["20%", 0.75, "linear"]]
 
 
 def test_the_surface_stays_under_a_hundred_keys():
@@ -30,12 +31,15 @@ WRONG = {
   "schedule.name": ("warmup_cosine", "choose one of"),
   "train.length": ("10%", "steps or tokens"),
   "train.microbatches": (3, "use 1, 2, 4, 8"),
-  "schedule.lr_peak": (0.0, "above 0"),
+  "schedule.lr_peak": (300.0, "at most 1 (AdamW moves each weight by about the rate"),
+  "schedule.anneal": ("200", "'200 steps' or '200 tokens'"),
+  "train.z_loss": (float("inf"), "at least 0"),
   "schedule.lr_start": (1.0, "above schedule.lr_peak"),
+  "schedule.lr_final": (-1.0, "at least 0"),
   "schedule.warmup": ("200%", "between 0% and 100%"),
   "optimizer.b2": (1.0, "below 1"),
   "optimizer.eps": (0.0, "above 0"),
-  "data.heldout_frac": (0.0, "between 0 and 1"),
+  "data.heldout_frac": (0.0, "above 0 and below 1"),
   "data.row_len": (1, "at least 2"),
   "data.packing": ("bestfit", "Did you mean best_fit"),
   "eval.every": ("0 steps", "above 0"),
@@ -76,6 +80,18 @@ def test_shares_must_be_finite_and_not_negative(share):
     config_lib.resolve(c)
 
 
+@pytest.mark.parametrize("share", [75, "75", [(0, 0.25), ("20%", 75)]])
+def test_a_share_in_per_cent_is_told_what_to_write(share):
+  c = good()
+  c.data.sources.domain.share = share
+  with pytest.raises(config_lib.ConfigError, match=r"domain\.share=75: shares are parts of 1, not of 100; write 0\.75"):
+    config_lib.resolve(c)
+  c.data.sources.domain.share, c.data.sources.general.share = 1.0, 1.0
+  c.data.shares = ((0, {"general": 25, "domain": 75}),)
+  with pytest.raises(config_lib.ConfigError, match=r"domain=75: .* write 0\.75"):
+    config_lib.resolve(c)
+
+
 def test_shares_that_are_all_zero_are_refused():
   c = good()
   c.data.sources.general.share = c.data.sources.domain.share = 0.0
@@ -85,7 +101,7 @@ def test_shares_that_are_all_zero_are_refused():
 
 def test_knots_must_rise():
   c = good()
-  c.data.sources.domain.share = [("20%", 0.1), (5, 0.2)]
+  c.data.sources.domain.share = [("20%", 0.1), ("5 steps", 0.2)]
   with pytest.raises(config_lib.ConfigError, match="must rise"):
     config_lib.resolve(c)
 
@@ -108,8 +124,8 @@ def test_what_is_no_share_is_refused(value):
     ([(0, 0.0), ("20%", 0.3, "log")], "between two shares above 0"),
     ([(0, 0.3, "log")], "between two shares above 0"),
     ([(0, 0.1), ("20%", 0.3, "cubic")], "one of linear, log, hold"),
-    ([(5, 0.1), (5, 0.2), (5, 0.3)], "twice the same time is a jump"),
-    ([(5, 0.1), (5, 0.2)], None),
+    ([("5%", 0.1), ("5%", 0.2), ("5%", 0.3)], "twice the same time is a jump"),
+    ([("5%", 0.1), ("5%", 0.2)], None),
     ([(0, 0.1), ("20%", 0.3, "log"), ("30%", 0.9, "hold")], None),
   ],
 )
@@ -123,23 +139,23 @@ def test_curves_between_knots(share, message):
       config_lib.resolve(c)
 
 
-def test_stages_give_all_shares_at_once():
+def test_data_shares_give_all_shares_at_once():
   c = good()
   c.data.sources.general.share = c.data.sources.domain.share = 1.0
-  c.data.stages = ((0, {"general": 0.9, "domain": 0.1}), ("20%", {"domain": 1.0}))
+  c.data.shares = ((0, {"general": 0.9, "domain": 0.1}), ("20%", {"domain": 1.0}))
   config_lib.resolve(c)
   wrong = [
     (((0, {"generel": 0.9}),), "Did you mean general"),
     (((0, {"general": -1.0}),), "finite and not negative"),
     ((("20%", {"general": 1.0}),), "begins at 0"),
-    (((0, 0.5),), "is no stage"),
+    (((0, 0.5),), "is no entry"),
     (((0, {"general": 1.0}), ("50%", {"domain": 1.0}), ("20%", {"general": 1.0})), "must rise"),
   ]
-  for stages, message in wrong:
-    c.data.stages = stages
+  for shares, message in wrong:
+    c.data.shares = shares
     with pytest.raises(config_lib.ConfigError, match=message):
       config_lib.resolve(c)
-  c.data.stages, c.data.sources.general.share = ((0, {"general": 1.0}),), 0.5
+  c.data.shares, c.data.sources.general.share = ((0, {"general": 1.0}),), 0.5
   with pytest.raises(config_lib.ConfigError, match="leave one of the two out"):
     config_lib.resolve(c)
 
@@ -155,6 +171,18 @@ def test_every_mistake_in_a_source_is_named():
   assert "general.train_on='answers': plain texts have no answers" in str(error.value)
 
 
+def test_nothing_parses_a_duration_after_resolve(monkeypatch):
+  c = good()
+  c.train.stages = (("all", "20%", 2e-4, {"warmup": "5%"}), ("all", "rest", 1e-4))
+  c.checkpoint.keep_every = "25%"
+  resolved = config_lib.resolve(c)
+  monkeypatch.setattr(durations, "_PATTERN", None)
+  assert config_lib.num_steps(resolved) == 1000 and config_lib.steps_of(resolved, "checkpoint.keep_every") == 250
+  first, last = (config_lib.of_stage(resolved, stage) for stage in config_lib.stages(resolved))
+  assert config_lib.steps_of(first, "schedule.warmup") == 10 and config_lib.steps_of(last, "schedule.warmup") == 8
+  assert config_lib.steps_at(resolved, resolved.data.sources.domain.share[1][0]) == 200
+
+
 def test_unknown_keys_on_the_command_line_are_all_named_with_what_was_meant(tmp_path):
   file = tmp_path / "run.py"
   file.write_text("from cpt_jax import config\nget_config = config.default\n")
@@ -168,6 +196,8 @@ def test_unknown_keys_on_the_command_line_are_all_named_with_what_was_meant(tmp_
   [
     ("c.train.lenght = '5'", "Did you mean train.length"),
     ("c.train.batch_rows = 'eight'", ":5: TypeError"),
+    ("c.train.length = 200", "'200 steps' or '200 tokens'"),
+    ("c.data.sources.zh = config.source(share=[(5, 0.1)])", "'5 steps' or '5 tokens'"),
     ("c.data.sources.zh = config.source(path='x')", ":5: TypeError"),
     ("import nothing_of_the_kind", ":5: ModuleNotFoundError"),
   ],
@@ -178,6 +208,42 @@ def test_a_mistake_in_a_config_file_is_named_with_its_line(tmp_path, body, messa
   with pytest.raises(config_lib.ConfigError) as error:
     config_lib.check_overrides(["main", f"--config={file}"])
   assert message in str(error.value) and "run.py:5" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "run.json"])
+def test_what_is_no_config_file_is_told_what_one_is(tmp_path, name):
+  (tmp_path / name).write_text("train: {length: 100 steps}\n")
+  with pytest.raises(config_lib.ConfigError, match=rf"{name}: a config file is Python: it defines get_config\(\)"):
+    config_lib.check_overrides(["main", f"--config={tmp_path / name}"])
+
+
+def test_the_record_of_an_older_version_is_read_with_its_bare_steps_and_old_names():
+  record = json.loads(config_lib.resolve(good()).to_json())
+  record["schedule"]["warmup"], record["data"]["stages"] = "10", record["data"].pop("shares")
+  record["data"]["sources"]["domain"]["share"] = [[0, 0.05, "linear"], [5, 0.75, "linear"]]
+  del record["guard"], record["data"]["sources"]["general"]["loss_weight"]
+  found = config_lib.completed(record)
+  assert config_lib.steps_of(found, "schedule.warmup") == 10 and found.data.sources.domain.share[1][0].unit == "steps"
+  assert found.guard.spike_records == 3 and found.data.sources.general.loss_weight == 1.0
+  now = json.loads(config_lib.resolve(good()).to_json())
+  changed = config_lib.changes(record, now, allowed=("nothing",))
+  assert list(changed) == ["data.sources.domain.share", "schedule.warmup"] and changed["schedule.warmup"] == ("10", "1%")
+  assert list(config_lib.changes(record, now, allowed=("nothing", "ahead"))) == ["schedule.warmup"]
+
+
+def test_the_table_says_enough_of_every_key_and_nothing_that_is_none():
+  for name, key in {**config_lib.KEYS, **config_lib.FIELDS}.items():
+    assert key.text and key.has_type(key.default) and key.alters in ("rows", "run", "ahead", "nothing"), name
+    assert not key.choices or key.default in key.choices, name
+    assert not (isinstance(key.default, float) and not key.range()), f"{name}: a number without a limit"
+
+
+def test_the_help_and_the_reference_have_every_key_and_every_field():
+  names = [*config_lib.KEYS, *(f"data.sources.NAME.{field}" for field in config_lib.FIELDS)]
+  help_text, page = config_lib.describe_keys(), config_lib.reference()
+  assert all(f"\n  {name} = " in f"\n{help_text}" and f"\n`{name}` = `" in page for name in names)
+  assert "mesh" not in config_lib.describe_keys("train.") and "microbatches" in config_lib.describe_keys("train.")
+  assert max(map(len, help_text.splitlines())) <= 130
 
 
 def test_every_shipped_config_resolves(root: pathlib.Path):

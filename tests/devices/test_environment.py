@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from cpt_jax.config import ConfigError
 from cpt_jax.devices import environment
 from cpt_jax.devices.environment import Setting
 
@@ -45,6 +46,23 @@ def test_what_a_person_has_set_stays():
   environ = {"CPT_JAX_ENVIRONMENT": "off"}
   environment.prepare(environ)
   assert environ == {"CPT_JAX_ENVIRONMENT": "off"}
+
+
+@pytest.mark.parametrize(
+  "asked, here, said",
+  [
+    ("cuda", (), "there is no NVIDIA GPU here"),
+    ("cuda,cpu", (), "there is no NVIDIA GPU here"),
+    ("cuda", ("/dev/nvidia0",), r"no CUDA plugin here; pip install 'jax\[cuda13\]'"),
+    ("tpu", (), "libtpu is not installed"),
+  ],
+)
+def test_a_platform_that_jax_cannot_have_here_is_refused_with_the_variable_and_the_remedy(asked, here, said):
+  with pytest.raises(ConfigError, match=rf"JAX_PLATFORMS={asked}: .*{said}.*JAX_PLATFORMS=cpu"):
+    environment.check({"JAX_PLATFORMS": asked}, exists=here.__contains__, plugins=lambda: [], is_installed=lambda _: False)
+  everything = dict(exists=lambda _: True, plugins=lambda: ["xla_cuda13"], is_installed=lambda _: True)
+  for fine in ({}, {"JAX_PLATFORMS": asked}, {"JAX_PLATFORMS": "cpu"}):
+    environment.check(fine, **everything)
 
 
 def test_each_kind_gets_its_own_and_options_of_tpus_go_to_libtpu_alone():
@@ -109,11 +127,14 @@ def test_libtpu_starts_with_what_a_tpu_gets():
   assert "Unknown" in started(code, environ | {"LIBTPU_INIT_ARGS": "--xla_tpu_no_such=1"}).stderr
 
 
-def test_main_sets_them_before_anything_imports_jax(tmp_path):
-  (tmp_path / "c.py").write_text(
-    "import os, sys\nprint(os.environ['JAX_OPTIMIZATION_LEVEL'], 'jax' in sys.modules)\nsys.exit(3)\n"
-  )
-  environ = {**os.environ, "JAX_PLATFORMS": "cuda"}
+def test_main_sets_them_before_anything_imports_jax_or_says_why_not(tmp_path):
+  name = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+  (tmp_path / "c.py").write_text(f"import os, sys\nprint(os.environ['{name}'], 'jax' in sys.modules)\nsys.exit(3)\n")
   command = [sys.executable, "-m", "cpt_jax.main", f"--config={tmp_path / 'c.py'}", "--dry_run"]
+  environ = {key: value for key, value in os.environ.items() if key != name}
   done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300, check=False)
-  assert done.stdout.split() == ["O1", "False"], done.stderr
+  assert done.stdout.split() == ["0", "False"], done.stderr
+  environ["JAX_PLATFORMS"] = "tpu,cuda" if importlib.util.find_spec("libtpu") is None else "cuda"
+  if environment.detect({}) == "cpu":
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 78 and "Traceback" not in done.stderr and "JAX_PLATFORMS" in done.stderr, done.stderr

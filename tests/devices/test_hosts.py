@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from cpt_jax import journal
 from cpt_jax.config import ConfigError
 from cpt_jax.devices import hosts
+from cpt_jax.devices.hosts import join_arguments
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.training import checkpoint
@@ -190,23 +191,23 @@ def assert_same_run(workdir, expected, *, whole=True):
 
 
 def test_a_laptop_runs_alone_and_flags_win():
-  assert hosts.launch({}) is None
-  assert hosts.launch({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) is None, "a batch script is no step"
-  assert hosts.launch(by_slurm(1, 1, 0)[1]) is None and hosts.launch({"OMPI_COMM_WORLD_SIZE": "1"}) is None
-  assert hosts.launch({}, coordinator="h:1", num_processes=1, process_id=0) is None
-  found = hosts.launch(by_slurm(1, 4, 2)[1], coordinator="h:1", num_processes=2, process_id=1)
+  assert join_arguments({}) is None
+  assert join_arguments({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) is None, "a batch script is no step"
+  assert join_arguments(by_slurm(1, 1, 0)[1]) is None and join_arguments({"OMPI_COMM_WORLD_SIZE": "1"}) is None
+  assert join_arguments({}, coordinator="h:1", num_processes=1, process_id=0) is None
+  found = join_arguments(by_slurm(1, 4, 2)[1], coordinator="h:1", num_processes=2, process_id=1)
   assert found == dict(coordinator_address="h:1", num_processes=2, process_id=1, cluster_detection_method="deactivate")
 
 
 def test_launchers_are_known_by_their_environment():
   one_per_host = {"local_device_ids": []}  # all of them; jax's own rule gives each process the device of its local rank
-  assert hosts.launch(by_slurm(1, 4, 2)[1]) == {"cluster_detection_method": "slurm", **one_per_host}
-  assert hosts.launch(by_slurm(1, 4, 2)[1] | {"SLURM_STEP_NUM_NODES": "2"}) == {"cluster_detection_method": "slurm"}
-  assert hosts.launch(by_slurm(1, 4, 2)[1] | {"JAX_LOCAL_DEVICE_IDS": "0,1"}) == {"cluster_detection_method": "slurm"}
-  assert hosts.launch(by_open_mpi(1, 3, 2)[1]) == {"cluster_detection_method": "ompi", **one_per_host}
-  assert hosts.launch(by_open_mpi(1, 3, 2)[1] | {"OMPI_COMM_WORLD_LOCAL_SIZE": "3"}) == {"cluster_detection_method": "ompi"}
-  assert hosts.launch({"TPU_ML_PLATFORM": "JAX"}) == {}
-  assert hosts.launch({"TPU_ML_PLATFORM": "JAX", "JAX_PLATFORMS": "cpu"}) is None
+  assert join_arguments(by_slurm(1, 4, 2)[1]) == {"cluster_detection_method": "slurm", **one_per_host}
+  assert join_arguments(by_slurm(1, 4, 2)[1] | {"SLURM_STEP_NUM_NODES": "2"}) == {"cluster_detection_method": "slurm"}
+  assert join_arguments(by_slurm(1, 4, 2)[1] | {"JAX_LOCAL_DEVICE_IDS": "0,1"}) == {"cluster_detection_method": "slurm"}
+  assert join_arguments(by_open_mpi(1, 3, 2)[1]) == {"cluster_detection_method": "ompi", **one_per_host}
+  assert join_arguments(by_open_mpi(1, 3, 2)[1] | {"OMPI_COMM_WORLD_LOCAL_SIZE": "3"}) == {"cluster_detection_method": "ompi"}
+  assert join_arguments({"TPU_ML_PLATFORM": "JAX"}) == {}
+  assert join_arguments({"TPU_ML_PLATFORM": "JAX", "JAX_PLATFORMS": "cpu"}) is None
 
 
 @pytest.mark.parametrize(
@@ -223,11 +224,11 @@ def test_launchers_are_known_by_their_environment():
 )
 def test_flags_that_do_not_fit_are_named(environ, flags, message):
   with pytest.raises(ConfigError, match=message):
-    hosts.launch(environ, **flags)
+    join_arguments(environ, **flags)
 
 
 def test_one_process_waits_for_nobody():
-  hosts.connect()
+  hosts.connect(coordinator="", num_processes=None, process_id=None, wait_secs=300)
   assert hosts.is_main() and hosts.num_processes_connected() == 1
   with hosts.main_first("alone"):
     hosts.agree({"key": "value"})
@@ -342,7 +343,7 @@ def test_a_differing_config_is_named_on_all(fleet, tmp_path):
 @pytest.mark.slow
 def test_differing_code_and_workdir_are_named_on_all(fleet, root, tmp_path):
   shutil.copytree(root / "cpt_jax", tmp_path / "changed" / "cpt_jax", ignore=shutil.ignore_patterns("__pycache__"))
-  with open(tmp_path / "changed" / "cpt_jax" / "durations.py", "a") as file:
+  with open(tmp_path / "changed" / "cpt_jax" / "config" / "durations.py", "a") as file:
     file.write("# one line more\n")
   each = {1: [f"--workdir={tmp_path / 'elsewhere'}"]}
   two = refused(fleet, tmp_path, python_paths={1: tmp_path / "changed"}, each=each)

@@ -6,6 +6,7 @@ import itertools
 import math
 
 import compiling
+import factory
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def batch() -> Batch:
 @functools.partial(jax.jit, static_argnames=("remat", "chunk", "attention"))
 def loss_and_gradient(params, batch, *, remat, chunk, attention):
   def objective(params):
-    hidden_BTD = transformer.apply(
+    hidden_BTD = factory.hidden(
       params,
       SPEC,
       batch.tokens_BT,
@@ -145,7 +146,7 @@ def test_without_a_mesh_everything_stays_where_it_is():
 
 
 def test_every_parameter_axis_has_a_rule():
-  for axes in jax.tree.leaves(transformer.logical_axes(SPEC), is_leaf=lambda x: isinstance(x, tuple)):
+  for _, axes in jax.tree.leaves(transformer.declared(SPEC), is_leaf=lambda x: isinstance(x, tuple)):
     assert set(axes) <= set(mesh_lib.LOGICAL_RULES)
 
 

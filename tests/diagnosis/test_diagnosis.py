@@ -1,4 +1,4 @@
-"""Which kind of continual pretraining, from figures: the figures' properties, every verdict, and the tool on the shipped base."""
+"""Which kind of continual pretraining, from figures: their properties, every verdict, and a diagnosis of the shipped base."""
 
 import ast
 import gzip
@@ -6,8 +6,6 @@ import itertools
 import json
 import math
 import shlex
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -16,12 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import cpt_jax
 from cpt_jax import config as config_lib
+from cpt_jax.cli import app
 from cpt_jax.config import Problems
-from cpt_jax.diagnosis import measure
+from cpt_jax.diagnosis import measure, tables
 from cpt_jax.diagnosis import verdict as diagnosis
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
+from cpt_jax.progress import Progress
 from cpt_jax.store import corpus, prepare
 from cpt_jax.store import tokenizer as tokenizer_lib
 from cpt_jax.store.store import StoreWriter, open_store
@@ -293,9 +294,8 @@ def test_the_loss_is_the_run_s_own_base_evaluation(tiny, tmp_path):
 
   base, store = opened(tiny)
   held = {n: measure.hold_out(n, i, store, base, max_tokens=8000, heldout_frac=0.3, row_len=64) for i, n in enumerate("ab")}
-  batches = []
-  ours = measure.evaluate(base, held, config=config_lib.default(), on_batch=lambda: batches.append(1))
-  assert len(batches) == sum(len(rows.batches) for rows, _ in held.values())
+  with Progress() as progress:
+    ours = measure.evaluate(base, held, config=config_lib.default(), progress=progress)
   for name in "ab":
     assert "held-out" in ours[name].sample
     for key in ("tokens", "documents"):
@@ -335,30 +335,23 @@ def test_a_source_is_near_itself_and_far_from_another(tiny, tmp_path):
   assert found["a"].vocabulary.used_frac == len(np.unique(np.concatenate(samples["a"].parts))) / base.tokenizer.vocab_size
 
 
-# ---- the tool ----
+# ---- the whole ----
 
 
-def diagnose(root, *arguments, cwd=None):
-  command = [sys.executable, str(root / "tools" / "diagnose.py"), *map(str, arguments)]
-  return subprocess.run(command, cwd=cwd or root, capture_output=True, text=True, timeout=300)
-
-
-def test_the_tool_on_the_shipped_base_and_texts(root, tmp_path):
+def test_the_command_on_the_shipped_base_and_texts(root, tmp_path, capsys, one_device):
   corpora = root / "examples" / "corpora"
   texts = tmp_path / "poetry.jsonl"
   with gzip.open(corpora / "poetry_ci.jsonl.gz", "rt", encoding="utf-8") as f:
     texts.write_text("".join(itertools.islice(f, 400)), encoding="utf-8")
-  done = diagnose(
-    root,
-    f"--hf={root / 'examples' / 'base'}",
-    f"--sources=english={corpora / 'english.jsonl.gz'},poetry={texts}",
-    "--tokens=1500",
-    "--row_len=256",
-    "--base_peak_lr=3e-3",
-    "--budget=1M tokens",
-    f"--output={tmp_path / 'out'}",
+  code = app.main(
+    ["diagnose", f"--hf={root / 'examples' / 'base'}", "--tokens=1500", "--row_len", "256", "--base_peak_lr=3e-3"]
+    + [f"--sources=english={corpora / 'english.jsonl.gz'},poetry={texts}", "--budget=1M tokens", f"--output={tmp_path / 'out'}"]
   )
-  assert done.returncode == 0, done.stderr
+  said = capsys.readouterr()
+  assert code == 0, said.err
+  assert [line for line in said.err.splitlines() if line.startswith(("read", "evaluate"))] == [
+    f"{what} {name} ..." for what in ("read", "evaluate the base on") for name in ("english", "poetry")
+  ]
   record = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
   assert record["general"] == "english" and set(record["sources"]) == {"english", "poetry"}
   (verdict,) = record["verdicts"]
@@ -366,15 +359,15 @@ def test_the_tool_on_the_shipped_base_and_texts(root, tmp_path):
   assert record["sources"]["poetry"]["text"]["unit"] == "character"
   assert verdict["findings"]["far"]["met"] and not verdict["findings"]["long"]["met"]
   for text in ("LANGUAGE", "CHOOSE ANOTHER BASE", "begin at 0.001", str(tmp_path / "out" / "diagnosis.json"), "next:"):
-    assert text in done.stdout, text
+    assert text in said.out, text
   # The command that it ends with has keys that exist.
   command = shlex.split(verdict["next_command"].replace("\\\n", " "))
-  assert command[:3] == ["python", "-m", "cpt_jax.main"] and "--config.train.length=1e+06 tokens" in command
+  assert command[:2] == ["cpt", "train"] and "--config.train.length=1e+06 tokens" in command
   config_lib.check_overrides([part.replace("--config=", f"--config={root}/") for part in command])
-  assert config_lib.load_file(str(root / command[3].removeprefix("--config="))).data.sources.language.role == "domain"
+  assert config_lib.load_file(str(root / command[2].removeprefix("--config="))).data.sources.language.role == "domain"
 
 
-def test_the_example_of_the_domain_recipe_says_what_it_would_do(root, tmp_path):
+def test_the_example_of_the_domain_recipe_says_what_it_would_do(root, tmp_path, capsys, monkeypatch):
   docstring = ast.get_docstring(ast.parse((root / "configs" / "domain.py").read_text()))
   (line,) = [line for line in docstring.splitlines() if "start.hf=examples/base" in line]
   for name in ("english", "poetry_ci"):
@@ -384,29 +377,24 @@ def test_the_example_of_the_domain_recipe_says_what_it_would_do(root, tmp_path):
       (tmp_path / f"{name}.jsonl").write_text("".join(itertools.islice(f, 120)), encoding="utf-8")
     line = line.replace(text, str(tmp_path / f"{name}.jsonl"))  # a part of it is enough here
   line = line.replace("store/quickstart", str(tmp_path / "store"))
-  arguments = [sys.executable, *shlex.split(line)[1:], "--dry_run"]
-  done = subprocess.run(arguments, cwd=root, capture_output=True, text=True, timeout=300)
-  assert done.returncode == 0, done.stderr
-  assert "100 steps" in done.stdout and "0.900" in done.stdout
+  monkeypatch.chdir(root)
+  command = line.split(".main ")[1] if ".main " in line else line.split("train ")[1]
+  assert app.main(["train", *shlex.split(command), "--dry_run"]) == 0
+  said = capsys.readouterr().out
+  assert "100 steps" in said and f"into {tmp_path / 'store'}" in said
 
 
-def test_everything_wrong_is_said_at_once(root, tmp_path, fixtures):
+def test_everything_wrong_is_said_at_once(root, tmp_path, fixtures, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
   (tmp_path / "empty").mkdir()
   prepare.prepare(
     [str(fixtures / "corpus.jsonl")], tokenizer=str(fixtures / "tokenizer"), output=str(tmp_path / "other"), progress=False
   )
   base = root / "examples" / "base"
-  done = diagnose(
-    root,
-    f"--hf={base}",
-    f"--sources=a={tmp_path / 'empty'},b={tmp_path / 'other'},c={tmp_path / 'nowhere'},a=again,broken,d={tmp_path / 'no.jsonl'}",
-    "--general=bb",
-    "--budget=20%",
-    "--base_peak_lr=3",
-    "--heldout_frac=0",
-    cwd=tmp_path,
-  )
-  assert done.returncode == 78 and "Traceback" not in done.stderr
+  sources = f"a={tmp_path / 'empty'},b={tmp_path / 'other'},c={tmp_path / 'nowhere'},a=again,broken,d={tmp_path / 'no.jsonl'}"
+  wrong = ["--general=bb", "--budget=20%", "--base_peak_lr=3", "--heldout_frac=0"]
+  assert app.main(["diagnose", f"--hf={base}", f"--sources={sources}", *wrong]) == 78
+  said = capsys.readouterr().err
   ours, theirs = tokenizer_lib.load(base).fingerprint, tokenizer_lib.load(fixtures / "tokenizer").fingerprint
   for text in (
     "11 problems",
@@ -422,12 +410,26 @@ def test_everything_wrong_is_said_at_once(root, tmp_path, fixtures):
     "--base_peak_lr=3",
     "--heldout_frac=0",
   ):
-    assert text in done.stderr, (text, done.stderr)
+    assert text in said, (text, said)
   assert not (tmp_path / "diagnosis").exists()
 
 
+def test_a_text_of_one_document_is_to_be_split(tiny, tmp_path, fixtures, capsys, one_device):
+  (tmp_path / "novel.txt").write_text("once upon a time there was a text of one document and no form feed in it\n" * 40)
+  sources = {"general": tiny / "s", "novel": tmp_path / "novel.txt"}
+  found = cpt_jax.diagnose(tiny / "hf", sources, tokens=500, row_len=64, output=tmp_path / "out")
+  (note,) = found.notes
+  assert note.startswith("novel: one document cannot be split") and "form feed" in note
+  assert "heldout_frac" not in found.commands["novel"]
+  assert found.tables["base"]["source"] == ["general", "novel"] and found.tables["base"]["loss"][0] == pytest.approx(5.8, abs=0.3)
+  tables.show(found)
+  assert f"note: {note}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
-  "path,message", [("", "--hf is empty"), ("nowhere", "no such directory"), ("examples/corpora", "config.json")]
+  "path,message",
+  [("", "--hf is empty"), ("nowhere", "no such directory"), ("examples/corpora", "config.json")]
+  + [("meta/llama-1b", "get it with: hf download meta/llama-1b --local-dir models/llama-1b")],
 )
 def test_a_base_that_will_not_do(path, message, root, monkeypatch):
   monkeypatch.chdir(root)

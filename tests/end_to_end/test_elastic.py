@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import factory
 import jax
 import numpy as np
 import oracle
@@ -18,11 +19,13 @@ from cpt_jax import journal
 from cpt_jax.config import ConfigError
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
+from cpt_jax.store import prepare
 from cpt_jax.store import tokenizer as tokenizer_lib
 from cpt_jax.store.store import open_store
-from cpt_jax.stream import packing, pipeline, sources
+from cpt_jax.stream import pipeline
 from cpt_jax.stream.shuffle import Shuffle
-from cpt_jax.training import checkpoint, loop
+from cpt_jax.training import checkpoint
+from cpt_jax.training import inputs as inputs_lib
 
 CONFIG = """
 from cpt_jax import config
@@ -61,7 +64,7 @@ SECOND = {  # small leaves, general and poetry have other shares, added joins
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, fixtures, tiny_hf_config):
-  """The texts of four sources, and a base whose sizes 1 to 4 processes divide."""
+  """Texts and stores of four sources, and a base whose sizes 1 to 4 processes divide."""
   where = tmp_path_factory.mktemp("elastic")
   hf_config = {**tiny_hf_config, "hidden_size": 48, "intermediate_size": 96}
   model = spec_lib.from_hf(hf_config)
@@ -69,8 +72,17 @@ def place(tmp_path_factory, fixtures, tiny_hf_config):
   pretrained.save_params(params, model, where / "base", source_dir=fixtures / "tokenizer", hf_config=hf_config)
   lines = iter((fixtures / "corpus.jsonl").read_text().splitlines(keepends=True))
   for name, num_documents in DOCUMENTS.items():
-    (where / f"{name}.jsonl").write_text("".join(itertools.islice(lines, num_documents)))
+    text = where / f"{name}.jsonl"
+    text.write_text("".join(itertools.islice(lines, num_documents)))
+    prepare.prepare([str(text)], tokenizer=str(where / "base"), output=str(where / name), progress=False)
   return where
+
+
+def with_units(mixed):
+  """The sources with the knots of their shares as a config has them, in steps."""
+  knots = {name: fields["share"] for name, fields in mixed.items() if isinstance(fields.get("share"), list)}
+  written = {name: [(f"{step} steps", *rest) for step, *rest in share] for name, share in knots.items()}
+  return {name: fields | ({"share": written[name]} if name in written else {}) for name, fields in mixed.items()}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +91,7 @@ def write_config(place):
 
   def write(name, mixed, *, steps):
     (place / name).mkdir()
-    text = CONFIG.format(base=str(place / "base"), where=str(place), sources=mixed, steps=steps)
+    text = CONFIG.format(base=str(place / "base"), where=str(place), sources=with_units(mixed), steps=steps)
     (place / name / "config.py").write_text(text)
     return place / name
 
@@ -121,9 +133,9 @@ class Recount:
   """What a source's rows hold, from its store."""
 
   def __init__(self, path, name):
-    source = sources.Source(name, open_store(path), role="", share=config_lib.Share(1.0), heldout_frac=0.2)
+    source = factory.source(name, open_store(path), role="", heldout_frac=0.2)
     documents = source.train_documents
-    self.plan = packing.plan(source.store.lengths, row_len=32, policy="best_fit", documents=documents)
+    self.plan = factory.rows(source.store.lengths, row_len=32, policy="best_fit", documents=documents)
     self.order = Shuffle(self.plan.num_rows, name=name, seed=0)
 
   def row(self, nth):
@@ -216,8 +228,8 @@ def base_loss(place, record, name) -> float:
   model = spec_lib.from_hf(spec_lib.load_hf_config(place / "base"))
   params = transformer.init(model, jax.random.key(0))
   total, count = 0.0, 0.0
-  for batch in reader.heldout_rows(name, max_tokens=300).batches:
-    hidden = transformer.apply(params, model, batch.tokens_BT, batch.positions_BT, batch.segments_BT, compute_dtype="float32")
+  for batch in reader.heldout_rows(name, max_tokens=300, max_bytes=0).batches:
+    hidden = factory.hidden(params, model, batch.tokens_BT, batch.positions_BT, batch.segments_BT, compute_dtype="float32")
     logits = np.asarray(transformer.logits(params, model, hidden), np.float64)
     losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, batch.targets_BT[..., None], -1)[..., 0]
     total, count = total + (losses * batch.weights_BT).sum(), count + batch.weights_BT.sum()
@@ -245,7 +257,7 @@ def test_a_source_that_joins_is_compared_with_the_base(main, write_config, place
   with pytest.raises(ConfigError, match=r"train\.length=9 steps: the run in .* is at step 10 already"):
     config = config_lib.load_file(str(after / "config.py"))
     config.train.length, config.data.sources.added.share = "9 steps", 0.1
-    loop.open_inputs(config, workdir)
+    inputs_lib.open_inputs(config, workdir)
 
 
 def test_a_run_that_a_source_stops_is_exported_and_complete(main, write_config, tmp_path):
@@ -269,7 +281,7 @@ def test_a_run_that_a_source_stops_is_exported_and_complete(main, write_config, 
 
 
 def test_ends_are_said_before_training_or_refused(main, write_config, place, tmp_path):
-  mixed = {"general": dict(role="replay"), "small": dict(at_end="renormalise"), "poetry": dict(share=2.0)}
+  mixed = {"general": dict(role="replay", share=0.25), "small": dict(share=0.25, at_end="renormalise"), "poetry": dict(share=0.5)}
   directory = write_config("ends", mixed, steps=60)
   dry = main(directory, tmp_path / "run", "--dry_run")
   assert dry.returncode == 0, dry.stderr

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import factory
 import jax
 import numpy as np
 import pytest
@@ -229,7 +230,7 @@ def save_with_infinity(clean, where, *, token):
   embedding = params["embedding"].copy()
   embedding[token] = np.inf
   params = jax.tree.map(jax.numpy.asarray, {**params, "embedding": embedding})
-  saved = checkpoint.Checkpoints(where, keep_last=1)
+  saved = factory.checkpoints(where, keep_last=1)
   saved.save(TrainState(jax.numpy.int32(0), params, ()), 0, meta=checkpoint.read_meta(clean, at), losses={})
   saved.close()
   shutil.copy(clean / "config.json", where)

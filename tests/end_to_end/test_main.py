@@ -17,6 +17,7 @@ from cpt_jax import journal
 from cpt_jax.config import ConfigError
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
+from cpt_jax.store import prepare
 from cpt_jax.training import checkpoint
 
 CONFIG = """
@@ -162,8 +163,11 @@ def test_moments_and_data_position_survive_too(write_config, main, tmp_path):
   assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
-def test_a_dry_run_says_what_would_happen_and_trains_nothing(main, write_config, tmp_path):
-  done = main(write_config(), tmp_path / "run", "--dry_run")
+def test_a_dry_run_says_what_would_happen_and_trains_nothing(main, write_config, fixtures, tmp_path):
+  config_file = write_config()
+  store, text, tokenizer = config_file.parent / "store", fixtures / "corpus.jsonl", fixtures / "tokenizer"
+  prepare.prepare([str(text)], tokenizer=str(tokenizer), output=str(store), progress=False)
+  done = main(config_file, tmp_path / "run", "--dry_run")
   assert done.returncode == 0, done.stdout + done.stderr
   for part in (
     "general",
@@ -302,7 +306,7 @@ def test_questions_and_answers_are_replayed_in_stages_with_a_weight_of_their_own
     f"  c.data.sources.asked = config.source(store={str(tmp_path / 'asked')!r}, text={str(tmp_path / 'asked.jsonl')!r}, "
     "records='prompt', train_on='answers', role='replay', loss_weight=0.5, min_tokens=8)\n"
     "  for name in ('general', 'poetry'): c.data.sources[name].share = 1.0\n"
-    "  c.data.stages = ((0, {'general': 0.5, 'poetry': 0.5}), ('50%', {'poetry': 0.5, 'asked': 0.5}))\n"
+    "  c.data.shares = ((0, {'general': 0.5, 'poetry': 0.5}), ('50%', {'poetry': 0.5, 'asked': 0.5}))\n"
   )
   file = write_config(steps=8, name="asked")
   file.write_text(file.read_text().replace("  return c", source + "  return c"))

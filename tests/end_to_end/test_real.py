@@ -35,7 +35,7 @@ def test_the_shipped_base_is_a_language_model(root, tmp_path):
   options = [*stores(tmp_path), "--config.eval.tokens=8000"]
   run(root, tmp_path / "run", *options, "--config.train.length=1 steps")
   base = json.loads((tmp_path / "run" / "summary.json").read_text())["sources"]
-  command = [sys.executable, "tools/bench/unigram_bits.py", "--config=configs/quickstart.py", *options]
+  command = [sys.executable, "-m", "tools.bench.unigram_bits", "--config=configs/quickstart.py", *options]
   lines = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
   for source in base:
     unigram = float(next(line for line in lines if line.split()[:1] == [source["source"]]).split()[-1])

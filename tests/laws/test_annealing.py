@@ -230,35 +230,3 @@ def test_tissues_law_comes_close_and_no_annealing_does_not(published):
   assert r2 > 0.998 and mae < 0.0045
   _, r2, mae = mean_scores(annealing.Forward(), published)
   assert r2 < 0.95 and mae > 0.02
-
-
-# Merging as decay.
-
-
-@hypothesis.given(decay=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=12).map(lambda d: np.sort(d)[::-1]))
-def test_merged_weights_are_those_of_decayed_gradients(decay):
-  rng = np.random.default_rng(0)
-  updates_KD = rng.standard_normal((len(decay), 3))  # of a linear loss: they do not depend on the weights
-  start_D = rng.standard_normal(3)
-  checkpoints = np.concatenate([start_D[None], start_D + np.cumsum(updates_KD, axis=0)])
-  merged_D = annealing.merge_weights(decay) @ checkpoints
-  np.testing.assert_allclose(merged_D, start_D + decay @ updates_KD, atol=1e-12)
-  assert annealing.merge_weights(decay).sum() == pytest.approx(1.0)
-
-
-def test_on_a_quadratic_merging_is_decay_to_first_order():
-  # theta <- theta - rate * curvature * theta: gradients at unmerged points differ from the decayed run's by order rate^2.
-  decay, curvature = np.linspace(1, 0, 11)[1:], np.array([0.3, 1.0])
-  gaps = []
-  for rate in (0.01, 0.005):
-    plain, decayed = [np.ones(2)], np.ones(2)
-    for share in decay:
-      plain.append(plain[-1] * (1 - rate * curvature))
-      decayed = decayed * (1 - rate * share * curvature)
-    gaps.append(np.abs(annealing.merge_weights(decay) @ np.stack(plain) - decayed).max())
-  assert gaps[0] < 2e-3 and gaps[1] == pytest.approx(gaps[0] / 4, rel=0.1)
-
-
-def test_decays_that_rise_are_refused():
-  with pytest.raises(ValueError, match="do not rise"):
-    annealing.merge_weights(np.array([0.5, 0.7]))

@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 
+import factory
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ SPEC = ModelSpec("qwen3", 31, 16, 2, 4, 2, 6, 20, max_positions=64, qk_norm=True
 
 @functools.partial(jax.jit, static_argnums=1, static_argnames=("remat", "attention", "dtype", "scan"))
 def logits(params, spec, tokens_BT, positions_BT, segments_BT, *, remat="none", attention="auto", dtype=jnp.float32, scan=True):
-  hidden_BTD = transformer.apply(
+  hidden_BTD = factory.hidden(
     params, spec, tokens_BT, positions_BT, segments_BT, compute_dtype=dtype, remat=remat, attention=attention, scan=scan
   )
   return transformer.logits(params, spec, hidden_BTD)
@@ -82,9 +83,7 @@ def test_a_position_depends_on_itself_and_the_past_alone(params):
   def of_embeddings(inputs_TD):
     # Every position gets a table row of its own, so that the gradient of the table is by position.
     replaced = {**params, "embedding": jnp.concatenate([inputs_TD, table_VD])}
-    return transformer.apply(replaced, SPEC, np.arange(12, dtype=np.int32)[None], positions, segments, compute_dtype=jnp.float32)[
-      0
-    ]
+    return factory.hidden(replaced, SPEC, np.arange(12, dtype=np.int32)[None], positions, segments, compute_dtype=jnp.float32)[0]
 
   jacobian_TDTD = jax.jit(jax.jacrev(of_embeddings))(table_VD[tokens[0]])
   influence_TT = np.abs(jacobian_TDTD).sum(axis=(1, 3))

@@ -8,6 +8,7 @@ import os
 import pathlib
 import sys
 
+import factory
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,7 +124,7 @@ def our_logits(params, spec, tokens_BT):
 
   @jax.jit
   def run(params):
-    hidden_BTD = transformer.apply(params, spec, tokens_BT, positions_BT, segments_BT, compute_dtype=jnp.float32)
+    hidden_BTD = factory.hidden(params, spec, tokens_BT, positions_BT, segments_BT, compute_dtype=jnp.float32)
     return transformer.logits(params, spec, hidden_BTD)
 
   return np.asarray(run(params), np.float32)
@@ -262,9 +263,7 @@ def test_smollm2_has_the_loss_that_transformers_gives_it(tmp_path, torch, transf
 
   @jax.jit
   def run(params, batch):
-    hidden_BTD = transformer.apply(
-      params, spec, batch.tokens_BT, batch.positions_BT, batch.segments_BT, compute_dtype=jnp.float32
-    )
+    hidden_BTD = factory.hidden(params, spec, batch.tokens_BT, batch.positions_BT, batch.segments_BT, compute_dtype=jnp.float32)
     return loss.sums(params, spec, hidden_BTD, batch, num_sources=1, chunk=128)
 
   sums = run(params, batch)

@@ -12,6 +12,7 @@ import pytest
 from cpt_jax.config import ConfigError
 from cpt_jax.laws import domain, replay
 from cpt_jax.planning import plots, recommend
+from cpt_jax.planning.predictor import Predictor, fit_sources
 
 UNITS = {"rate0": 8e-4, "tokens0": 2e5}
 LAWS = {"en": (replay.Multiplicative(**UNITS),), "law": (domain.Shift(**UNITS),)}
@@ -20,9 +21,9 @@ TOKENS = 2 * grids.TOKENS
 
 
 @functools.cache
-def predictor(shift: str) -> recommend.Predictor:
+def predictor(shift: str) -> Predictor:
   laws = LAWS if shift == "strong" else {"en": LAWS["en"], "law": QUICK["law"]}
-  return recommend.fit_sources(grids.grid(shift), tokens=TOKENS, laws=laws)
+  return fit_sources(grids.grid(shift), tokens=TOKENS, laws=laws)
 
 
 @functools.cache
@@ -131,11 +132,11 @@ def test_settings_like_a_run_that_the_laws_miss_are_not_recommended():
   longest = next(cell for cell in cells if cell.tokens > 3 * grids.TOKENS)
   mild = longest._replace(replay=0.0, losses=grids.true_losses("weak", longest.rate, 0.0, longest.tokens), run="mild")
   harsh = mild._replace(losses={**mild.losses, "en": 4.6}, run="harsh")
-  missing = recommend.fit_sources([*cells, harsh], tokens=4 * grids.TOKENS, laws=laws)
+  missing = fit_sources([*cells, harsh], tokens=4 * grids.TOKENS, laws=laws)
   assert [cell.run for cell in missing.cells if missing.is_missed(cell)] == ["harsh"]
   plan = recommend.recommend(missing, weights={"law": 1.0})
   assert plan.replay == 0.01 and any("The laws miss a measured run, harsh (rate" in note for note in plan.notes)
-  followed = recommend.fit_sources([*cells, mild], tokens=4 * grids.TOKENS, laws=laws)
+  followed = fit_sources([*cells, mild], tokens=4 * grids.TOKENS, laws=laws)
   assert recommend.recommend(followed, weights={"law": 1.0}).replay == 0.0
 
 
@@ -147,10 +148,10 @@ def test_a_longer_run_says_that_it_is_extrapolated():
   assert not any("extrapolated" in note for note in near.notes)
   assert far.losses["law"].high - far.losses["law"].low > 1.5 * (near.losses["law"].high - near.losses["law"].low)
   with pytest.raises(ConfigError, match="more than 64 times beyond"):
-    recommend.fit_sources(cells, tokens=1000 * grids.TOKENS, laws=LAWS)
+    fit_sources(cells, tokens=1000 * grids.TOKENS, laws=LAWS)
   one_budget = [cell for cell in cells if cell.tokens == grids.TOKENS]
   with pytest.raises(ConfigError, match="nothing says what"):
-    recommend.fit_sources(one_budget, tokens=2 * grids.TOKENS, laws=LAWS)
+    fit_sources(one_budget, tokens=2 * grids.TOKENS, laws=LAWS)
 
 
 def test_several_sources_of_each_role():
@@ -177,7 +178,7 @@ def test_objectives_and_weights_that_are_none():
     with pytest.raises(ConfigError, match="must name sources"):
       recommend.recommend(predictor("weak"), weights=weights)
   with pytest.raises(ConfigError, match="confidence"):
-    recommend.fit_sources(grids.grid("weak"), tokens=TOKENS, laws=LAWS, confidence=0.4)
+    fit_sources(grids.grid("weak"), tokens=TOKENS, laws=LAWS, confidence=0.4)
 
 
 def test_diverged_everywhere_and_somewhere():

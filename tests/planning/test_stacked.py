@@ -9,11 +9,11 @@ import pytest
 from cpt_jax import config as config_lib
 from cpt_jax import journal, trees
 from cpt_jax.config import ConfigError
-from cpt_jax.planning import execute, stacked, trials
+from cpt_jax.planning import execute, trials
 from cpt_jax.planning.trials import Trial
 from cpt_jax.results import runs
 from cpt_jax.stream import pipeline
-from cpt_jax.training import checkpoint, loop, schedule
+from cpt_jax.training import checkpoint, loop, recorder, schedule, stack
 
 # Rates, shares and seeds that differ; the third one diverges at its first update, which the others must not feel.
 TRIALS = [Trial(1e-3, 0.25, 4, 0), Trial(4e-3, 0.0, 4, 1), Trial(1e30, 0.5, 4, 0), Trial(2e-2, 0.6, 4, 2)]
@@ -28,17 +28,21 @@ def config(tiny_plan):
 
 def test_a_stack_equals_its_trials_made_one_by_one(config, one_device, tmp_path, monkeypatch):
   batches, last = [], {}
-  to_device, by_layer = stacked._to_device, stacked.drift.by_layer
-  monkeypatch.setattr(stacked, "_to_device", lambda mesh, given: batches.append(given) or to_device(mesh, given))
+  to_device, by_layer = stack.Stack.to_device, recorder.drift.by_layer
+
+  def see(stack, mesh, given, *, num_rows):
+    batches.append(given)
+    return to_device(stack, mesh, given, num_rows=num_rows)
 
   def keep(params, base):
     last[len(last)] = jax.device_get(trees.paths(params))
     return by_layer(params, base)
 
-  with execute.Progress(TRIALS) as bar, monkeypatch.context() as patch:
-    patch.setattr(stacked.drift, "by_layer", keep)
+  with execute.TrialsBar(TRIALS) as bar, monkeypatch.context() as patch:
+    patch.setattr(stack.Stack, "to_device", see)
+    patch.setattr(recorder.drift, "by_layer", keep)
     assert execute.run_trials(config, TRIALS, tmp_path / "stack", bar=bar, stack=4) == loop.EXIT_DONE
-  together = execute.measured(config, TRIALS, tmp_path / "stack")
+  together = execute.finished(config, TRIALS, tmp_path / "stack")
   assert [bool(m.diverged) for m in together] == [False, False, True, False] and "not finite" in together[2].diverged
   assert not (tmp_path / "stack" / TRIALS[2].name / "summary.json").exists()
 
@@ -77,9 +81,9 @@ def test_random_parameters_are_each_trials_own(config, one_device, tmp_path):
   base = config.start.hf
   config.start.hf, config.model.scratch, config.data.tokenizer = "", f"{base}/config.json", base
   wanted = [Trial(1e-3, 0.25, 8, 0), Trial(1e-3, 0.25, 8, 1)]
-  with execute.Progress(wanted) as bar:
+  with execute.TrialsBar(wanted) as bar:
     assert execute.run_trials(config, wanted, tmp_path, bar=bar, stack=2) == loop.EXIT_DONE
-  ours = [m.run for m in execute.measured(config, wanted, tmp_path)]
+  ours = [m.run for m in execute.finished(config, wanted, tmp_path)]
   assert ours[0].base("poetry") != ours[1].base("poetry")
   assert loop.run(trials.trial_config(config, wanted[1]), tmp_path / "alone") == loop.EXIT_DONE
   alone = runs.read_run(tmp_path / "alone")
@@ -89,12 +93,12 @@ def test_random_parameters_are_each_trials_own(config, one_device, tmp_path):
 def test_what_cannot_be_stacked_is_said(config, one_device, tmp_path):
   config.data.sources.poetry.at_end = "stop"
   wanted = [Trial(1e-3, 0.25, 3000, 0), Trial(1e-3, 0.25, 3000, 1)]
-  with execute.Progress(wanted) as bar, pytest.raises(ConfigError, match="runs out before its end"):
+  with execute.TrialsBar(wanted) as bar, pytest.raises(ConfigError, match="runs out before its end"):
     execute.run_trials(config, wanted, tmp_path, bar=bar, stack=2)
 
 
 def test_a_cpu_trains_one_trial_at_a_time_by_itself(config):
-  assert stacked.how_many(config) == 1
+  assert execute.how_many(config) == 1
 
 
 def test_as_many_trials_as_the_memory_holds(config, monkeypatch):
@@ -102,9 +106,9 @@ def test_as_many_trials_as_the_memory_holds(config, monkeypatch):
     def memory_stats(self):
       return {"bytes_limit": 20_000_000}
 
-  monkeypatch.setattr(stacked.jax, "default_backend", lambda: "gpu")
-  monkeypatch.setattr(stacked.jax, "devices", lambda: [Device()])
-  many = stacked.how_many(config)
-  assert 5 < many < 20_000_000 * stacked._MEMORY_FRAC / (40_000 * 20)
+  monkeypatch.setattr(execute.jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(execute.jax, "devices", lambda: [Device()])
+  many = execute.how_many(config)
+  assert 5 < many < 20_000_000 * execute._MEMORY_FRAC / (40_000 * 20)
   config.train.batch_rows *= 2
-  assert stacked.how_many(config) < many
+  assert execute.how_many(config) < many

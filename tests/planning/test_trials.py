@@ -42,7 +42,7 @@ def test_shares_of_a_role_keep_their_ratio_and_ramps_count_by_their_end():
   c = run_config(en=("replay", 0.1), de=("replay", 0.3), law=("domain", 0.2), zh=("domain", 0.4))
   c.data.sources.zh.share = config_lib.Share(((0, 0.0), ("20%", 0.4)))
   assert trials.shares(c, 0.2) == pytest.approx({"en": 0.05, "de": 0.15, "law": 0.8 / 3, "zh": 1.6 / 3})
-  c.data.stages = ((0, {"en": 1.0}), ("50%", {"en": 0.5, "law": 0.5}))
+  c.data.shares = ((0, {"en": 1.0}), ("50%", {"en": 0.5, "law": 0.5}))
   assert trials.shares(c, 0.2) == pytest.approx({"en": 0.2, "de": 0.0, "law": 0.8, "zh": 0.0})
 
 
@@ -138,7 +138,7 @@ def test_a_written_config_loads_as_itself(tmp_path_factory, share, rate, frozen,
   c.schedule.lr_peak = rate
   c.optimizer.frozen = tuple(frozen)
   c.plan.losses = (("law", 2.5, 2.4, rate),)
-  c.data.stages = ((0, {"law": 1.0}),)
+  c.data.shares = ((0, {"law": 1.0}),)
   file = tmp_path_factory.mktemp("written") / "config.py"
   config_files.write(c, file, about=text)
   assert json.loads(config_lib.load_file(str(file)).to_json()) == json.loads(c.to_json())

@@ -1,6 +1,6 @@
 """Recipes compiled for chips that are not there, against the records in tests/golden: the stage `pytest -m aot`.
 
-A record is what tools/aot_compile.py --output writes, so the command that a failure names is the one that renews it.
+A record is what cpt compile --output writes, so the command that a failure names is the one that renews it.
 """
 
 import json
@@ -24,7 +24,7 @@ TOLERANCES = {"bytes": 0.05, "secs": 0.05, "flops": 0.02}
 
 def compile_again(root, name, path):
   config, topology, code = CASES[name]
-  command = [sys.executable, "tools/aot_compile.py", f"--config={config}", f"--topology={topology}", f"--output={path}"]
+  command = [sys.executable, "-m", "cpt_jax.cli", "compile", f"--config={config}", f"--topology={topology}", f"--output={path}"]
   environ = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
   done = subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True, check=False)
   assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
@@ -77,8 +77,7 @@ def test_a_recipe_compiles_to_what_it_did_before(root, tmp_path, name):
   file = f"tests/golden/aot_{name}.json"
   wrong = differences(found, json.loads((root / file).read_text(encoding="utf-8")))
   assert not wrong, (
-    "\n".join(wrong[:40])
-    + f"\nIf that is meant: python tools/aot_compile.py --config={config} --topology={topology} --output={file}"
+    "\n".join(wrong[:40]) + f"\nIf that is meant: cpt compile --config={config} --topology={topology} --output={file}"
   )
   assert ("verdict       fits: " in said) == found["memory"]["fits"]
   if found["memory"]["fits"]:

@@ -11,7 +11,8 @@ from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec
 from cpt_jax.preview import buffers, dry_run, hlo, memory
-from cpt_jax.training import loop, optimizer, state
+from cpt_jax.training import inputs as inputs_lib
+from cpt_jax.training import optimizer, state
 
 SPEC = ModelSpec("llama", 384, 64, 5, 4, 2, 16, 192, max_positions=512)
 ROWS, ROW_LEN = 4, 64
@@ -56,7 +57,7 @@ ENTRY %main (a: f32[100]) -> (f32[100], /*index=1*/f32[50]) {
 
 def test_the_peak_of_a_program_that_can_be_read_by_hand():
   # In the loop: its state of 100 numbers (c wrote over b), and 300 more. Not: the argument, the host's copy, the loop's result.
-  found = buffers.at_peak(PROGRAM)
+  found = buffers.at_peak(hlo.parse(PROGRAM))
   assert sorted((b.dims, b.num_bytes, b.op_name) for b in found if b.num_bytes) == [
     ((100,), 400, "jit(f)/c"),
     ((300,), 1200, "jit(f)/while/body/wide"),
@@ -102,7 +103,7 @@ def test_the_classes_add_up_to_what_the_compiler_says(step_memory):
   assert abs(m.packing) < 0.15 * m.total
   parts = m._asdict()
   assert sum(parts[name] for name in parts if name not in ("donated", "host")) == m.total
-  expected = SPEC.num_layers * ROWS * ROW_LEN * transformer.kept_bytes(SPEC, "dots", itemsize=4)
+  expected = SPEC.num_layers * ROWS * ROW_LEN * transformer.kept_bytes(SPEC, "dots", itemsize=4, tensor=1)
   assert m.kept == pytest.approx(expected - SPEC.num_layers * ROWS * ROW_LEN * 4 * SPEC.num_heads, rel=0.02)  # plain: no log sums
 
 
@@ -163,7 +164,7 @@ def test_what_to_change_names_the_largest_class_and_keys_that_can_change():
 def test_the_estimate_by_arithmetic_is_of_one_device_and_microbatch():
   c = settings(train__microbatches=2, model__attention="auto")
   whole = memory.kept_bytes(c, SPEC, ONE, 2)
-  assert whole == SPEC.num_layers * ROWS // 2 * ROW_LEN * transformer.kept_bytes(SPEC, "none", itemsize=2)
+  assert whole == SPEC.num_layers * ROWS // 2 * ROW_LEN * transformer.kept_bytes(SPEC, "none", itemsize=2, tensor=1)
   assert memory.kept_bytes(c, SPEC, {**ONE, "fsdp": 2}, 2) == whole // 2
 
 
@@ -180,7 +181,7 @@ def describe(tiny_plan, monkeypatch):
       for key, value in keys.items():
         group, name = key.split("__")
         c[group][name] = value
-    inputs = loop.open_inputs(c)
+    inputs = inputs_lib.open_inputs(c)
     with jax.sharding.use_abstract_mesh(mesh_lib.abstract_mesh(**sizes)):
       abstract = state.abstract(inputs.spec, inputs.tx)
     dry_run._memory(inputs, abstract, sizes)

@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import math
 
+import factory
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,8 +14,13 @@ from hypothesis import strategies as st
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.model import transformer
-from cpt_jax.preview import hlo, program
-from cpt_jax.training import optimizer, state, step
+from cpt_jax.preview import collectives, hlo, program
+from cpt_jax.training import optimizer, state
+
+
+def read(text):
+  return program.Program(hlo.parse(text))
+
 
 # Shapes and spelling of XLA's TPU and GPU compilers, cut down to what matters.
 LOOPS = """HloModule jit_train_step, is_scheduled=true
@@ -78,13 +83,13 @@ ENTRY %main (a: bf16[16,32]) -> bf16[16,64] {
 
 
 def test_a_loop_turns_from_its_first_count_to_its_limit():
-  found = program.Program(LOOPS)
+  found = read(LOOPS)
   assert found.runs["outer_body"] == 7 - 2
   assert found.runs["outer_condition"] == 7 - 2 + 1
 
 
 def test_a_loop_that_depends_on_data_turns_as_causality_lets_it_on_average():
-  found = program.Program(LOOPS)
+  found = read(LOOPS)
   assert found.data_dependent == {"while.in": (5 + 1) / 2}
   assert found.runs["inner_body"] == 5 * 3
 
@@ -94,27 +99,27 @@ def test_both_branches_of_a_choice_count(spelling):
   branch = "(a: f32[]) -> f32[] {\n  ROOT %a = f32[] parameter(0)\n}\n"
   lines = f"  %p = pred[] parameter(0)\n  %x = f32[] parameter(1)\n  ROOT %r = f32[] conditional(%p, %x, %x), {spelling}\n"
   text = f"%yes {branch}\n%no {branch}\nENTRY %main (p: pred[], x: f32[]) -> f32[] {{\n{lines}}}\n"
-  assert program.Program(text).runs == {"yes": 1, "no": 1, "main": 1}
+  assert read(text).runs == {"yes": 1, "no": 1, "main": 1}
 
 
 def test_a_loop_that_was_unrolled_turns_less_often():
-  assert program.Program(LOOPS.replace("constant(1)", "constant(2)")).runs["outer_body"] == 3  # from 2: 2, 4, 6
+  assert read(LOOPS.replace("constant(1)", "constant(2)")).runs["outer_body"] == 3  # from 2: 2, 4, 6
 
 
 def test_what_the_compiler_says_of_a_loop_goes_before_what_its_condition_says():
   said = LOOPS.replace("body=%outer_body", 'body=%outer_body, backend_config={"known_trip_count":{"n":"4"}}')
-  assert program.Program(said).runs["outer_body"] == 4
+  assert read(said).runs["outer_body"] == 4
 
 
 def test_products_count_as_often_as_their_loops_turn():
-  found = program.Program(LOOPS)
+  found = read(LOOPS)
   once = 2 * 16 * 32 * 64
   counted = {i.name: runs * found.flops_of(c, i.name) for c, i, runs in found.top_level() if found.flops_of(c, i.name)}
   assert counted == {"fusion.1": 15 * once, "fusion.2": once}
 
 
 def test_what_lies_near_the_units_is_not_read_from_main_memory():
-  found = program.Program(LOOPS)
+  found = read(LOOPS)
   assert found.hbm_bytes_of("inner_body", "fusion.1") == 2 * (32 * 64 + 16 * 64)  # not %x, in space 1
   assert found.hbm_bytes_of("main", "fusion.2") == 2 * (16 * 32 + 32 * 64)  # not the result
 
@@ -144,7 +149,7 @@ ENTRY %main.1 (w: f32[32,128,64], i: s32[], x: f32[8,64], stack: f32[32,8,64]) -
 
 def test_of_a_stack_of_layers_a_fusion_reads_and_writes_one_slice():
   slice_bytes, index_bytes, kept_bytes = 4 * 128 * 64, 4, 4 * 8 * 64
-  assert program.Program(SLICES).hbm_bytes_of("main.1", "fusion.3") == slice_bytes + index_bytes + 2 * kept_bytes
+  assert read(SLICES).hbm_bytes_of("main.1", "fusion.3") == slice_bytes + index_bytes + 2 * kept_bytes
 
 
 NESTED = """
@@ -174,7 +179,7 @@ ENTRY %main.4 (w: f32[32,128,64], i: s32[], x: f32[8,128]) -> f32[8,64] {
 
 
 def test_a_fusion_within_a_fusion_reads_its_slice_too():
-  found = program.Program(NESTED)
+  found = read(NESTED)
   assert found.hbm_bytes_of("main.4", "fusion.4") == 4 * (128 * 64 + 8 * 128 + 8 * 64) + 4
   assert found.flops_of("main.4", "fusion.4") == 2 * 8 * 64 * 128
 
@@ -228,21 +233,21 @@ MESH = {"data": 2, "fsdp": 4}
 
 
 def test_transfers_are_counted_once_with_whole_arrays_axes_and_turns():
-  found = program.collectives(program.Program(TRANSFERS), MESH)
-  gather = program.Collective("all-gather", "recomputed", 3, 2 * 2048 * 512, ("fsdp",), (0, 1, 2, 3), True)
+  found = collectives.collectives(read(TRANSFERS), MESH)
+  gather = collectives.Collective("all-gather", "recomputed", 3, 2 * 2048 * 512, ("fsdp",), (0, 1, 2, 3), True)
   assert found == [
     gather,  # two instructions of one channel, overlapped with what stands between them
-    program.Collective("all-gather", "forward", 1, 4 * 512, ("data", "fsdp"), tuple(range(8)), True),
-    program.Collective("reduce-scatter", "backward", 1, 4 * 1024, ("data",), (0, 4), True),
-    program.Collective("all-reduce", "update", 1, 4 * (1024 + 64), ("data",), (0, 4), False),
-    program.Collective("collective-permute", "update", 1, 4 * 64, ("data",), (0, 4), False),
+    collectives.Collective("all-gather", "forward", 1, 4 * 512, ("data", "fsdp"), tuple(range(8)), True),
+    collectives.Collective("reduce-scatter", "backward", 1, 4 * 1024, ("data",), (0, 4), True),
+    collectives.Collective("all-reduce", "update", 1, 4 * (1024 + 64), ("data",), (0, 4), False),
+    collectives.Collective("collective-permute", "update", 1, 4 * 64, ("data",), (0, 4), False),
   ]
 
 
 def test_groups_in_a_form_that_is_not_known_are_an_error_not_a_guess():
   text = TRANSFERS.replace("[1,8]<=[8]", "somehow(8)")
   with pytest.raises(ValueError, match="somehow"):
-    program.collectives(program.Program(text), MESH)
+    collectives.collectives(read(text), MESH)
 
 
 @given(
@@ -266,13 +271,13 @@ def test_every_way_to_write_a_group_gives_the_devices_that_numpy_gives(dims, dat
   ]
   for way in ways:
     line = f"%x = f32[8]{{0}} all-reduce(%y), channel_id=1, replica_groups={way}, to_apply=%add"
-    assert program._first_group(hlo.parse_instruction(line), devices.size) == tuple(groups[0]), way
+    assert collectives._first_group(hlo.parse_instruction(line), devices.size) == tuple(groups[0]), way
 
 
 def test_a_factor_of_an_axis_is_a_group_of_its_own():
   # a = 2 x 4: the second factor is the first four devices along a, the first factor the first and the fifth.
-  assert program._mesh_group("replica_groups=mesh['a'=8,'b'=2] {'a':(2)4}") == (0, 2, 4, 6)
-  assert program._mesh_group("replica_groups=mesh['a'=8,'b'=2] {'a':(1)2}") == (0, 8)
+  assert collectives._mesh_group("replica_groups=mesh['a'=8,'b'=2] {'a':(2)4}") == (0, 2, 4, 6)
+  assert collectives._mesh_group("replica_groups=mesh['a'=8,'b'=2] {'a':(1)2}") == (0, 8)
 
 
 @given(
@@ -305,7 +310,7 @@ ENTRY %main.3 (x: bf16[2048,2048,1], w: bf16[2048,32,64]) -> bf16[2048,32,64] {
   ROOT %c = bf16[2048,32,64]{0,2,1} convolution(%x, %w), window={size=32 pad=31_31 rhs_reversal=1}, dim_labels=bf0_i0o->b0f
 }
 """
-  assert program.Program(text).flops_of("main.3", "c") == 2 * 2048 * 2048 * 32 * 64
+  assert read(text).flops_of("main.3", "c") == 2 * 2048 * 2048 * 32 * 64
 
 
 @pytest.mark.parametrize(
@@ -330,14 +335,14 @@ def test_what_is_frozen_saves_the_flops_that_the_formula_says(tiny_spec, random_
   mesh = mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
     params, to_all = transformer.abstract_params(untied), ((".*", 1.0),)
-    tx = optimizer.make(params, frozen=frozen)
-    leaves = optimizer.plan(params, decay_rules=to_all, rate_rules=to_all, layer_rates=(), frozen=frozen)
-    settings = step.ModelSettings(jnp.dtype("float32"), "none", "plain", 0)
+    tx = factory.optimizer(params, frozen=frozen)
+    leaves = optimizer.plan(params, decay_rules=to_all, rate_rules=to_all, layer_rates=(), frozen=frozen, stages=("all",))
+    settings = factory.SETTINGS._replace(attention="plain")
     options = {"settings": settings, "source_weights": (1.0, 1.0), "microbatches": 1, "z_loss": 0.0}
-    update = step.make_train_step(untied, tx, **options, hold=functools.partial(optimizer.hold, leaves=leaves))
+    update = factory.train_step(untied, tx, **options, hold=functools.partial(optimizer.hold, leaves=leaves))
     batch = mesh_lib.to_global(mesh, random_batch(0, rows=rows, row_len=row_len))
     text = jax.jit(update).lower(state.abstract(untied, tx), batch, 1.0).compile().as_text()
-  found = program.Program(text)
+  found = read(text)
   counted = sum(runs * found.flops_of(c, i.name) for c, i, runs in found.top_level())
   _, palm = spec_lib.flops_per_token(untied, row_len, frozen=frozen)
   assert counted == pytest.approx(palm * rows * row_len, rel=0.01)
@@ -348,19 +353,19 @@ def test_the_real_step_on_cpu_has_the_flops_of_the_formula_and_moves_its_paramet
   mesh = mesh_lib.make_mesh(data=2, fsdp=4, context=1, tensor=1)
   rows, row_len = 8, 16
   with jax.set_mesh(mesh):
-    tx = optimizer.make(transformer.abstract_params(tiny_spec))
-    settings = step.ModelSettings(jnp.dtype("float32"), "none", "plain", 0)
-    update = step.make_train_step(tiny_spec, tx, settings=settings, source_weights=(1.0, 1.0), microbatches=1, z_loss=0.0)
+    tx = factory.optimizer(transformer.abstract_params(tiny_spec))
+    settings = factory.SETTINGS._replace(attention="plain")
+    update = factory.train_step(tiny_spec, tx, settings=settings, source_weights=(1.0, 1.0), microbatches=1, z_loss=0.0)
     batch = mesh_lib.to_global(mesh, random_batch(0, rows=rows, row_len=row_len))
     text = jax.jit(update).lower(state.abstract(tiny_spec, tx), batch, 1.0).compile().as_text()
-  found = program.Program(text)
+  found = read(text)
   counted = sum(runs * found.flops_of(c, i.name) for c, i, runs in found.top_level())
   _, palm = spec_lib.flops_per_token(tiny_spec, row_len)
   assert counted == pytest.approx(palm * rows * row_len / 8, rel=0.01)
-  moved = program.collectives(found, dict(mesh.shape))
+  moved = collectives.collectives(found, dict(mesh.shape))
   layers = tiny_spec.num_layers
   gathered = [c for c in moved if c.op == "all-gather" and c.turns == layers and c.axes == ("fsdp",)]
-  matrices = (spec_lib.matmul_parameters(tiny_spec) - tiny_spec.vocab_size * tiny_spec.width) // layers
+  matrices = (sum(spec_lib.matmul_leaves(tiny_spec).values()) - tiny_spec.vocab_size * tiny_spec.width) // layers
   norms = 2 * tiny_spec.width
   forward = sum(c.num_bytes for c in gathered if c.phase == "forward")
   assert forward == 4 * (matrices + norms)  # every parameter of a layer, once, in float32 here

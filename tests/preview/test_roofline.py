@@ -5,8 +5,9 @@ import pytest
 from cpt_jax.config import ConfigError
 from cpt_jax.devices import chips
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.preview import roofline, step_report
-from cpt_jax.preview.program import Collective, Program
+from cpt_jax.preview import hlo, roofline, step_report
+from cpt_jax.preview.collectives import Collective
+from cpt_jax.preview.program import Program
 from cpt_jax.preview.roofline import Place
 
 
@@ -107,7 +108,7 @@ ENTRY %main (x: bf16[1024,1024], y: f32[4096,1024]) -> f32[4096,1024] {
 
 def test_operations_one_after_the_other_take_their_flops_or_their_bytes():
   topology = chips.parse_topology("h100:1x8")
-  done = roofline.work(Program(STEP), topology, kernel_flops=lambda instruction: 0.0)
+  done = roofline.work(Program(hlo.parse(STEP)), topology, kernel_flops=lambda instruction: 0.0)
   product_flops, product_bytes, copy_bytes = 2 * 1024**3, 3 * 2 * 1024**2, 2 * 4 * 4096 * 1024
   assert done.flops == {"forward": product_flops}
   assert done.hbm_bytes == product_bytes + copy_bytes
@@ -166,15 +167,15 @@ ENTRY %main (q: bf16[2,128,4,16]) -> bf16[2,128,4,16] {
   ROOT %k = bf16[2,128,4,16]{3,2,1,0} custom-call(%q), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/jvp()/flash_forward"}
 }
 """  # noqa: E501
-  found = step_report.measure(text, job(), [Place(0, ())] * 8)
+  found = step_report.measure(hlo.parse(text), job(), [Place(0, ())] * 8)
   assert found["flops_per_chip"]["program"] == {"forward": 2 * 2 * 2 * 4 * 16 * 128 * 64}
-  unknown = step_report.measure(text.replace("flash_forward", "mine"), job(), [Place(0, ())] * 8)
+  unknown = step_report.measure(hlo.parse(text.replace("flash_forward", "mine")), job(), [Place(0, ())] * 8)
   assert "the work of the kernel jit(f)/jvp()/mine is not known and not counted" in unknown["notes"]
   assert "a part of it was not understood" in unknown["notes"][-1]  # far less than the model's FLOPs
 
 
 def test_speed_is_tokens_over_the_step_and_mfu_the_models_flops_over_the_peak():
-  found = step_report.measure(STEP, job(), [Place(0, ())] * 8)
+  found = step_report.measure(hlo.parse(STEP), job(), [Place(0, ())] * 8)
   speed = found["roofline"]["one_after_the_other"]
   assert speed["tokens_per_sec_per_chip"] == pytest.approx(32 * 128 / 8 / speed["step_secs"])
   causal, palm = spec_lib.flops_per_token(SPEC, 128)

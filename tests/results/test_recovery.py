@@ -38,8 +38,8 @@ def write_run(path, bits, *, scale=1.0, documents=10, num_bytes=BYTES, target_by
 
 def both(tmp_path, base, grown, base_options=None, **options):
   return [
-    recovery.read_measured(write_run(tmp_path / "plain", base, **(base_options or {}))),
-    recovery.read_measured(write_run(tmp_path / "grown", grown, **options)),
+    recovery.read_evaluated(write_run(tmp_path / "plain", base, **(base_options or {}))),
+    recovery.read_evaluated(write_run(tmp_path / "grown", grown, **options)),
   ]
 
 
@@ -108,7 +108,7 @@ def test_a_run_is_read_as_far_as_it_is(tmp_path):
   run = write_run(tmp_path / "run", [2.0, 1.5, 1.0])
   lines = (run / "ledger.jsonl").read_text().splitlines()
   (run / "ledger.jsonl").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:9])
-  assert recovery.read_measured(run).steps_E.tolist() == [0, 10]
+  assert recovery.read_evaluated(run).steps_E.tolist() == [0, 10]
 
 
 def test_older_records_are_compared_by_all_bytes_and_said_to_be(tmp_path):
@@ -137,9 +137,9 @@ def test_what_cannot_be_compared_is_refused_by_name(tmp_path):
   with pytest.raises(ConfigError, match=r"plain evaluated zh, .*grown en: no source in common"):
     recovery.compare(base, grown._replace(sources={"en": grown.sources["zh"]}))
   with pytest.raises(ConfigError, match="not a run"):
-    recovery.read_measured(tmp_path)
+    recovery.read_evaluated(tmp_path)
   with pytest.raises(ConfigError, match="no evaluation before the first step"):
-    recovery.read_measured(write_run(tmp_path / "new", []))
+    recovery.read_evaluated(write_run(tmp_path / "new", []))
   changed = write_run(tmp_path / "changed", [2.0])
   line = json.loads((changed / "metrics.jsonl").read_text().splitlines()[1])
   line["sources"]["zh"]["bytes"] += 1
@@ -148,7 +148,7 @@ def test_what_cannot_be_compared_is_refused_by_name(tmp_path):
     file.write(json.dumps({**line, "step": 10}) + "\n")
   (changed / "ledger.jsonl").write_text((grown.path / "ledger.jsonl").read_text())
   with pytest.raises(ConfigError, match="changed: source zh was evaluated on other documents"):
-    recovery.read_measured(changed)
+    recovery.read_evaluated(changed)
 
 
 # ---- the tool ----

@@ -1,8 +1,7 @@
 """Predicted against measured: from a run's records, and through the tool as people call it."""
 
 import json
-import subprocess
-import sys
+import re
 
 import pytest
 from run_dirs import write_run
@@ -59,7 +58,7 @@ def test_a_run_that_left_its_plan_is_told(run_dir, config, tmp_path):
 
 
 def test_a_run_without_a_prediction_is_refused(run_dir, tmp_path):
-  with pytest.raises(ConfigError, match=r"no prediction for its sources general, poetry.*tools/plan.py"):
+  with pytest.raises(ConfigError, match=r"no prediction for its sources general, poetry.*cpt plan"):
     report.rows(runs.read_run(run_dir), {"law": (1.0, 0.9, 1.1)})
   with pytest.raises(ConfigError, match=r"no plan\.json there"):
     report.read_plan(tmp_path)
@@ -92,13 +91,28 @@ def test_a_wide_interval_does_not_flatten_the_curves(run_dir, tmp_path, monkeypa
   assert "poetry, predicted; from -11.5 to +10.5" in cut.get_legend_handles_labels()[1]
 
 
-def test_the_tool_prints_the_table_and_draws_the_figure(run_dir, tmp_path, root):
+def test_the_command_prints_the_table_and_draws_the_figure(run_dir, tmp_path, cpt):
   (tmp_path / "plan").mkdir()
   (tmp_path / "plan" / "plan.json").write_text(json.dumps(PLAN))
-  command = [sys.executable, root / "tools" / "report.py", f"--run={run_dir}", f"--plan={tmp_path / 'plan'}"]
-  done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+  done = cpt("report", f"--run={run_dir}", f"--plan={tmp_path / 'plan'}")
   assert done.returncode == 0, done.stderr
   assert "3.0000 to 3.2000" in done.stdout and "+0.2000" in done.stdout
   assert (run_dir / "report.png").read_bytes().startswith(b"\x89PNG")
-  wrong = subprocess.run([*command[:2], f"--run={tmp_path}"], capture_output=True, text=True, check=False)
-  assert wrong.returncode == 78 and "not a run (no config.json)" in wrong.stderr and "Traceback" not in wrong.stderr
+  wrong = cpt("report", f"--run={tmp_path}")
+  assert wrong.returncode == 78 and "not a run (no config.json)" in wrong.stderr
+
+
+def test_a_run_without_a_plan_gets_its_losses_over_tokens(tiny_plan, tmp_path, cpt, monkeypatch):
+  import matplotlib.figure
+
+  drawn = []
+  monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self.axes[0]))
+  write_run(tmp_path / "run", tiny_plan, final=(3.25, 3.5), base=(3.0, 4.0), read=(100, 300))
+  done = cpt("report", f"--run={tmp_path / 'run'}")
+  assert done.returncode == 0, done.stderr
+  assert re.search(r"general +replay +100 +3.0000 +3.2500 +\+0.2500 +forgetting", done.stdout), done.stdout
+  assert re.search(r"poetry +domain +300 +4.0000 +3.5000 +-0.5000 +learning", done.stdout), done.stdout
+  [ax] = drawn
+  lines = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines() if "(" in line.get_label()}
+  assert lines["poetry (domain)"][-1] == [400, -0.5] and lines["general (replay)"][-1] == [400, 0.25]
+  assert ax.get_xlabel() == "tokens trained on"

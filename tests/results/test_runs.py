@@ -12,7 +12,7 @@ from run_dirs import write_run
 from cpt_jax import config as config_lib
 from cpt_jax import main
 from cpt_jax.config import ConfigError
-from cpt_jax.planning import execute, outcome, stacked, trials
+from cpt_jax.planning import execute, outcome, trials
 from cpt_jax.planning.trials import Trial
 from cpt_jax.results import runs
 from cpt_jax.training import loop
@@ -47,34 +47,27 @@ def test_a_run_directory_is_read_as_arrays(tiny_plan, tmp_path):
 
 @pytest.fixture
 def trained(monkeypatch):
-  """loop.run and stacked.run_stack that write what a run leaves, at once; lists what they were asked for."""
+  """loop.run_stack that writes what its runs leave, at once; lists what it was asked for."""
   trained = types.SimpleNamespace(asked=[], stop_at=None)
-
-  def run(config, workdir, *, bar):
-    trained.asked.append([workdir.name])
-    if config.schedule.lr_peak > 1:
-      write_run(workdir, config, final=(3.0, 4.0), complete=False)
-      raise FloatingPointError("step 3: loss sum nan, gradient norm nan")
-    if trained.stop_at is not None and len(trained.asked) > trained.stop_at:
-      write_run(workdir, config, final=(3.1, 3.9), steps=4, complete=False)
-      return loop.EXIT_PREEMPTED
-    write_run(workdir, config, final=(3.1, 3.5))
-    (workdir / "ckpt" / "8").mkdir(parents=True)
-    return loop.EXIT_DONE
 
   def run_stack(made, workdirs, *, bar):
     trained.asked.append([workdir.name for workdir in workdirs])
+    stopped = trained.stop_at is not None and len(trained.asked) > trained.stop_at
+    diverged = ["nan" if config.schedule.lr_peak > 1 else "" for config in made]
     for config, workdir in zip(made, workdirs, strict=True):
-      write_run(workdir, config, final=(3.1, 3.5), complete=config.schedule.lr_peak < 1)
-    return loop.EXIT_DONE, ["nan" if config.schedule.lr_peak > 1 else "" for config in made]
+      write_run(workdir, config, final=(3.1, 3.5), complete=config.schedule.lr_peak < 1 and not stopped)
+      if len(made) == 1:
+        (workdir / "ckpt" / "8").mkdir(parents=True, exist_ok=True)
+    if all(diverged):
+      raise FloatingPointError(*diverged)
+    return loop.EXIT_PREEMPTED if stopped else loop.EXIT_DONE, diverged
 
-  monkeypatch.setattr(loop, "run", run)
-  monkeypatch.setattr(stacked, "run_stack", run_stack)
+  monkeypatch.setattr(loop, "run_stack", run_stack)
   return trained
 
 
 def run_all(config, wanted, folder, **options):
-  with execute.Progress(wanted) as bar:
+  with execute.TrialsBar(wanted) as bar:
     return execute.run_trials(config, wanted, folder, bar=bar, **options)
 
 
@@ -93,7 +86,7 @@ def test_a_probe_that_was_stopped_goes_on_and_makes_nothing_twice(tiny_plan, tra
   assert trained.asked == [[TRIALS[1].name], [TRIALS[2].name]] and files(tmp_path / TRIALS[0].name) == over
   assert not list(tmp_path.rglob("ckpt"))
   assert "3/3  " + TRIALS[2].name in capsys.readouterr().out
-  found = execute.measured(tiny_plan, TRIALS, tmp_path)
+  found = execute.finished(tiny_plan, TRIALS, tmp_path)
   assert [m.trial for m in found] == TRIALS and all(m.run.final("poetry") == 3.5 for m in found)
   assert run_all(tiny_plan, TRIALS, tmp_path) == loop.EXIT_DONE and len(trained.asked) == 2
 
@@ -103,7 +96,7 @@ def test_a_trial_that_diverged_is_recorded_and_not_tried_again(tiny_plan, traine
   for _ in range(2):
     assert run_all(tiny_plan, wanted, tmp_path) == loop.EXIT_DONE
   assert len(trained.asked) == 4
-  found = execute.measured(tiny_plan, wanted, tmp_path)
+  found = execute.finished(tiny_plan, wanted, tmp_path)
   assert [bool(m.diverged) for m in found] == [True, False, False, False] and "nan" in found[0].diverged
   cells = outcome.cells_of(found)
   assert np.isnan([cell.losses["poetry"] for cell in cells]).tolist() == [True, False, False, False]
@@ -118,7 +111,7 @@ def test_stacks_hold_trials_of_one_length_and_none_that_was_begun(tiny_plan, tra
   assert run_all(tiny_plan, wanted, tmp_path, stack=2) == loop.EXIT_DONE
   names = [trial.name for trial in wanted]
   assert sorted(trained.asked) == sorted([[names[0], names[1]], [names[3], names[4]], [names[5]], [names[2]]])
-  assert [m.trial for m in execute.measured(tiny_plan, wanted, tmp_path) if m.diverged] == [wanted[3]]
+  assert [m.trial for m in execute.finished(tiny_plan, wanted, tmp_path) if m.diverged] == [wanted[3]]
 
 
 def test_runs_made_by_hand_are_found_and_others_are_refused(tiny_plan, tmp_path):
@@ -159,7 +152,7 @@ def test_command_lines_make_the_same_trials(tiny_plan, tmp_path):
 def measured(rate, loss, tmp_path, tiny_plan, *, diverged=""):
   trial = Trial(rate, 0.25, 8, 0)
   write_run(tmp_path / trial.name, trials.trial_config(tiny_plan, trial), final=(3.1, loss))
-  return outcome.Measured(trial, runs.read_run(tmp_path / trial.name), diverged)
+  return outcome.FinishedTrial(trial, runs.read_run(tmp_path / trial.name), diverged)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +182,7 @@ def test_a_sweep_ends_at_the_first_rate_that_is_not_stable(tiny_plan, trained, t
   ladder = [Trial(rate, 0.25, 8, 0) for rate in (1e-3, 1e-2, 2.0, 4.0, 8.0)]
   for stack, made in ((1, 3), (2, 4)):
     folder = tmp_path / str(stack)
-    with execute.Progress(ladder) as bar:
+    with execute.TrialsBar(ladder) as bar:
       found, code = execute.sweep(tiny_plan, ladder, folder, bar=bar, stack=stack)
     assert code == loop.EXIT_DONE and len(found) == made and outcome.highest_stable(found) == 1e-2
 
@@ -199,7 +192,7 @@ def test_cells_hold_the_shares_and_tokens_that_were_read(tiny_plan, tmp_path):
   for seed, read in ((0, (30, 970)), (1, (34, 966))):
     trial = Trial(1e-3, 0.01, 8, seed)
     write_run(tmp_path / trial.name, trials.trial_config(tiny_plan, trial), final=(3.1, 3.5 + seed), read=read)
-    found.append(outcome.Measured(trial, runs.read_run(tmp_path / trial.name), ""))
+    found.append(outcome.FinishedTrial(trial, runs.read_run(tmp_path / trial.name), ""))
   cells = outcome.cells_of(found)
   assert [cell.replay for cell in cells] == [0.032, 0.032] and [cell.tokens for cell in cells] == [1000, 1000]
   assert [cell.losses["poetry"] for cell in cells] == [3.5, 4.5] and cells[0].base == {"general": 3.0, "poetry": 4.0}

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -274,11 +272,11 @@ def test_all_contaminated_is_an_error(tmp_path, fixtures, corpus):
     run(str(tmp_path / "in.txt"), tmp_path / "s", fixtures, decontaminate.build([planted], fields=["question"]))
 
 
-def test_command(tmp_path, root, fixtures, corpus):
+def test_command(tmp_path, cpt, fixtures, corpus):
   inputs, planted, _ = corpus
-  call = ["tools/prepare_data.py", "--input", inputs, "--tokenizer", fixtures / "tokenizer", "--output", tmp_path / "s"]
+  call = ["prepare", "--input", inputs, "--tokenizer", fixtures / "tokenizer", "--output", tmp_path / "s"]
   call += ["--decontaminate", planted, "--decontaminate_field", "question", "--num_workers", "1"]
-  done = subprocess.run([sys.executable, *map(str, call)], cwd=root, capture_output=True, text=True)
+  done = cpt(*call)
   assert done.returncode == 0 and "29  contaminated" in done.stdout, done
-  done = subprocess.run([sys.executable, *map(str, call), "--ngram_words", "3"], cwd=root, capture_output=True, text=True)
+  done = cpt(*call, "--ngram_words", "3")
   assert done.returncode == 78 and "--ngram_words=3" in done.stderr

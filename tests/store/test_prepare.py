@@ -593,29 +593,23 @@ def test_bad_conversation_fails_by_file_and_line(tmp_path, fixtures, chatty, tal
 TOKENIZER = ("--tokenizer", "tests/fixtures/tokenizer")
 
 
-def command(fixtures, *arguments):
-  root = fixtures.parent.parent
-  call = [sys.executable, "tools/prepare_data.py", *map(str, arguments)]
-  return subprocess.run(call, cwd=root, capture_output=True, text=True)
-
-
-def test_command_for_messages(tmp_path, fixtures, chatty, talks):
+def test_command_for_messages(tmp_path, cpt, chatty, talks):
   flags = ("--records", "messages", "--train_on", "answers", "--tokenizer", chatty, "--output", tmp_path / "s")
-  done = command(fixtures, "--input", talks[0][0], "--input", talks[0][1], *flags)
+  done = cpt("prepare", "--input", talks[0][0], "--input", talks[0][1], *flags)
   assert done.returncode == 0 and "documents                  67" in done.stdout and "in the loss" in done.stdout, done.stderr
-  refused = command(fixtures, "--input", talks[0][0], *flags[2:])
+  refused = cpt("prepare", "--input", talks[0][0], *flags[2:])
   assert refused.returncode == 78 and "--train_on answers: a text has no answers" in refused.stderr
 
 
-def test_command(tmp_path, small, fixtures):
+def test_command(tmp_path, small, fixtures, cpt):
   arguments = ("--input", small, "--tokenizer", fixtures / "tokenizer", "--output", tmp_path / "s")
-  done = command(fixtures, *arguments)
+  done = cpt("prepare", *arguments)
   assert done.returncode == 0 and "documents                  20" in done.stdout, done.stderr
-  verified = command(fixtures, "--verify", tmp_path / "s")
+  verified = cpt("prepare", "--verify", tmp_path / "s")
   assert verified.returncode == 0 and "whole; 20 documents" in verified.stdout
   tokens = tmp_path / "s" / "00000.ds"
   tokens.write_bytes(b"\7" + tokens.read_bytes()[1:])
-  damaged = command(fixtures, "--verify", tmp_path / "s")
+  damaged = cpt("prepare", "--verify", tmp_path / "s")
   assert damaged.returncode == 65 and "00000.ds: digest" in damaged.stderr
 
 
@@ -624,17 +618,17 @@ def test_command(tmp_path, small, fixtures):
   [
     ([], 78, "--input and --tokenizer and --output missing"),
     (["--input", "no*.txt", *TOKENIZER, "--output", "{}/s"], 78, "'no*.txt': no file matches"),
-    (["--input", "a", "b"], 78, "quote the pattern"),
+    (["--input", "a", "b"], 78, "a pattern like '*.txt' is quoted"),
     (["--input", "{}/bad.txt", *TOKENIZER, "--output", "{}/s", "--on_bad", "fail"], 65, "bad.txt:1: inv"),
   ],
 )
-def test_command_says_what_is_wrong(tmp_path, fixtures, arguments, code, words):
+def test_command_says_what_is_wrong(tmp_path, cpt, arguments, code, words):
   (tmp_path / "bad.txt").write_bytes(b"\xff")
-  done = command(fixtures, *(a.format(tmp_path) for a in arguments))
+  done = cpt("prepare", *(a.format(tmp_path) for a in arguments))
   assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_no_heavy_library_is_imported(fixtures):
   heavy = "{'jax', 'torch', 'transformers', 'datatrove'}"
-  code = f"import sys; from cpt_jax.data import prepare; sys.exit(bool({heavy} & set(sys.modules)))"
+  code = f"import sys; from cpt_jax.store import prepare; sys.exit(bool({heavy} & set(sys.modules)))"
   assert subprocess.run([sys.executable, "-c", code], cwd=fixtures.parent.parent).returncode == 0

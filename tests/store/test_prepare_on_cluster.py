@@ -1,6 +1,7 @@
 """Preparation by datatrove: the same bytes as the local tool's, by every executor, with filters and deduplication on the way."""
 
 import gzip
+import importlib.util
 import json
 import os
 import pathlib
@@ -353,8 +354,8 @@ def test_slurm(tmp_path, cluster, slurm, mixed, selected, fixtures):
 # The command.
 
 
-def command(root, *arguments, code=""):
-  call = [sys.executable, "tools/prepare_on_cluster.py"] if not code else [sys.executable, "-c", code]
+def command(root, *arguments):
+  call = [sys.executable, "-m", "cpt_jax.cli", "prepare"]
   return subprocess.run([*call, *map(str, arguments)], cwd=root, capture_output=True, text=True)
 
 
@@ -384,13 +385,10 @@ def test_dry_run_writes_nothing(tmp_path, root, fixtures, mixed):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_wrong_flags_are_told_at_once(root):
-  hidden = (
-    "import importlib.util as u, runpy, sys; sys.path.insert(0, 'tools'); find = u.find_spec\n"
-    "u.find_spec = lambda name, *a: None if name in ('datatrove', 'ray') else find(name, *a)\n"
-    "sys.argv[0] = 'tools/prepare_on_cluster.py'; runpy.run_path(sys.argv[0], run_name='__main__')"
-  )
-  done = command(root, "--filters", "c4,gopher", "--executor", "ray", "--max_tasks", "0", code=hidden)
+def test_wrong_flags_are_told_at_once(cpt, monkeypatch):
+  find = importlib.util.find_spec
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in ("datatrove", "ray") else find(name, *a))
+  done = cpt("prepare", "--filters", "c4,gopher", "--executor", "ray", "--max_tasks", "0")
   assert done.returncode == 78
   for words in (
     "--input and --tokenizer and --output missing",
@@ -400,6 +398,6 @@ def test_wrong_flags_are_told_at_once(root):
     "pip install ray",
   ):
     assert words in done.stderr, done.stderr
-  done = command(root, "--executor", "slurm", "--sbatch", "x", code=hidden)
+  done = cpt("prepare", "--executor", "slurm", "--sbatch", "x")
   for words in "--partition missing", "--time missing", "--sbatch='x'", "no sbatch on the PATH":
     assert words in done.stderr, done.stderr

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import factory
 import numpy as np
 import oracle
 import pytest
@@ -12,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pipeline import assert_same, write
 
-from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.stream import batch as batches
-from cpt_jax.stream import pipeline, sources
+from cpt_jax.stream import pipeline
 
 LENGTHS = {"a": 40, "b": 25, "c": 60, "d": 12}  # documents of each store
 Run = list[list[tuple[str, int]]]  # for each step, the (source, row of the source) of its rows
@@ -33,9 +33,9 @@ def make(stores, mixed, *, num_steps, batch_rows=5, past=None, start_step=0, **o
   found = []
   for name, fields in mixed.items():
     fields = {"role": "domain", "heldout_frac": 0.2, "share": 1.0, **fields}
-    found.append(sources.Source(name, stores[name], **{**fields, "share": config_lib.Share(fields["share"])}))
+    found.append(factory.source(name, stores[name], **fields))
   options = {"row_len": 16, "packing_policy": "best_fit", "num_threads": 2, **options}
-  return pipeline.Loader(found, num_steps=num_steps, batch_rows=batch_rows, past=past, start_step=start_step, **options)
+  return factory.loader(found, num_steps=num_steps, batch_rows=batch_rows, past=past, start_step=start_step, **options)
 
 
 def go_on(stores, loader, mixed, *, step, num_steps, **options):

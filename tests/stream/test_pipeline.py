@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import factory
 import numpy as np
 import pytest
 import tokenizers
@@ -44,13 +45,13 @@ class Opening:
 
 
 def source(store, *, name="a", share=1.0, role="domain", heldout_frac=0.2, max_epochs=0.0):
-  return sources.Source(name, store, role=role, share=config_lib.Share(share), heldout_frac=heldout_frac, max_epochs=max_epochs)
+  return factory.source(name, store, role=role, share=share, heldout_frac=heldout_frac, max_epochs=max_epochs)
 
 
 def loader(found, **options):
   options = {"num_steps": 20, "batch_rows": 4, "row_len": 16, "packing_policy": "best_fit", "num_threads": 3} | options
   options.setdefault("tokenizer", Opening())
-  return pipeline.Loader(found, **options)
+  return factory.loader(found, **options)
 
 
 def assert_same(a: batches.Batch, b: batches.Batch):
@@ -95,7 +96,7 @@ def test_no_row_holds_more_documents_than_is_said(two, tmp_path):
     made = loader(found, num_steps=100)
     assert made.max_documents == max(batch.segments_BT.max() for batch in made.batches(0))
     for name in made.names:
-      held = made.heldout_rows(name, max_tokens=10_000)
+      held = made.heldout_rows(name, max_tokens=10_000, max_bytes=0)
       assert held.max_documents == max(batch.segments_BT.max() for batch in held.batches)
 
 
@@ -180,7 +181,7 @@ def test_another_source_disturbs_nobodys_order(two, tmp_path):
 
 
 def test_a_source_without_a_share_is_evaluated_only(two):
-  reader = loader([two[0], sources.dataclasses.replace(two[1], share=config_lib.Share(0.0))])
+  reader = loader([two[0], sources.dataclasses.replace(two[1], share=((0, 0.0, "linear"),))])
   assert {int(s) for batch in reader.batches(0) for s in batch.source_B} == {0}
   assert reader.ledger(20)[1] == {
     "source": "en",
@@ -191,7 +192,7 @@ def test_a_source_without_a_share_is_evaluated_only(two):
     "epochs": 0.0,
     "bytes": 0,
   }
-  assert reader.heldout_rows("en", max_tokens=100).num_tokens > 0
+  assert reader.heldout_rows("en", max_tokens=100, max_bytes=0).num_tokens > 0
   assert "not trained on" in reader.describe()[1].notes[0]
 
 
@@ -225,7 +226,7 @@ def test_the_ledger_counts_every_row(two, crossing):
 def test_held_out_rows_are_whole_documents_each_target_once(tmp_path_factory, max_tokens, batch_rows):
   lengths = np.random.default_rng(1).integers(1, 70, 60)
   found = source(write(tmp_path_factory.mktemp("s") / "s", lengths), heldout_frac=0.4)
-  held = loader([found], cross_documents=True).heldout_rows("a", max_tokens=max_tokens, batch_rows=batch_rows)
+  held = loader([found], cross_documents=True).heldout_rows("a", max_tokens=max_tokens, batch_rows=batch_rows, max_bytes=0)
   pairs = pairs_of(held.batches)
   documents = {token // UNIQUE for token, _ in pairs}
   assert sorted(pairs) == sorted((UNIQUE * d + i, UNIQUE * d + i + 1) for d in documents for i in range(int(lengths[d]) - 1))
@@ -255,7 +256,9 @@ def test_bits_per_byte_divide_by_what_the_targets_spell(tmp_path, root, kind):
   with StoreWriter(tmp_path / "s", vocab_size=loaded.vocab_size, eos_id=loaded.eos_id) as writer:
     for ids, text in zip(loaded.encode_batch(texts), texts, strict=True):
       writer.add(ids, text=text)
-  held = loader([source(open_store(tmp_path / "s"), heldout_frac=0.5)], tokenizer=loaded).heldout_rows("a", max_tokens=10**6)
+  held = loader([source(open_store(tmp_path / "s"), heldout_frac=0.5)], tokenizer=loaded).heldout_rows(
+    "a", max_tokens=10**6, max_bytes=0
+  )
   targets = [int(target) for batch in held.batches for target in batch.targets_BT[batch.weights_BT > 0]]
   if kind == "examples/base":  # byte-level, without BOS: a character of a piece is a byte
     piece_of = tokenizers.Tokenizer.from_file(str(loaded.path)).id_to_token
@@ -290,7 +293,7 @@ def test_by_bytes_the_same_documents_are_held_out_whatever_the_tokenizer(tmp_pat
 
 def test_where_no_held_out_document_fits_the_smallest_is_taken(tmp_path):
   found = source(write(tmp_path / "s", [*range(40, 20, -1)]), heldout_frac=0.5)
-  held = loader([found]).heldout_rows("a", max_tokens=3)
+  held = loader([found]).heldout_rows("a", max_tokens=3, max_bytes=0)
   assert held.num_documents == 1 and held.num_tokens == found.store.lengths[found.heldout_documents].min() - 1
   assert found.store.lengths[found.heldout_documents[0]] - 1 > held.num_tokens  # not merely the first
 
@@ -299,11 +302,11 @@ def test_bytes_come_from_decoding_where_the_store_does_not_say(two, monkeypatch)
   monkeypatch.setattr(two[0].store, "doc_bytes", lambda: None)
   monkeypatch.setattr(two[0].store, "num_bytes", None)
   reader = loader(two)
-  held = reader.heldout_rows("zh", max_tokens=10**6)
+  held = reader.heldout_rows("zh", max_tokens=10**6, max_bytes=0)
   assert held.num_bytes == 2 * (held.num_tokens + held.num_documents)
   assert [entry["bytes"] is None for entry in reader.ledger(20)] == [True, False]
   with pytest.raises(ConfigError, match=r"data\.sources\.zh\.store=.*set data\.tokenizer"):
-    loader(two, tokenizer=None).heldout_rows("zh", max_tokens=100)
+    loader(two, tokenizer=None).heldout_rows("zh", max_tokens=100, max_bytes=0)
   with pytest.raises(ConfigError, match=r"data\.sources\.zh\.store=.*set eval\.bytes=0, and eval\.tokens"):
     reader.heldout_rows("zh", max_tokens=100, max_bytes=100)
 
@@ -431,7 +434,7 @@ def test_the_loss_mask_of_a_store_reaches_batches_ledger_and_evaluation(tmp_path
     np.testing.assert_array_equal(weight[inside], batch.targets_BT[inside] % UNIQUE >= 3)
     counted += int(weight.sum())
   assert reader.ledger(40)[0]["tokens"] == counted > 0
-  held = reader.heldout_rows("a", max_tokens=10**6)
+  held = reader.heldout_rows("a", max_tokens=10**6, max_bytes=0)
   assert held.num_tokens == sum(int((b.weights_BT > 0).sum()) for b in held.batches)
   assert held.num_tokens == int((lengths[reader.sources[0].heldout_documents] - 3).sum())
   assert held.num_target_bytes == held.num_bytes  # no first token counts, so no store counts its bytes

@@ -1,13 +1,12 @@
 """Selection: filters count what they leave out, shares by length are met to within a document, hashes decide at the border."""
 
+import factory
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cpt_jax.config import ConfigError
-from cpt_jax.stream import packing
-from cpt_jax.stream.selection import select
 from cpt_jax.stream.sources import mix64
 
 
@@ -22,9 +21,9 @@ def test_filters_leave_out_by_length_and_count(lengths, low, high, stride):
   kept = [i for i in documents if low <= lengths[i] and (lengths[i] <= high or not high)]
   if len(documents) and not kept:
     with pytest.raises(ConfigError, match=f"min_tokens={low}, max_tokens={high}: leave none of {len(documents)} documents"):
-      select(lengths, documents, min_tokens=low, max_tokens=high)
+      factory.selected(lengths, documents, min_tokens=low, max_tokens=high)
     return
-  found = select(lengths, documents, min_tokens=low, max_tokens=high)
+  found = factory.selected(lengths, documents, min_tokens=low, max_tokens=high)
   assert found.documents.tolist() == kept and found.num_tokens == sum(lengths[kept])
   short = [n for n in lengths[documents] if n < low]
   long = [n for n in lengths[documents] if n >= low and n > high > 0]
@@ -47,7 +46,7 @@ def test_shares_by_length_are_met_to_within_a_document_per_bracket(lengths, firs
   members = [np.flatnonzero((lengths >= b) & (lengths < end)) for (b, _), end in zip(length_shares, ends, strict=True)]
   shares = [share for _, share in length_shares]
   assume(any(shares) and all(len(m) or not share for m, share in zip(members, shares, strict=True)))
-  found = select(lengths, np.arange(len(lengths)), length_shares=length_shares, hashes=hashes_of(lengths, seed))
+  found = factory.selected(lengths, np.arange(len(lengths)), length_shares=length_shares, hashes=hashes_of(lengths, seed))
   times = np.bincount(found.documents, minlength=len(lengths))
   # The oracle: tokens wanted of each bracket, if the one that needs the fewest copies is read once.
   scale = max(lengths[m].sum() / share for m, share in zip(members, shares, strict=True) if share)
@@ -66,7 +65,7 @@ def test_shares_by_length_are_met_to_within_a_document_per_bracket(lengths, firs
 
 def test_the_example_of_the_paper():
   lengths = np.random.default_rng(0).choice([500, 1500, 6000, 30_000], 4000, p=[0.6, 0.3, 0.08, 0.02])
-  found = select(lengths, np.arange(4000), length_shares=((0, 0.3), (4096, 0.7)), hashes=hashes_of(lengths))
+  found = factory.selected(lengths, np.arange(4000), length_shares=((0, 0.3), (4096, 0.7)), hashes=hashes_of(lengths))
   sizes = lengths[found.documents]
   assert sizes[sizes >= 4096].sum() / sizes.sum() == pytest.approx(0.7, abs=0.01)
   assert set(np.bincount(found.documents)[lengths < 4096]) == {1}
@@ -76,7 +75,7 @@ def test_hashes_decide_and_another_document_moves_only_the_border():
   lengths = np.repeat([40, 100], 1000)
 
   def times(num_documents=2000, seed=0):
-    found = select(lengths, np.arange(num_documents), length_shares=((0, 1), (50, 9)), hashes=hashes_of(lengths, seed))
+    found = factory.selected(lengths, np.arange(num_documents), length_shares=((0, 1), (50, 9)), hashes=hashes_of(lengths, seed))
     return np.bincount(found.documents, minlength=2000)[:1999]
 
   assert set(times()[1000:]) == {3, 4}  # 40,000 tokens are read once, so 360,000 of the other 100,000
@@ -88,7 +87,7 @@ def test_hashes_decide_and_another_document_moves_only_the_border():
 def test_who_is_read_once_more_does_not_hang_on_who_is_held_out():
   lengths = np.repeat([40, 100], 1000)
   hashes = hashes_of(lengths)
-  found = select(lengths, np.arange(2000), length_shares=((0, 0.2), (50, 0.75)), hashes=hashes)
+  found = factory.selected(lengths, np.arange(2000), length_shares=((0, 0.2), (50, 0.75)), hashes=hashes)
   is_twice = np.bincount(found.documents)[1000:] == 2
   low = mix64(hashes[1000:]) < np.uint64(1 << 63)  # the first to be held out
   assert 400 < is_twice.sum() < 600 and abs(is_twice[low].mean() - is_twice[~low].mean()) < 0.1
@@ -109,25 +108,25 @@ def test_who_is_read_once_more_does_not_hang_on_who_is_held_out():
 def test_impossible_shares_are_refused(length_shares, message):
   lengths = np.array([3, 3, 20, 40])
   with pytest.raises(ConfigError, match=message):
-    select(lengths, np.arange(4), length_shares=length_shares, hashes=hashes_of(lengths))
+    factory.selected(lengths, np.arange(4), length_shares=length_shares, hashes=hashes_of(lengths))
 
 
 def test_filters_come_before_shares():
   lengths = np.array([3, 10, 10, 40])
   shares = ((0, 0.5), (20, 0.5))
-  found = select(lengths, np.arange(4), min_tokens=4, length_shares=shares, hashes=hashes_of(lengths))
+  found = factory.selected(lengths, np.arange(4), min_tokens=4, length_shares=shares, hashes=hashes_of(lengths))
   assert found.documents.tolist() == [1, 1, 2, 2, 3] and found.num_too_short == 1
   with pytest.raises(ConfigError, match=r"length_shares: 0.5 .* 20 or more"):
-    select(lengths, np.arange(4), max_tokens=30, length_shares=shares, hashes=hashes_of(lengths))
+    factory.selected(lengths, np.arange(4), max_tokens=30, length_shares=shares, hashes=hashes_of(lengths))
 
 
 def test_nothing_to_select_from():
-  found = select(np.zeros(0, np.int64), np.zeros(0, np.int64), length_shares=((0, 1.0),), hashes=np.zeros(0, np.uint64))
+  found = factory.selected(np.zeros(0, np.int64), np.zeros(0, np.int64), length_shares=((0, 1.0),), hashes=np.zeros(0, np.uint64))
   assert len(found.documents) == 0 and found.num_tokens == 0
 
 
 def test_a_selection_can_be_packed():
   lengths = np.random.default_rng(0).integers(2, 200, 500)
-  found = select(lengths, np.arange(500), length_shares=((0, 0.2), (100, 0.8)), hashes=hashes_of(lengths))
-  plan = packing.plan(lengths, row_len=64, policy="best_fit", documents=found.documents)
+  found = factory.selected(lengths, np.arange(500), length_shares=((0, 0.2), (100, 0.8)), hashes=hashes_of(lengths))
+  plan = factory.rows(lengths, row_len=64, policy="best_fit", documents=found.documents)
   assert plan.num_documents == len(found.documents) > 500 and plan.num_tokens == found.num_tokens - plan.num_documents

@@ -2,6 +2,7 @@
 
 import re
 
+import factory
 import numpy as np
 import pytest
 from hypothesis import given
@@ -23,7 +24,7 @@ def write(path, texts, *, fingerprint="one", vocab_size=1000, ids=None):
 
 
 def source(store, *, name="a", share=((0.0, 1.0),), heldout_frac=0.1):
-  return sources.Source(name, store, role="domain", share=share, heldout_frac=heldout_frac)
+  return factory.source(name, store, role="domain", share=share, heldout_frac=heldout_frac)
 
 
 def config_of(**entries):

@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from tools.bench import bench_data, bench_data_sides, bench_endurance, bench_memory, bench_samples, bench_step
+
 # Each section with the keys of its JSON, and the number of rows in its table.
 SECTIONS = {
   "step": {
@@ -54,15 +56,7 @@ def bench(root, tmp_path):
   """Runs a section: its JSON and what was printed."""
 
   def run(section, *more):
-    command = [
-      sys.executable,
-      root / "tools" / "bench" / "bench.py",
-      "--quick",
-      "--force",
-      f"--sections={section}",
-      f"--output={tmp_path}",
-      *more,
-    ]
+    command = bench_samples.command("bench", "--quick", "--force", f"--sections={section}", f"--output={tmp_path}", *more)
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "COLUMNS": "160"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -72,38 +66,6 @@ def bench(root, tmp_path):
     return record, done.stdout
 
   return run
-
-
-@pytest.fixture
-def bench_step(root, monkeypatch):
-  monkeypatch.syspath_prepend(root / "tools" / "bench")
-  import bench_step
-
-  return bench_step
-
-
-@pytest.fixture
-def bench_endurance(root, monkeypatch):
-  monkeypatch.syspath_prepend(root / "tools" / "bench")
-  import bench_endurance
-
-  return bench_endurance
-
-
-@pytest.fixture
-def bench_data(root, monkeypatch):
-  monkeypatch.syspath_prepend(root / "tools" / "bench")
-  import bench_data
-
-  return bench_data
-
-
-@pytest.fixture
-def bench_data_sides(root, monkeypatch):
-  monkeypatch.syspath_prepend(root / "tools" / "bench")
-  import bench_data_sides
-
-  return bench_data_sides
 
 
 def stats_of(samples):
@@ -195,7 +157,7 @@ def test_peers_are_measured_or_skipped_by_name(bench, section):
   assert all("Error" in why for why in record["skipped"].values()) and ("skipped" in printed) == bool(record["skipped"])
 
 
-def test_rows_are_extrapolated_on_a_line_through_those_measured(bench_data):
+def test_rows_are_extrapolated_on_a_line_through_those_measured():
   turns = {
     0: [{"wall_secs": [1.0], "cpu_secs": [0.5]}],
     100: [{"wall_secs": [4.0], "cpu_secs": [0.5]}, {"wall_secs": [2.0], "cpu_secs": [0.5]}],
@@ -205,19 +167,19 @@ def test_rows_are_extrapolated_on_a_line_through_those_measured(bench_data):
   assert extrapolated["first"] == {"wall_secs": pytest.approx(21.0), "cpu_secs": 0.5} and extrapolated["measured_at"] == 100
 
 
-def test_noise_is_not_extrapolated(bench_data):
+def test_noise_is_not_extrapolated():
   turns = {row: [{"wall_secs": [secs], "cpu_secs": [secs]}] for row, secs in ((0, 1.0), (100, 1.9))}
   assert bench_data._at(turns, 10**9)["first"] == {"wall_secs": 1.9, "cpu_secs": 1.9}
 
 
-def test_sides_that_read_other_shares_are_refused(bench_data):
+def test_sides_that_read_other_shares_are_refused():
   bench_data._check_shares({"a": [[{"sources": 2, "first_rows": [100, 200]}]]}, num_rows=300)
   with pytest.raises(RuntimeError, match="a read 300 rows of source 0 of 2, not 100"):
     bench_data._check_shares({"a": [[{"sources": 2, "first_rows": [300, 0]}]]}, num_rows=300)
 
 
 @pytest.mark.parametrize("pair", [("cpt_jax", "cpt_jax, read ahead"), ("grain mix", "grain mix, read ahead")])
-def test_fixed_rows_are_read_in_order_and_in_their_shares(bench_data_sides, tmp_path, pair):
+def test_fixed_rows_are_read_in_order_and_in_their_shares(tmp_path, pair):
   bench_data_sides.make_rows(tmp_path, 3, num_rows=48)
   batches = [[next(reader) for _ in range(6)] for reader in (bench_data_sides.READERS[side](tmp_path, 3) for side in pair)]
   np.testing.assert_array_equal(*batches)
@@ -227,10 +189,7 @@ def test_fixed_rows_are_read_in_order_and_in_their_shares(bench_data_sides, tmp_
     np.testing.assert_array_equal(ids[ids[:, 0] == m, 1], np.arange((ids[:, 0] == m).sum()))
 
 
-def test_turns_are_balanced(root, monkeypatch):
-  monkeypatch.syspath_prepend(root / "tools" / "bench")
-  import bench_samples
-
+def test_turns_are_balanced():
   assert "".join(bench_samples.in_turns(list("abc"), rounds=3)) == "abccbaabc"
 
 
@@ -242,10 +201,7 @@ def test_memory(bench):
 
 
 @pytest.mark.slow
-def test_memory_of_import_and_export_does_not_grow_with_the_model(root, monkeypatch):
-  monkeypatch.syspath_prepend(root / "tools" / "bench")
-  import bench_memory
-
+def test_memory_of_import_and_export_does_not_grow_with_the_model():
   small, large = bench_memory.import_export_memory((1, 9))
   assert large["params_bytes"] > 4 * small["params_bytes"]
   for way in ("import", "export"):
@@ -256,7 +212,7 @@ def test_memory_of_import_and_export_does_not_grow_with_the_model(root, monkeypa
 
 
 @pytest.mark.slow
-def test_endurance(bench, bench_endurance):
+def test_endurance(bench):
   record, _ = bench("endurance")
   first, second = record["starts"]
   assert [step for step, _ in first["memory"]] == list(range(1, 41)) and second["memory"][-1][0] == 44
@@ -264,7 +220,7 @@ def test_endurance(bench, bench_endurance):
   assert not first["late"] and set(second["late"]) <= {"jit(eval_step)", "jit(_norms)", "jit(_rows)"}
 
 
-def test_a_save_does_not_bend_the_slope(bench_endurance):
+def test_a_save_does_not_bend_the_slope():
   memory = [(step, 10**9 + 300 * step + (5 * 10**7 if step % 97 < 3 else 0)) for step in range(500, 2000, 10)]
   assert bench_endurance.slope_per_step(memory) == pytest.approx(300, rel=0.05)
 
@@ -303,7 +259,7 @@ def test_step_beside_hugging_face(bench):
 
 
 def test_a_busy_machine_is_refused(root, tmp_path):
-  busy = "import sys; sys.path.insert(0, 'tools/bench'); import bench; bench.load = lambda: 9.0; bench.app.run(bench.main)"
+  busy = "from tools.bench import bench; bench.load = lambda: 9.0; bench.app.run(bench.main)"
   command = [sys.executable, "-c", busy, f"--output={tmp_path / 'out'}"]
   done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
   assert done.returncode == 3 and "noisy: load average 9.00" in done.stderr
@@ -311,18 +267,18 @@ def test_a_busy_machine_is_refused(root, tmp_path):
 
 
 def test_unknown_section_is_refused(root):
-  command = [sys.executable, "tools/bench/bench.py", "--sections=stpe"]
+  command = bench_samples.command("bench", "--sections=stpe")
   done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
   assert done.returncode == 78 and "stpe" in done.stderr and "step,step_5m,loss" in done.stderr
 
 
-def test_clock_leaves_out_the_warm_up(bench_step):
+def test_clock_leaves_out_the_warm_up():
   clock = bench_step.Clock()
   clock._ticks = [(0.0, 0.0), (5.0, 9.0), (6.0, 10.0), (8.0, 13.0)]
   assert clock.seconds(skip=1) == {"wall_secs": [1.0, 2.0], "cpu_secs": [1.0, 3.0]}
 
 
-def test_batches_for_both_sides_predict_the_same_positions(bench_step):
+def test_batches_for_both_sides_predict_the_same_positions():
   tokens = np.array([[3, 1, 4, 1], [5, 9, 2, 6]], np.int32)
   batch = bench_step.batch_of(tokens)
   is_counted = batch.weights_BT > 0

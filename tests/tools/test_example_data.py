@@ -1,7 +1,6 @@
 """The shipped example files are what examples/README.md says, and the cutting into documents loses nothing."""
 
 import gzip
-import importlib.util
 import json
 import random
 
@@ -11,14 +10,7 @@ import pytest
 import tokenizers
 
 from cpt_jax.model import spec as spec_lib
-
-
-@pytest.fixture(scope="module")
-def tool(root):
-  found = importlib.util.spec_from_file_location("make_example_data", root / "tools" / "fixtures" / "make_example_data.py")
-  module = importlib.util.module_from_spec(found)
-  found.loader.exec_module(module)
-  return module
+from tools.fixtures import make_example_data
 
 
 @pytest.fixture(scope="module")
@@ -53,25 +45,25 @@ works = st.lists(st.lists(words, min_size=1, max_size=30).map(" ".join), min_siz
 
 
 @hypothesis.given(works, st.booleans())
-def test_cutting_keeps_every_word_in_order(tool, work, lines):
-  documents = list(tool.cut(work, rng=random.Random(0), chars=(60, 120), lines=lines))
+def test_cutting_keeps_every_word_in_order(work, lines):
+  documents = list(make_example_data.cut(work, rng=random.Random(0), chars=(60, 120), lines=lines))
   assert " ".join(documents).split() == work.split()
 
 
-def test_cutting_keeps_to_the_lengths(tool):
+def test_cutting_keeps_to_the_lengths():
   work = "\n\n".join("A sentence of some words. " * n for n in random.Random(0).choices(range(1, 40), k=200))
-  lengths = [len(document) for document in tool.cut(work, rng=random.Random(1), chars=(2000, 6000), lines=False)]
+  lengths = [len(document) for document in make_example_data.cut(work, rng=random.Random(1), chars=(2000, 6000), lines=False)]
   assert max(lengths) <= 7000 and min(lengths) >= 900 and len(set(lengths)) > 20
 
 
-def test_sample_keeps_order_and_size(tool):
+def test_sample_keeps_order_and_size():
   texts = [f"text {i}" for i in range(100)]
-  chosen = tool.sample(texts, max_bytes=200)
-  assert chosen == sorted(chosen, key=texts.index) and 150 < tool.num_bytes(chosen) <= 200
-  assert set(tool.sample(texts, max_bytes=100)) < set(chosen)
+  chosen = make_example_data.sample(texts, max_bytes=200)
+  assert chosen == sorted(chosen, key=texts.index) and 150 < make_example_data.num_bytes(chosen) <= 200
+  assert set(make_example_data.sample(texts, max_bytes=100)) < set(chosen)
 
 
-def test_files_are_reproducible(tool, tmp_path):
+def test_files_are_reproducible(tmp_path):
   for name in ("a", "b"):
-    tool.write(tmp_path / name / f"{name}.gz", {"source": ["one", "two"]})
+    make_example_data.write(tmp_path / name / f"{name}.gz", {"source": ["one", "two"]})
   assert (tmp_path / "a" / "a.gz").read_bytes() == (tmp_path / "b" / "b.gz").read_bytes()

@@ -3,6 +3,7 @@
 import os
 import threading
 
+import factory
 import jax
 import numpy as np
 import pytest
@@ -13,14 +14,14 @@ from cpt_jax.config import ConfigError
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.model import transformer
-from cpt_jax.training import checkpoint, optimizer, state
+from cpt_jax.training import checkpoint, state
 from cpt_jax.training.perplexity import SourceLoss
 
 RULES = dict(decay_rules=((".*", 1.0),), rate_rules=((".*", 1.0),), layer_rates=(), frozen=())
 
 
 def make_tx(params, mu_dtype="float32"):
-  return optimizer.make(params, b1=0.9, b2=0.95, eps=1e-8, mu_dtype=mu_dtype, weight_decay=0.1, clip_norm=1.0, **RULES)
+  return factory.optimizer(params, b1=0.9, b2=0.95, eps=1e-8, mu_dtype=mu_dtype, weight_decay=0.1, clip_norm=1.0, **RULES)
 
 
 def make_state(spec, *, step=0, mu_dtype="float32"):
@@ -39,7 +40,7 @@ def assert_equal(found, expected):
 
 
 def test_what_is_restored_is_what_was_saved_on_any_mesh(tiny_spec, tmp_path):
-  checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=9)
+  checkpoints = factory.checkpoints(tmp_path, keep_last=9)
   with jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=4, context=1, tensor=2)):
     saved = make_state(tiny_spec, step=3)
     checkpoints.save(saved, 3, meta={"loader": {"next_row": 12}}, losses={})
@@ -54,7 +55,7 @@ def test_what_is_restored_is_what_was_saved_on_any_mesh(tiny_spec, tmp_path):
 
 
 def test_bfloat16_moments_come_back_bit_for_bit_and_are_not_taken_for_float32(tiny_spec, tmp_path):
-  checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=9)
+  checkpoints = factory.checkpoints(tmp_path, keep_last=9)
   with jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])):
     saved = make_state(tiny_spec, mu_dtype="bfloat16")
     tx = make_tx(saved.params, "bfloat16")
@@ -70,7 +71,7 @@ def test_bfloat16_moments_come_back_bit_for_bit_and_are_not_taken_for_float32(ti
 
 
 def test_a_thousand_saves_hold_no_more_threads_and_files_than_one(tiny_spec, tmp_path):
-  checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=1)
+  checkpoints = factory.checkpoints(tmp_path, keep_last=1)
   held = []
   with jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])):
     saved = make_state(tiny_spec)
@@ -84,7 +85,7 @@ def test_a_thousand_saves_hold_no_more_threads_and_files_than_one(tiny_spec, tmp
 
 def test_saving_does_not_see_what_happens_to_the_state_afterwards(tiny_spec, tmp_path):
   # The step donates its state; the writer must have its own copy by then.
-  checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=9)
+  checkpoints = factory.checkpoints(tmp_path, keep_last=9)
   with jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])):
     saved = make_state(tiny_spec)
     before = jax.device_get(saved)
@@ -98,7 +99,7 @@ def test_saving_does_not_see_what_happens_to_the_state_afterwards(tiny_spec, tmp
 
 def test_a_checkpoint_of_another_model_is_refused_with_every_leaf_that_differs(tiny_spec, tiny_hf_config, tmp_path):
   other = spec_lib.from_hf({**tiny_hf_config, "intermediate_size": 96, "tie_word_embeddings": False})
-  checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=9)
+  checkpoints = factory.checkpoints(tmp_path, keep_last=9)
   with jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])):
     checkpoints.save(make_state(tiny_spec), 0, meta={}, losses={})
     checkpoints.wait()
@@ -112,7 +113,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_leaf_that_differs(t
 
 
 def test_a_state_of_an_older_form_is_refused_with_the_way_out(tiny_spec, tmp_path):
-  checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=9)
+  checkpoints = factory.checkpoints(tmp_path, keep_last=9)
   with jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])):
     now = make_state(tiny_spec)
     checkpoints.save(now._replace(opt_state=(now.opt_state,)), 0, meta={}, losses={})
@@ -131,7 +132,7 @@ def test_a_state_of_an_older_form_is_refused_with_the_way_out(tiny_spec, tmp_pat
   ],
 )
 def test_old_checkpoints_are_kept_by_the_rules(tiny_spec, tmp_path, rules, kept):
-  checkpoints = checkpoint.Checkpoints(tmp_path, **rules)
+  checkpoints = factory.checkpoints(tmp_path, **rules)
   small = state.TrainState(jax.numpy.int32(0), {"w": jax.numpy.ones(3)}, ())
   for step, value in enumerate([3.0, 2.0, 1.0, 2.0, 3.0, 4.0]):
     checkpoints.save(small, step, meta={}, losses=loss(value))
@@ -141,7 +142,7 @@ def test_old_checkpoints_are_kept_by_the_rules(tiny_spec, tmp_path, rules, kept)
 
 
 def test_parameters_alone_can_be_loaded_by_step(tiny_spec, tiny_hf_config, tmp_path):
-  checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=5)
+  checkpoints = factory.checkpoints(tmp_path, keep_last=5)
   with jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=2, context=1, tensor=1, devices=jax.devices()[:2])):
     for step in (3, 6):
       checkpoints.save(make_state(tiny_spec, step=step), step, meta={"hf_config": tiny_hf_config}, losses={})

@@ -3,6 +3,7 @@
 import json
 import math
 
+import factory
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from cpt_jax.config import ConfigError
 from cpt_jax.model import loss as loss_lib
 from cpt_jax.stream import pipeline
 from cpt_jax.stream.quotas import Curves
-from cpt_jax.training import checkpoint, guard, metrics, optimizer, start, step
+from cpt_jax.training import checkpoint, guard, metrics, start, step
 from cpt_jax.training.perplexity import SourceLoss
 from cpt_jax.training.state import TrainState
 
@@ -70,7 +71,7 @@ def test_a_step_that_was_skipped_is_as_if_its_batch_had_never_been(tiny_spec, ra
 def test_without_such_numbers_the_guard_changes_no_bit(tiny_spec, random_batch, microbatches):
   """The step against the same update written without the choice."""
   now, update, _ = build(tiny_spec, microbatches=microbatches)
-  tx = optimizer.make(now.params, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=1.0, **{**RULES, "frozen": ()})
+  tx = factory.optimizer(now.params, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=1.0, **{**RULES, "frozen": ()})
   weights_M = jnp.ones(2)
 
   def objective(params, batch):
@@ -373,7 +374,7 @@ def test_a_checkpoint_from_before_a_decision_is_void_if_it_is_newer_than_its_ste
 
 
 def test_void_checkpoints_are_removed_whole_and_never_begun_from(tmp_path):
-  saved = checkpoint.Checkpoints(tmp_path, keep_last=9)
+  saved = factory.checkpoints(tmp_path, keep_last=9)
   small = TrainState(jnp.int32(0), {"w": jnp.ones(3)}, ())
   for at in (10, 20, 30):
     saved.save(small, at, meta={"guard": {**guard.NO_STATE, "decisions": 0}}, losses={})
@@ -389,7 +390,7 @@ def test_void_checkpoints_are_removed_whole_and_never_begun_from(tmp_path):
   assert start.choose_start(c, tmp_path, base).step == 10
   start.remove_void(tmp_path)
   assert checkpoint.saved_steps(tmp_path) == [10] and not (tmp_path / "void").exists()
-  saved = checkpoint.Checkpoints(tmp_path, keep_last=9)
+  saved = factory.checkpoints(tmp_path, keep_last=9)
   saved.save(small, 15, meta={"guard": {**guard.NO_STATE, "decisions": 1}}, losses={})
   saved.close()
   start.remove_void(tmp_path)
@@ -397,7 +398,7 @@ def test_void_checkpoints_are_removed_whole_and_never_begun_from(tmp_path):
 
 
 def test_a_checkpoint_that_is_needed_is_kept_whatever_the_rules(tmp_path):
-  saved = checkpoint.Checkpoints(tmp_path, keep_last=1)
+  saved = factory.checkpoints(tmp_path, keep_last=1)
   small = TrainState(jnp.int32(0), {"w": jnp.ones(3)}, ())
   for at in range(6):
     saved.need([at] if at == 1 else [1] if at < 4 else [2])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from cpt_jax.training.step import StepMetrics
 
 def measured(losses, tokens, *, rate=0.5, grad_norm=1.0):
   sums = Sums(jnp.asarray(losses, jnp.float32), jnp.zeros(len(losses)), jnp.asarray(tokens, jnp.int32))
-  return StepMetrics(sums, jnp.float32(grad_norm), jnp.float32(rate))
+  return jax.device_get(StepMetrics(sums, jnp.float32(grad_norm), jnp.float32(rate)))
 
 
 def meter(log_every=2):
@@ -27,20 +28,19 @@ def meter(log_every=2):
 
 def test_a_record_is_the_token_weighted_mean_over_its_steps():
   m = meter()
-  m.dispatched(1, measured([10.0, 0.0], [4, 0]), num_positions=8)
-  assert m.read().values is None
-  m.dispatched(2, measured([2.0, 6.0], [4, 3], rate=0.25), num_positions=8)
-  values = m.read().values
+  m.dispatched(num_positions=8)
+  assert m.read(1, measured([10.0, 0.0], [4, 0])).values is None
+  m.dispatched(num_positions=8)
+  values = m.read(2, measured([2.0, 6.0], [4, 3], rate=0.25)).values
   assert values["loss"] == pytest.approx(18 / 11) and values["source_loss"] == {"a": 12 / 8, "b": 2.0}
   assert values["tokens"] == 11 and values["rate"] == 0.25
-  assert m.read() is None
 
 
 def test_the_tokens_of_a_record_are_exact_past_what_a_step_can_count():
   m = meter(log_every=40)
   for count in range(1, 41):
-    m.dispatched(count, measured([1e8, 0.5], [2**26 + 1, 1]), num_positions=8)
-    values = m.read().values
+    m.dispatched(num_positions=8)
+    values = m.read(count, measured([1e8, 0.5], [2**26 + 1, 1])).values
   assert values["tokens"] == 40 * (2**26 + 2) > 2**31
   assert values["source_loss"] == {"a": 1e8 / (2**26 + 1), "b": 0.5}
   assert values["loss"] == (1e8 + 0.5) / (2**26 + 2)
@@ -48,30 +48,30 @@ def test_the_tokens_of_a_record_are_exact_past_what_a_step_can_count():
 
 def test_a_source_without_a_row_in_the_window_has_no_loss():
   m = meter(log_every=1)
-  m.dispatched(1, measured([10.0, 0.0], [4, 0]), num_positions=8)
-  assert m.read().values["source_loss"] == {"a": 2.5}
+  m.dispatched(num_positions=8)
+  assert m.read(1, measured([10.0, 0.0], [4, 0])).values["source_loss"] == {"a": 2.5}
 
 
 def test_speed_leaves_out_the_first_step_and_pauses(monkeypatch):
   now = [0.0]
   monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
   m = meter(log_every=2)
-  m.dispatched(1, measured([1.0, 0.0], [4, 0]), num_positions=8)
+  m.dispatched(num_positions=8)
   now[0] = 100.0  # the first step compiles
-  m.read()
-  m.dispatched(2, measured([1.0, 0.0], [4, 0]), num_positions=8)
+  m.read(1, measured([1.0, 0.0], [4, 0]))
+  m.dispatched(num_positions=8)
   now[0] = 102.0
-  reading = m.read()
+  reading = m.read(2, measured([1.0, 0.0], [4, 0]))
   assert reading.tokens_per_sec == pytest.approx(4.0)
   assert reading.mfu == {"causal": pytest.approx(4e-5), "palm": pytest.approx(4.8e-5)}
   m.pause()
   now[0] = 500.0  # an evaluation
-  m.dispatched(3, measured([1.0, 0.0], [4, 0]), num_positions=8)
+  m.dispatched(num_positions=8)
   now[0] = 502.0
-  m.read()
-  m.dispatched(4, measured([1.0, 0.0], [4, 0]), num_positions=8)
+  m.read(3, measured([1.0, 0.0], [4, 0]))
+  m.dispatched(num_positions=8)
   now[0] = 504.0
-  assert m.read().tokens_per_sec == pytest.approx(4.0)
+  assert m.read(4, measured([1.0, 0.0], [4, 0])).tokens_per_sec == pytest.approx(4.0)
 
 
 def test_a_stage_has_its_own_operations_and_its_compilation_is_not_timed(monkeypatch):
@@ -81,9 +81,9 @@ def test_a_stage_has_its_own_operations_and_its_compilation_is_not_timed(monkeyp
   for step, secs in enumerate((50.0, 1.0, 50.0, 2.0), start=1):  # the first steps of two stages are compiled
     if step == 3:
       m.enters_stage((20.0, 24.0))
-    m.dispatched(step, measured([1.0, 0.0], [4, 0]), num_positions=30)
+    m.dispatched(num_positions=30)
     now[0] += secs
-    reading = m.read()
+    reading = m.read(step, measured([1.0, 0.0], [4, 0]))
   assert reading.tokens_per_sec == pytest.approx(20.0)
   assert reading.mfu == {"causal": pytest.approx(4e-4), "palm": pytest.approx(4.8e-4)}
 
@@ -91,29 +91,29 @@ def test_a_stage_has_its_own_operations_and_its_compilation_is_not_timed(monkeyp
 @pytest.mark.parametrize("bad", [dict(losses=[math.nan, 0.0]), dict(grad_norm=math.inf)])
 def test_a_step_that_is_not_finite_is_counted_and_left_out_of_the_means(bad):
   m = meter(log_every=3)
-  m.dispatched(1, measured([1.0, 0.0], [1, 0], grad_norm=0.25), num_positions=8)
-  assert m.read().not_finite is None
-  m.dispatched(2, measured(**{"losses": [1.0, 1.0], "tokens": [1, 1], **bad}), num_positions=8)
-  found = m.read().not_finite
+  m.dispatched(num_positions=8)
+  assert m.read(1, measured([1.0, 0.0], [1, 0], grad_norm=0.25)).not_finite is None
+  m.dispatched(num_positions=8)
+  found = m.read(2, measured(**{"losses": [1.0, 1.0], "tokens": [1, 1], **bad})).not_finite
   assert not all(map(math.isfinite, found.values())) and found.keys() == {"loss", "grad_norm"}
-  m.dispatched(3, measured(**{"losses": [1.0, 1.0], "tokens": [1, 1], **bad}), num_positions=8)
-  values = m.read().values
+  m.dispatched(num_positions=8)
+  values = m.read(3, measured(**{"losses": [1.0, 1.0], "tokens": [1, 1], **bad})).values
   assert values == {"loss": 1.0, "source_loss": {"a": 1.0}, "tokens": 1, "rate": 0.5, "grad_norm": 0.25, "skipped": 2}
-  m.dispatched(4, measured([2.0, 0.0], [1, 0]), num_positions=8)
-  m.read()
+  m.dispatched(num_positions=8)
+  m.read(4, measured([2.0, 0.0], [1, 0]))
   assert json.loads(json.dumps(m.state())) == {"sums": {"a": [2.0, 0.0, 1], "b": [0.0, 0.0, 0]}, "grad_norm": 1.0, "skipped": 0}
 
 
 def test_a_record_goes_on_after_a_restart_also_when_the_sources_are_others():
   whole, first = meter(), meter()
   for m in (whole, first):
-    m.dispatched(1, measured([0.1, 0.7], [3, 5], grad_norm=math.inf), num_positions=8)
-    m.read()
+    m.dispatched(num_positions=8)
+    m.read(1, measured([0.1, 0.7], [3, 5], grad_norm=math.inf))
   kept = json.loads(json.dumps(first.state()))
   second = metrics.Meter(("b", "a"), log_every=2, flops_per_token=(10.0, 12.0), peak_flops=1e6, state=kept)
-  whole.dispatched(2, measured([0.2, 0.3], [3, 4]), num_positions=8)
-  second.dispatched(2, measured([0.3, 0.2], [4, 3]), num_positions=8)
-  assert second.read().values == whole.read().values
+  whole.dispatched(num_positions=8)
+  second.dispatched(num_positions=8)
+  assert second.read(2, measured([0.3, 0.2], [4, 3])).values == whole.read(2, measured([0.2, 0.3], [3, 4])).values
 
 
 def test_after_a_resume_no_line_of_the_lost_future_is_left(tmp_path):
@@ -170,7 +170,7 @@ def test_evaluation_divides_exact_sums_once():
     i = int(batch.tokens_BT[0])
     return Sums(jnp.zeros(2).at[0].set(losses[i]), jnp.zeros(2), jnp.array([int(tokens[i]), 0]))
 
-  found = perplexity.evaluate(None, {"a": held}, eval_step=eval_step, to_device=lambda b: b)["a"]
+  found = perplexity.evaluate(None, {"a": held}, eval_step=eval_step, to_device=lambda b: b)[0]["a"]
   total = float(losses.astype(np.float64).sum())
   assert found.loss == pytest.approx(total / tokens.sum(), rel=1e-12)
   assert found.bits_per_byte == pytest.approx(total / math.log(2) / 12_340, rel=1e-12)

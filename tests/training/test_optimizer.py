@@ -1,5 +1,6 @@
 """AdamW with rules against an independent float64 AdamW; frozen leaves bit for bit; shardings; errors."""
 
+import factory
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -12,7 +13,7 @@ from cpt_jax import config as config_lib
 from cpt_jax import trees
 from cpt_jax.config import ConfigError
 from cpt_jax.devices import mesh as mesh_lib
-from cpt_jax.training import optimizer, schedule
+from cpt_jax.training import optimizer
 
 L = 3
 SHAPES = {
@@ -80,9 +81,9 @@ def run(tx, params, all_grads, rates=lambda step: 0.1):
 @pytest.mark.parametrize("frozen", [(), ("layers.wq", "final_norm")])
 def test_equals_float64_adamw(clip_norm, frozen):
   params, all_grads = random_tree(0), [random_tree(seed, scale=seed / 4) for seed in range(1, 6)]
-  rates = schedule.make("rewarm", num_steps=5, warmup_steps=2, lr_peak=0.05, lr_final=0.01)
+  rates = factory.schedule("rewarm", num_steps=5, warmup_steps=2, lr_peak=0.05, lr_final=0.01)
   settings = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.3, "clip_norm": clip_norm}
-  found, state = run(optimizer.make(params, **settings, **RULES, frozen=frozen), params, all_grads, rates)
+  found, state = run(factory.optimizer(params, **settings, **RULES, frozen=frozen), params, all_grads, rates)
   by_layer = np.array([0.25, 0.625, 1.0])
   wanted = numpy_adamw(
     params,
@@ -112,7 +113,7 @@ def assert_equal_to_rounding(found, wanted):
 
 def test_defaults_are_optax_adamw():
   params, all_grads = random_tree(0), [random_tree(seed) for seed in range(1, 4)]
-  found, _ = run(optimizer.make(params, clip_norm=1.0), params, all_grads, lambda step: 0.01)
+  found, _ = run(factory.optimizer(params, clip_norm=1.0), params, all_grads, lambda step: 0.01)
   plain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.01, b2=0.95, weight_decay=0.1))
   wanted, _ = run(plain, params, all_grads)
   assert_equal_to_rounding(found, wanted)
@@ -124,7 +125,7 @@ def test_frozen_leaves_keep_every_bit_and_have_no_moments():
   all_grads = [random_tree(seed) for seed in range(1, 3)]
   for grads in all_grads:
     grads["embedding"][:] = np.nan  # must not reach anything: not the leaf, not the norm that clips the others
-  tx = optimizer.make(params, frozen=("embedding",), clip_norm=0.5)
+  tx = factory.optimizer(params, frozen=("embedding",), clip_norm=0.5)
   updates, _ = tx.update(all_grads[0], tx.init(params), params, rate=0.1)
   assert (np.asarray(updates["embedding"]).view(np.int32) == np.float32(-0.0).view(np.int32)).all()  # 0.0 would change -0.0
   found, state = run(tx, params, all_grads)
@@ -137,7 +138,7 @@ def test_frozen_leaves_keep_every_bit_and_have_no_moments():
 
 def test_a_rate_of_zero_is_not_frozen():
   params = random_tree(0)
-  tx = optimizer.make(params, rate_rules=(("embedding", 0.0), (".*", 1.0)))
+  tx = factory.optimizer(params, rate_rules=(("embedding", 0.0), (".*", 1.0)))
   found, state = run(tx, params, [random_tree(1)])
   np.testing.assert_array_equal(found["embedding"], params["embedding"])
   assert [path for path in trees.paths(state) if "embedding" in path]
@@ -147,8 +148,8 @@ def test_a_rate_of_zero_is_not_frozen():
 @hypothesis.settings(max_examples=5)
 def test_continuing_from_a_state_is_the_same_run(seed, at):
   params, all_grads = random_tree(seed), [random_tree(seed + i) for i in range(1, 6)]
-  rates = schedule.make("wsd", num_steps=5, warmup_steps=2, lr_peak=0.05, anneal_steps=2)
-  tx = optimizer.make(params, **RULES)
+  rates = factory.schedule("wsd", num_steps=5, warmup_steps=2, lr_peak=0.05, anneal_steps=2)
+  tx = factory.optimizer(params, **RULES)
   update = jax.jit(tx.update)
   middle = None
   state, p = tx.init(params), params
@@ -174,10 +175,10 @@ def test_moments_are_sharded_as_their_parameters_and_the_update_too():
     "final_norm": (None,),
   }
   plain = random_tree(0)
-  rates = schedule.make("cosine", num_steps=5, lr_peak=0.05)
+  rates = factory.schedule("cosine", num_steps=5, lr_peak=0.05)
   all_grads = [random_tree(1), random_tree(2)]
   for frozen in ((), ("embedding",)):
-    tx = optimizer.make(plain, **RULES, frozen=frozen, clip_norm=0.5)
+    tx = factory.optimizer(plain, **RULES, frozen=frozen, clip_norm=0.5)
     wanted, _ = run(tx, plain, all_grads, rates)
     with jax.set_mesh(mesh):
       shardings = trees.map_with_path(lambda path, _: mesh_lib.sharding(mesh, *axes[path]), plain)
@@ -219,12 +220,12 @@ def abstract_params() -> dict:
 )
 def test_refuses(arguments, message):
   with pytest.raises(ConfigError, match=message):
-    optimizer.make(abstract_params(), **arguments)
+    factory.optimizer(abstract_params(), **arguments)
 
 
 def test_problems_come_together():
   with pytest.raises(ConfigError, match="3 problems"):
-    optimizer.make(abstract_params(), frozen=("nothing",), layer_rates=(1.0,), rate_rules=(("embedding", 1.0),))
+    factory.optimizer(abstract_params(), frozen=("nothing",), layer_rates=(1.0,), rate_rules=(("embedding", 1.0),))
 
 
 def test_rules_of_the_user_must_have_an_effect_and_default_rules_need_not(tiny_spec):
@@ -258,9 +259,9 @@ def test_equals_torch_adamw():
   import torch
 
   params, all_grads = random_tree(0), [random_tree(seed) for seed in range(1, 6)]
-  rates = schedule.make("rewarm", num_steps=5, warmup_steps=2, lr_peak=0.05, lr_final=0.01)
+  rates = factory.schedule("rewarm", num_steps=5, warmup_steps=2, lr_peak=0.05, lr_final=0.01)
   rules = {"decay_rules": ((".*norm", 0.0), (".*", 1.0)), "rate_rules": (("embedding", 0.3), (".*", 1.0))}
-  found, _ = run(optimizer.make(params, weight_decay=0.3, clip_norm=0.7, **rules), params, all_grads, rates)
+  found, _ = run(factory.optimizer(params, weight_decay=0.3, clip_norm=0.7, **rules), params, all_grads, rates)
   tensors = {path: torch.nn.Parameter(torch.tensor(leaf)) for path, leaf in trees.paths(params).items()}
   groups = [
     {"params": [tensor], "times": 0.3 if path == "embedding" else 1.0, "weight_decay": 0.0 if path.endswith("norm") else 0.3}
@@ -281,7 +282,7 @@ def test_equals_torch_adamw():
 def test_a_bfloat16_first_moment_is_rounded_once_an_update_and_nothing_else_is():
   params, grads = random_tree(1), [random_tree(seed) for seed in range(2, 6)]
   settings = dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=0.0)
-  found, found_state = run(optimizer.make(params, mu_dtype="bfloat16", **settings), params, grads)
+  found, found_state = run(factory.optimizer(params, mu_dtype="bfloat16", **settings), params, grads)
   p, m, v = ({path: np.asarray(x, np.float64) * scale for path, x in trees.paths(params).items()} for scale in (1, 0, 0))
   for t, g in enumerate(map(trees.paths, grads), start=1):
     for path in p:
@@ -296,13 +297,13 @@ def test_a_bfloat16_first_moment_is_rounded_once_an_update_and_nothing_else_is()
   adam = found_state
   assert {x.dtype for x in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
   assert {x.dtype for x in jax.tree.leaves(adam.nu)} == {jnp.dtype("float32")}
-  full = optimizer.make(params, **settings).init(params)
+  full = factory.optimizer(params, **settings).init(params)
   assert sum(x.nbytes for x in jax.tree.leaves(adam.mu)) * 2 == sum(x.nbytes for x in jax.tree.leaves(full.mu))
 
 
 def test_the_default_moments_are_those_of_optax():
   params, grads = random_tree(1), [random_tree(seed) for seed in range(2, 5)]
-  ours = optimizer.make(params, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=0.0)
+  ours = factory.optimizer(params, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=0.0)
   plain = optax.chain(optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8), optax.scale(-0.1))
   (found, state), (expected, of_optax) = run(ours, params, grads), run(plain, params, grads)
   assert_equal_to_rounding(found, expected)

@@ -1,8 +1,9 @@
-"""What the forward pass keeps: the same gradients whatever it is, as many bytes as config.py says, and no product too many."""
+"""What the forward pass keeps: the same gradients whatever it is, as many bytes as model.remat says, and no product too many."""
 
 import itertools
 
 import compiling
+import factory
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,14 +16,14 @@ from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec
 from cpt_jax.training import step
 
-CHOICES = config_lib.CHOICES["model.remat"]
+CHOICES = config_lib.KEYS["model.remat"].choices
 LADDER = [name for name in CHOICES if not name.endswith("_offload")]
 SPEC = ModelSpec("llama", 67, 64, 3, 4, 2, 16, 192, max_positions=512)
 ROWS, ROW_LEN = 2, 128
 
 
 def loss(params, tokens_BT, positions_BT, segments_BT, *, remat, dtype=jnp.float32, attention="blockwise", spec=SPEC):
-  hidden_BTD = transformer.apply(
+  hidden_BTD = factory.hidden(
     params, spec, tokens_BT, positions_BT, segments_BT, compute_dtype=dtype, remat=remat, attention=attention
   )
   return jnp.mean(jnp.square(hidden_BTD.astype(jnp.float32)) * (1 + jnp.arange(hidden_BTD.shape[-1]) % 3)[None, None])
@@ -68,7 +69,7 @@ def test_a_position_keeps_as_many_bytes_as_is_written_down(remat, dtype):
   kept = [x for x in stacked if not (x.shape in of_parameters and x.dtype == jnp.float32)]
   kept = [x for x in kept if x.size >= SPEC.num_layers * ROWS * ROW_LEN]
   found = sum(x.size * x.dtype.itemsize for x in kept) / (SPEC.num_layers * ROWS * ROW_LEN)
-  assert found == transformer.kept_bytes(SPEC, remat, itemsize=jnp.dtype(dtype).itemsize)
+  assert found == transformer.kept_bytes(SPEC, remat, itemsize=jnp.dtype(dtype).itemsize, tensor=1)
 
 
 @pytest.mark.parametrize("attention", ["plain", pytest.param("blockwise", marks=pytest.mark.slow)])

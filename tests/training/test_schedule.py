@@ -2,6 +2,7 @@
 
 import math
 
+import factory
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
@@ -62,7 +63,7 @@ def phases(draw):
 )
 def test_every_step_follows_the_formula(name, shape, lengths, start, final):
   n, w, cool, anneal = lengths["n"], lengths["w"], lengths["cool"], lengths["anneal"]
-  made = schedule.make(
+  made = factory.schedule(
     name,
     num_steps=n,
     warmup_steps=w,
@@ -87,19 +88,19 @@ def test_every_step_follows_the_formula(name, shape, lengths, start, final):
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "rewarm", "wsd"])
 def test_lr_final_of_zero_wastes_no_update_and_holds_after_the_end(name):
-  made = schedule.make(name, num_steps=50, warmup_steps=5, lr_peak=PEAK, lr_final=0.0, anneal_steps=10)
+  made = factory.schedule(name, num_steps=50, warmup_steps=5, lr_peak=PEAK, lr_final=0.0, anneal_steps=10)
   found = rates(made, 60)
   assert (found[:50] > 0).all()
   assert (found[50:] == 0).all()
 
 
 def test_borders():
-  made = schedule.make("rewarm", num_steps=100, warmup_steps=10, lr_peak=PEAK, lr_start=START, lr_final=FINAL)
+  made = factory.schedule("rewarm", num_steps=100, warmup_steps=10, lr_peak=PEAK, lr_start=START, lr_final=FINAL)
   found = rates(made, 100)
   np.testing.assert_allclose(found[0], START + (PEAK - START) / 10, rtol=1e-6)
   assert found[9] == found[10] == np.float32(PEAK)  # the warm-up's last update, the decay's first
   assert found[8] < found[9] and found[11] < found[10]
-  made = schedule.make(
+  made = factory.schedule(
     "infinite", num_steps=100, warmup_steps=10, lr_peak=PEAK, lr_const=CONST, lr_final=FINAL, cooldown_steps=20, anneal_steps=30
   )
   found = rates(made, 101)
@@ -108,7 +109,7 @@ def test_borders():
 
 
 def test_cooldown_of_no_steps_is_a_jump():
-  made = schedule.make("infinite", num_steps=10, lr_peak=PEAK, lr_const=CONST, lr_final=FINAL)
+  made = factory.schedule("infinite", num_steps=10, lr_peak=PEAK, lr_const=CONST, lr_final=FINAL)
   assert (rates(made, 10) == np.float32(CONST)).all()
 
 
@@ -118,39 +119,39 @@ def as_run(made):
 
 def test_no_anneal_holds_the_constant_rate_to_the_end():
   for name, wanted in (("wsd", PEAK), ("infinite", CONST)):
-    made = schedule.make(name, num_steps=10, lr_peak=PEAK, lr_const=CONST, lr_final=0.0, anneal_steps=0)
+    made = factory.schedule(name, num_steps=10, lr_peak=PEAK, lr_const=CONST, lr_final=0.0, anneal_steps=0)
     assert (rates(made, 12) == np.float32(wanted)).all()
     assert "anneal begins" not in [what for what, _, _ in schedule.table(as_run(made), num_steps=10)]
 
 
 def test_a_constant_run_may_end_in_its_warm_up():
-  made = schedule.make("constant", num_steps=10, warmup_steps=20, lr_peak=PEAK)
+  made = factory.schedule("constant", num_steps=10, warmup_steps=20, lr_peak=PEAK)
   np.testing.assert_allclose(rates(made, 10)[-1], PEAK / 2, rtol=1e-6)
 
 
 def test_is_float32_whatever_the_step_is():
-  made = schedule.make("cosine", num_steps=10, lr_peak=PEAK)
+  made = factory.schedule("cosine", num_steps=10, lr_peak=PEAK)
   for step in (3, np.int32(3), np.array(3)):
     assert isinstance(made(step), np.float32) and made(step) == made(np.arange(10))[3]
-  assert hash(made) == hash(schedule.make("cosine", num_steps=10, lr_peak=PEAK))
+  assert hash(made) == hash(factory.schedule("cosine", num_steps=10, lr_peak=PEAK))
 
 
 def test_large_steps_keep_their_resolution():
   n = 20_000_000  # beyond float32's integers; the fall is counted from its own beginning
-  made = schedule.make("wsd", num_steps=n, lr_peak=PEAK, anneal_steps=1000, shape="linear")
+  made = factory.schedule("wsd", num_steps=n, lr_peak=PEAK, anneal_steps=1000, shape="linear")
   found = np.asarray(made(np.arange(n - 1000, n, dtype=np.int32)), np.float64)
   np.testing.assert_allclose(found, PEAK * (1 - np.arange(1000) / 1000), rtol=1e-4)
 
 
 def test_refuses_what_cannot_be():
   with pytest.raises(ConfigError, match=r"schedule.warmup \+ schedule.anneal take 110 steps, the run has 100"):
-    schedule.make("wsd", num_steps=100, warmup_steps=60, anneal_steps=50, lr_peak=PEAK)
+    factory.schedule("wsd", num_steps=100, warmup_steps=60, anneal_steps=50, lr_peak=PEAK)
   with pytest.raises(ConfigError, match="lr_final=0"):
-    schedule.make("infinite", num_steps=100, lr_peak=PEAK, lr_const=CONST, lr_final=0.0, anneal_steps=5)
+    factory.schedule("infinite", num_steps=100, lr_peak=PEAK, lr_const=CONST, lr_final=0.0, anneal_steps=5)
   with pytest.raises(ConfigError, match="lr_const"):
-    schedule.make("infinite", num_steps=100, lr_peak=PEAK, lr_const=0.0, lr_final=0.0)
+    factory.schedule("infinite", num_steps=100, lr_peak=PEAK, lr_const=0.0, lr_final=0.0)
   with pytest.raises(ConfigError, match="Did you mean rewarm"):
-    schedule.make("rewrm", num_steps=100, lr_peak=PEAK)
+    factory.schedule("rewrm", num_steps=100, lr_peak=PEAK)
 
 
 def test_from_config_reads_durations():
@@ -165,7 +166,7 @@ def test_from_config_reads_durations():
 
 
 def test_table_names_the_key_steps():
-  made = schedule.make(
+  made = factory.schedule(
     "infinite", num_steps=100, warmup_steps=10, lr_peak=PEAK, lr_const=CONST, lr_final=FINAL, cooldown_steps=20, anneal_steps=30
   )
   rows = schedule.table(as_run(made), num_steps=100)
@@ -182,5 +183,5 @@ def test_table_names_the_key_steps():
   ]
   assert all(rate == float(made(step)) for _, step, rate in rows)
   for num_steps in (1, 2, 3):
-    made = as_run(schedule.make("cosine", num_steps=num_steps, lr_peak=PEAK))
+    made = as_run(factory.schedule("cosine", num_steps=num_steps, lr_peak=PEAK))
     assert schedule.table(made, num_steps=num_steps)[-1][1] == num_steps - 1

@@ -6,6 +6,7 @@ import functools
 import json
 
 import compiling
+import factory
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -23,9 +24,10 @@ from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import expansion, pretrained, transformer
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.preview import dry_run
-from cpt_jax.training import checkpoint, loop, optimizer, schedule, start, state, step
+from cpt_jax.training import inputs as inputs_lib
+from cpt_jax.training import loop, optimizer, schedule, start, state
 from cpt_jax.vocab import initialise
-from cpt_jax.vocab.initialise import Sources, replaced
+from cpt_jax.vocab.initialise import OldRows, replaced
 
 ROWS = range(5, 7)  # of the table's 8; the last is padding
 SHAPES = {"embedding": (8, 4), "layers.attn_norm": (3, 4), "layers.wq": (3, 4, 2, 2), "final_norm": (4,), "head": (4, 8)}
@@ -57,7 +59,8 @@ def three_stages(mu_dtype):
   """The beginning, and the update of each stage of THREE."""
   numbers = dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.3, clip_norm=0.7)
   made = [
-    optimizer.make(random_tree(0), **numbers, **RULES, mu_dtype=mu_dtype, stages=THREE, stage=i, new_rows=ROWS) for i in range(3)
+    factory.optimizer(random_tree(0), **numbers, **RULES, mu_dtype=mu_dtype, stages=THREE, stage=i, new_rows=ROWS)
+    for i in range(3)
   ]
   return made[0].init, [jax.jit(one.update) for one in made]
 
@@ -115,7 +118,9 @@ def test_what_no_stage_trains_is_frozen_and_frozen_wins():
     "layers.wq": ("NOTHING", True),
     "final_norm": ("NOTHING", True),
   }
-  kept = optimizer.make(random_tree(0), **RULES, frozen=("layers.wq",), stages=("embeddings", ("layers.*",))).init(random_tree(0))
+  kept = factory.optimizer(random_tree(0), **RULES, frozen=("layers.wq",), stages=("embeddings", ("layers.*",))).init(
+    random_tree(0)
+  )
   assert set(kept.mu) == {"embedding", "head", "layers.attn_norm"}
 
 
@@ -134,7 +139,7 @@ def test_what_no_stage_trains_is_frozen_and_frozen_wins():
 )
 def test_stages_that_train_nothing_are_refused(stages, more, message):
   with pytest.raises(ConfigError, match=message):
-    optimizer.make(random_tree(0), **RULES, stages=stages, **{"new_rows": ROWS, **more})
+    factory.optimizer(random_tree(0), **RULES, stages=stages, **{"new_rows": ROWS, **more})
 
 
 @pytest.fixture(scope="module")
@@ -148,13 +153,13 @@ def steps_of(spec):
   make = functools.partial(
     dict, decay_rules=((".*", 1.0),), rate_rules=((".*", 1.0),), layer_rates=(), frozen=(), stages=stages, new_rows=spec.new_rows
   )
-  settings = step.ModelSettings(jnp.dtype("float32"), "none", "plain", 0)
+  settings = factory.SETTINGS._replace(attention="plain")
   params = transformer.init(spec, jax.random.key(0))
-  tx = [optimizer.make(params, **make(), stage=i, eps=1e-3) for i in range(3)]
+  tx = [factory.optimizer(params, **make(), stage=i, eps=1e-3) for i in range(3)]
   leaves = [optimizer.plan(params, **make(), stage=i) for i in range(3)]
   steps = [
     jax.jit(
-      step.make_train_step(
+      factory.train_step(
         spec,
         tx[i],
         settings=settings,
@@ -235,9 +240,9 @@ def test_borders_and_rates_are_those_of_each_stage_as_a_run():
   ]
   rates = schedule.from_config(c)
   found = rates(np.arange(100))
-  one = schedule.make("constant", num_steps=33, warmup_steps=10, lr_peak=2e-3, lr_start=2e-4)
-  two = schedule.make("rewarm", num_steps=34, warmup_steps=4, lr_peak=1e-3, lr_start=1e-4, lr_final=1e-5)
-  three = schedule.make("rewarm", num_steps=33, warmup_steps=4, lr_peak=4e-4, lr_start=4e-5, lr_final=4e-6)
+  one = factory.schedule("constant", num_steps=33, warmup_steps=10, lr_peak=2e-3, lr_start=2e-4)
+  two = factory.schedule("rewarm", num_steps=34, warmup_steps=4, lr_peak=1e-3, lr_start=1e-4, lr_final=1e-5)
+  three = factory.schedule("rewarm", num_steps=33, warmup_steps=4, lr_peak=4e-4, lr_start=4e-5, lr_final=4e-6)
   np.testing.assert_allclose(found, np.concatenate([one(np.arange(33)), two(np.arange(34)), three(np.arange(33))]), rtol=1e-6)
   assert all(isinstance(rates(i), np.float32) and rates(i) == found[i] for i in (0, 32, 33, 99))
   rows = schedule.table(rates, num_steps=100)
@@ -395,13 +400,13 @@ def test_a_base_that_was_not_grown_has_no_rows_to_train(staged_run, tmp_path):
   (tmp_path / "base" / "config.json").write_text(json.dumps(hf_config | {"base_vocab_size": 0}))
   c.start.hf = str(tmp_path / "base")
   with pytest.raises(ConfigError, match=r"the model has none .*start from what tools/grow_vocab.py wrote"):
-    loop.open_inputs(c)
+    inputs_lib.open_inputs(c)
 
 
 def test_the_operations_of_a_stage_leave_out_what_it_does_not_compute(straight, staged_run):
   spec = spec_lib.from_hf(spec_lib.load_hf_config(staged_run.start.hf))
   full, _ = spec_lib.flops_per_token(spec, 32)
-  weights = 2.0 * (spec_lib.matmul_parameters(spec) - 320 * 32)  # the layers' gradients, in the first two stages
+  weights = 2.0 * (sum(spec_lib.matmul_leaves(spec).values()) - 320 * 32)  # the layers' gradients, in the first two stages
   evals = {record["step"]: record["flops"] for record in journal.read(straight / "metrics.jsonl") if record["kind"] == "eval"}
   assert evals == {0: 0, 6: 6 * 128 * (full - weights), 12: 12 * 128 * full - 8 * 128 * weights}
 
@@ -412,7 +417,7 @@ def test_the_operations_of_a_stage_leave_out_what_it_does_not_compute(straight, 
 def grow(directory, output, *, num_old=300, vocab_size=330, rows=384):
   model = expansion.open_model(directory, vocab_size=num_old)
   pieces = replaced([[10 + i, 11 + i] for i in range(vocab_size - num_old)])
-  new = expansion.make_rows(initialise.mean, lambda old_VD: Sources(old_VD, pieces), num_padding=rows - vocab_size)
+  new = expansion.make_rows(initialise.mean, lambda old_VD: OldRows(old_VD, pieces), num_padding=rows - vocab_size)
   output.mkdir()
   for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
     if (model.directory / name).exists():
@@ -426,13 +431,11 @@ def test_moments_of_what_was_there_survive_growth(staged_run, straight, one_devi
   c.start.hf, c.start.moments = str(grow(straight / "hf", tmp_path / "grown")), str(straight)
   c.data.sources.domain.store = str(tmp_path / "store")
   c.optimizer.mu_dtype = "bfloat16"  # another one than then
-  inputs = loop.open_inputs(c, tmp_path / "run")
+  inputs = inputs_lib.open_inputs(c, tmp_path / "run")
   spec = inputs.spec
   assert spec.new_rows == range(300, 330)
   params = start.base_params(inputs.base, spec, seed=0)
-  own = checkpoint.Checkpoints(tmp_path / "run")
-  begun = start.initial_state(inputs.begin, params, spec, inputs.tx, own, keep_optimizer=True, moments=c.start.moments)
-  own.close()
+  begun = start.initial_state(inputs.begin, params, spec, inputs.tx, keep_optimizer=True, moments=c.start.moments)
   found, before = trees.paths(jax.device_get(begun)), whole_state(straight, 12)
   assert int(begun.step) == 0
   for path, leaf in before.items():
@@ -458,7 +461,7 @@ def test_moments_that_do_not_belong_are_refused(staged_run, straight, tiny_hf_co
     for key, value in keys.items():
       c.start[key] = value
     with pytest.raises(ConfigError, match=message):
-      loop.open_inputs(c)
+      inputs_lib.open_inputs(c)
 
   refused("only with start.hf", moments=str(straight), hf="", weights=str(straight))
   refused("no checkpoint there", moments=str(tmp_path))

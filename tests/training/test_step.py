@@ -5,6 +5,7 @@ import functools
 import math
 
 import compiling
+import factory
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +17,9 @@ from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec
 from cpt_jax.stream.batch import Batch
-from cpt_jax.training import optimizer, schedule, state, step
+from cpt_jax.training import optimizer, state, step
 
-SETTINGS = step.ModelSettings(jnp.dtype("float32"), "none", "plain", 0)
+SETTINGS = factory.SETTINGS._replace(attention="plain")
 RULES = dict(decay_rules=((".*norm", 0.0), (".*", 1.0)), rate_rules=((".*", 1.0),), layer_rates=(), frozen=())
 
 
@@ -41,7 +42,7 @@ def build(
   mu_dtype="float32",
   sums="float32",
 ):
-  rates = schedule.make(
+  rates = factory.schedule(
     "rewarm",
     num_steps=10,
     warmup_steps=2,
@@ -55,15 +56,15 @@ def build(
   )
   params = transformer.init(spec, jax.random.key(0)) if params is None else params
   rules = {**RULES, "frozen": frozen}
-  tx = optimizer.make(params, b1=0.9, b2=0.95, eps=1e-3, mu_dtype=mu_dtype, weight_decay=0.1, clip_norm=clip_norm, **rules)
-  update = step.make_train_step(
+  tx = factory.optimizer(params, b1=0.9, b2=0.95, eps=1e-3, mu_dtype=mu_dtype, weight_decay=0.1, clip_norm=clip_norm, **rules)
+  update = factory.train_step(
     spec,
     tx,
     settings=SETTINGS,
     source_weights=source_weights,
     microbatches=microbatches,
     z_loss=z_loss,
-    hold=functools.partial(optimizer.hold, leaves=optimizer.plan(params, **rules)),
+    hold=functools.partial(optimizer.hold, leaves=optimizer.plan(params, **rules, stages=("all",))),
     accumulate_dtype=sums,
   )
   return state.create(params, tx), jax.jit(update), rates
@@ -82,7 +83,7 @@ def gradient(spec, batch, *, params=None, settings=SETTINGS, source_weights=(1.0
   """What the optimizer is given for one batch, and what the step measured."""
   tx = optax.trace(0.0)  # keeps the newest gradient
   now = state.create(transformer.init(spec, jax.random.key(0)) if params is None else params, tx)
-  update = step.make_train_step(
+  update = factory.train_step(
     spec,
     tx,
     settings=settings,
@@ -175,7 +176,7 @@ def test_the_objective_and_its_division_equal_the_float64_reference(tiny_spec, r
   weights_M, z_weight = np.array([0.3, 2.0]), 0.1
   spec, batch = dataclasses.replace(tiny_spec, tied=False), masked(random_batch(11))
   params = transformer.init(spec, jax.random.key(3))
-  hidden_BTD = transformer.apply(
+  hidden_BTD = factory.hidden(
     params, spec, batch.tokens_BT, batch.positions_BT, batch.segments_BT, compute_dtype=jnp.float32, attention="plain"
   )
   hidden_BTD, head_DV = (np.asarray(x, np.float64) for x in (hidden_BTD, params["head"]))
@@ -266,7 +267,7 @@ def test_weights_that_make_no_objective_are_refused(tiny_spec, weights):
 
 def test_a_batch_that_cannot_be_counted_is_refused(tiny_spec):
   tx = optax.identity()
-  update = step.make_train_step(tiny_spec, tx, settings=SETTINGS, source_weights=(1.0,), microbatches=1, z_loss=0.0)
+  update = factory.train_step(tiny_spec, tx, settings=SETTINGS, source_weights=(1.0,), microbatches=1, z_loss=0.0)
   arrays = [jax.ShapeDtypeStruct((2**15, 2**16), np.dtype(np.int32))] * 5
   with pytest.raises(ValueError, match=r"train.batch_rows x data.row_len = \(32768, 65536\)"):
     jax.eval_shape(update, None, Batch(*arrays, jax.ShapeDtypeStruct((2**15,), np.dtype(np.int32))), 1.0)
@@ -332,7 +333,7 @@ def test_the_abstract_state_is_the_real_one(tiny_spec):
   mesh = mesh_lib.make_mesh(data=1, fsdp=4, context=1, tensor=2)
   with jax.set_mesh(mesh):
     now, _, _ = build(tiny_spec)
-    tx = optimizer.make(now.params, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=1.0, **RULES)
+    tx = factory.optimizer(now.params, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=1.0, **RULES)
     planned = state.abstract(tiny_spec, tx)
   assert not trees.diff(now, planned)
   for (path, leaf), wanted in zip(trees.paths(now).items(), jax.tree.leaves(planned), strict=True):

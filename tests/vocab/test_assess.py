@@ -7,6 +7,7 @@ import string
 import subprocess
 import sys
 
+import factory
 import numpy as np
 import pytest
 import tokenizers as tokenizers_library
@@ -164,7 +165,7 @@ def test_assessing_and_growing_the_shipped_base(root, tmp_path, fixtures):
   from cpt_jax.stream import sources
 
   prepare.prepare([str(tmp_path / "zh.txt")], tokenizer=str(tmp_path / "grown"), output=str(tmp_path / "s"), progress=False)
-  source = sources.Source("zh", open_store(tmp_path / "s"), role="domain", share=(), heldout_frac=0.1)
+  source = factory.source("zh", open_store(tmp_path / "s"), role="domain", share=(), heldout_frac=0.1)
   problems = Problems()
   sources.check_vocabulary([source], 4096, problems)
   assert "the model's vocabulary has 4096 rows" in problems.lines[0] and "grow_vocab" in problems.lines[0]

@@ -4,6 +4,7 @@ import json
 import pathlib
 import tracemalloc
 
+import factory
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -18,14 +19,14 @@ from cpt_jax.model import expansion, hf_files, pretrained, transformer
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.vocab import initialise, similarity
 from cpt_jax.vocab.bases import Piece
-from cpt_jax.vocab.initialise import Sources, replaced
+from cpt_jax.vocab.initialise import OldRows, replaced
 
 OLD = np.random.default_rng(0).normal(0.3, 1.0, (50, 6)).astype(np.float32)
 PIECES = [[3, 4], [7, 7, 9], [1], [49, 0, 2, 5]]
 
 
 def rows(name, old_VD=OLD, pieces=PIECES, **more):
-  return np.concatenate(list(initialise.blocks(initialise.INITIALISERS[name], Sources(old_VD, replaced(pieces), **more))))
+  return np.concatenate(list(initialise.blocks(initialise.INITIALISERS[name], OldRows(old_VD, replaced(pieces), **more))))
 
 
 # ---- each initialiser ----
@@ -84,7 +85,7 @@ def test_rows_inside_the_old_ones_bound_the_new_logits():
 
 def test_padding_is_the_mean_and_adds_at_most_its_share():
   """The softmax gives m padding rows at most m/(n+m): exp of a mean is at most the mean of exps (Hewitt)."""
-  padded = initialise.padding(Sources(OLD, replaced(PIECES)), num_rows=5)
+  padded = initialise.padding(OldRows(OLD, replaced(PIECES)), num_rows=5)
   np.testing.assert_allclose(padded, np.tile(OLD.mean(axis=0), (5, 1)), rtol=1e-6)
   weights_NV = np.exp(np.random.default_rng(4).normal(size=(100, 6)).astype(np.float32) @ np.concatenate([OLD, padded]).T)
   assert (weights_NV[:, 50:].sum(axis=1) / weights_NV.sum(axis=1) <= 5 / 55 + 1e-6).all()
@@ -160,10 +161,10 @@ def expand(directory, output, *, name="mean", vocab_size=330, rows=384, **more):
   model = expansion.open_model(directory, vocab_size=300)
   pieces = [[10 + i, 11 + i] for i in range(vocab_size - 300)]
 
-  def sources(old_VD):
-    return Sources(old_VD, replaced(pieces), **more)
+  def old_rows(old_VD):
+    return OldRows(old_VD, replaced(pieces), **more)
 
-  new = expansion.make_rows(initialise.INITIALISERS[name], sources, num_padding=rows - vocab_size)
+  new = expansion.make_rows(initialise.INITIALISERS[name], old_rows, num_padding=rows - vocab_size)
   output.mkdir()
   expansion.write(model, output, num_old=300, vocab_size=vocab_size, rows=rows, new=dict.fromkeys(model.tables, new))
   return model, hf_files.TensorFiles(output)
@@ -202,7 +203,7 @@ def test_old_tokens_have_the_logits_they_had(base, tmp_path, random_batch):
   for directory in (base, tmp_path / "out"):
     spec = spec_lib.from_hf(spec_lib.load_hf_config(directory))
     params = pretrained.load_params(directory, spec, transformer.abstract_params(spec))
-    hidden_BTD = transformer.apply(
+    hidden_BTD = factory.hidden(
       params, spec, batch.tokens_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT, compute_dtype=jnp.float32
     )
     head_DV = np.asarray(transformer.head(params, spec, dtype=jnp.float32))
@@ -220,7 +221,7 @@ def test_memory_holds_blocks_not_tables(tmp_path):
   (tmp_path / "base" / "config.json").write_text(json.dumps({"vocab_size": num_rows, "tie_word_embeddings": False}))
   model = expansion.open_model(tmp_path / "base", vocab_size=num_rows)
   pieces = replaced([[i, i + 1, i + 2] for i in range(4000)])
-  new = expansion.make_rows(initialise.mean, lambda old_VD: Sources(old_VD, pieces), num_padding=64)
+  new = expansion.make_rows(initialise.mean, lambda old_VD: OldRows(old_VD, pieces), num_padding=64)
   (tmp_path / "out").mkdir()
   tracemalloc.start()
   expansion.write(model, tmp_path / "out", num_old=num_rows, vocab_size=44_000, rows=44_064, new=dict.fromkeys(model.tables, new))

@@ -13,17 +13,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import bench_data_sides
-import bench_samples
-import bench_step
-
 from cpt_jax.training import console
+from tools.bench import bench_data_sides, bench_samples
+from tools.bench.bench_samples import Section
 
 OPEN_SECS, OPEN_BYTES, SEEK_SECS, PACKED_RATE = 5.0, 200e6, 0.05, 5e6  # the bars
 
 _CLOCKS = ("wall_secs", "cpu_secs")
-
-Section = tuple[dict[str, Any], list[list[Any]]]
 
 
 def measure_mixture(bench: Any) -> Section:
@@ -118,14 +114,14 @@ def measure_seek(bench: Any) -> Section:
 
 
 def measure_prepare(bench: Any) -> Section:
-  """Text a second of tools/prepare_data.py, of its work without the start, of datatrove's tokenizer step, and peaks of memory."""
+  """Text a second of cpt prepare, of its work without the start, of datatrove's tokenizer step, and peaks of memory."""
   text, turns = bench.directory / "prepare.jsonl", (1, 2, 2, 1)
   num_bytes = write_varied(text, bench.texts.values(), min_bytes=200_000 if bench.quick else 20_000_000)
   tokenizer = bench_samples.ROOT / "examples/base"
   secs: dict[int, dict[str, list[float]]] = {number: {"wall_secs": [], "cpu_secs": []} for number in (1, 2)}
   for turn, workers in enumerate(turns[: 2 if bench.quick else 4]):
     store = bench.directory / f"prepared_{turn}"
-    command = [sys.executable, str(bench_samples.ROOT / "tools/prepare_data.py"), f"--input={text}", f"--tokenizer={tokenizer}"]
+    command = [sys.executable, "-m", "cpt_jax.cli", "prepare", f"--input={text}", f"--tokenizer={tokenizer}"]
     with bench_samples.timed(secs[workers]):
       bench_samples.call([*command, f"--output={store}", f"--num_workers={workers}"], env={**os.environ})
   manifest = json.loads((store / "store.json").read_text())
@@ -135,7 +131,7 @@ def measure_prepare(bench: Any) -> Section:
     wall, cpu = bench_samples.stats(samples["wall_secs"]), bench_samples.stats(samples["cpu_secs"])
     speed = num_bytes / 1e6 / wall["median"]
     workers[str(number)] = {"wall_secs": wall, "cpu_secs": cpu, "mb_per_sec": speed, "samples": samples}
-    table.append([f"prepare_data, the command, workers: {number}", *_prepare_cells(num_bytes, samples), "", "", ""])
+    table.append([f"cpt prepare, the command, workers: {number}", *_prepare_cells(num_bytes, samples), "", "", ""])
   tokenized, skipped = _tokenize(bench, text, tokenizer)
   ratios = {}
   for side, samples in tokenized.items():
@@ -190,8 +186,8 @@ def _texts(corpus: pathlib.Path) -> Iterator[str]:
 
 def _run_side(bench: Any, what: str, **options: Any) -> Any:
   cores = ",".join(map(str, bench.cores))
-  command = [sys.executable, bench_data_sides.__file__, what, str(bench.directory), json.dumps(options), cores]
-  environment = bench_step.environment(bench.cores) | {"RAYON_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+  command = bench_samples.command("bench_data_sides", what, bench.directory, json.dumps(options), cores)
+  environment = bench_samples.environment(bench.cores) | {"RAYON_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
   return json.loads(bench_samples.call(command, env=environment).splitlines()[-1])
 
 

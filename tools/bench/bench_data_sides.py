@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+from tools.bench import bench_samples
+from tools.bench.bench_samples import status
+
 BATCH_ROWS, ROW_LEN = 8, 2048
 RAMPED_STEPS, RAMPED_ROWS = 1_000_000, 1024  # a million steps that hold row 10**9
 POSITIONS = (0, 10**6, 10**9)
@@ -248,16 +250,17 @@ def make_stores(directory: pathlib.Path, num_sources: int, *, texts: Iterator[st
 
 def _loader(directory: pathlib.Path, knots: Any, *, num_steps: int, batch_rows: int, row_len: int) -> Any:
   """A loader of the stores of as many sources as `knots`; best_fit, 2% held out, as configs are by default."""
-  from cpt_jax.store import store
+  from cpt_jax import config as config_lib
   from cpt_jax.stream import pipeline, sources
 
-  folder = directory / f"stores_{len(knots)}"
-  found = [
-    sources.Source(str(m), store.open_store(folder / str(m)), role="domain", share=tuple(of_m), heldout_frac=0.02)
-    for m, of_m in enumerate(knots)
-  ]
-  shape = dict(num_steps=num_steps, batch_rows=batch_rows, row_len=row_len)
-  return pipeline.Loader(found, **shape, packing_policy="best_fit", vocab_size=found[0].store.vocab_size)
+  c, problems = config_lib.default(), config_lib.Problems()
+  c.train.length, c.train.batch_rows, c.data.row_len, c.data.heldout_frac = f"{num_steps} steps", batch_rows, row_len, 0.02
+  for m, of_m in enumerate(knots):
+    share = [(f"{step} steps", *rest) for step, *rest in of_m]
+    c.data.sources[str(m)] = config_lib.source(store=str(directory / f"stores_{len(knots)}" / str(m)), share=share)
+  found = sources.from_config(c, problems)
+  problems.raise_if_any()
+  return pipeline.from_config(c, found, vocab_size=found[0].store.vocab_size)
 
 
 # What is measured of a side.
@@ -472,20 +475,10 @@ def _datatrove(text: str, *, tokenizer: str, output: str) -> Callable[[], Any]:
   return work
 
 
-def status(*names: str) -> list[int]:
-  """Bytes of fields of /proc/self/status; 0 where the system has none."""
-  path = pathlib.Path("/proc/self/status")
-  fields = dict(line.split(":", 1) for line in path.read_text().splitlines()) if path.exists() else {}
-  return [int(fields[name].split()[0]) << 10 if name in fields else 0 for name in names]
-
-
 _MEASURE = {"read": read, "read_packed": read_packed, "seek": seek, "tokenize": tokenize}
 
 
-def _main(what: str, directory: str, options: str, on_cores: str) -> None:
-  # ORDER: cores first. Libraries count them once, when they start their threads.
-  if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, [int(core) for core in on_cores.split(",")])
+def _main(what: str, directory: str, options: str) -> None:
   try:
     result = _MEASURE[what](pathlib.Path(directory), **json.loads(options))
   except ImportError as error:
@@ -496,5 +489,5 @@ def _main(what: str, directory: str, options: str, on_cores: str) -> None:
 
 
 if __name__ == "__main__":
-  sys.path.insert(0, str(_ROOT))
-  _main(*sys.argv[1:])
+  bench_samples.take_cores(sys.argv[4])
+  _main(*sys.argv[1:4])

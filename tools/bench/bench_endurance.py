@@ -14,10 +14,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import bench_memory
-import bench_samples
+from tools.bench import bench_samples, bench_step
+from tools.bench.bench_samples import Section
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -37,7 +36,7 @@ class Watch:
     """A step is finished."""
     self.step = step
     if step % self._every == 0:
-      self.memory.append((step, bench_memory._status("RssAnon")[0]))
+      self.memory.append((step, bench_samples.status("RssAnon")[0]))
 
   def show(self, reading: Any) -> None:
     """Says nothing."""
@@ -87,7 +86,7 @@ def slope_per_step(memory: list[tuple[int, int]]) -> float:
   return float(stats.theilslopes(sizes, steps).slope)
 
 
-def measure_endurance(bench: Any) -> tuple[dict[str, Any], list[list[Any]]]:
+def measure_endurance(bench: Any) -> Section:
   """Memory and compilations of the real loop over 2,000 steps, and of a second start in the same process that ends the run."""
   num_steps = 40 if bench.quick else 2000
   sources = {
@@ -95,8 +94,8 @@ def measure_endurance(bench: Any) -> tuple[dict[str, Any], list[list[Any]]]:
     for name, text in bench.texts.items()
   }
   asked = {"base": str(bench.base), "workdir": str(bench.directory / "endurance"), "num_steps": num_steps, "sources": sources}
-  environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(_ROOT)}
-  command = [sys.executable, __file__, json.dumps(asked)]
+  environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+  command = bench_samples.command("bench_endurance", json.dumps(asked))
   starts = json.loads(bench_samples.call(command, env=environment).splitlines()[-1])
   steady = [(step, size) for step, size in starts[0]["memory"] if step > num_steps // 4]
   slope_bytes = slope_per_step(steady) * 1000
@@ -116,8 +115,6 @@ def measure_endurance(bench: Any) -> tuple[dict[str, Any], list[list[Any]]]:
 
 def _main(asked: dict[str, Any]) -> None:
   """One start up to `num_steps`, and a second one, in the same process, to the end of the run a tenth further on."""
-  import bench_step
-
   from cpt_jax import config as config_lib
 
   num_steps = asked["num_steps"]
@@ -136,5 +133,4 @@ def _main(asked: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-  sys.path.insert(0, str(_ROOT))
   _main(json.loads(sys.argv[1]))

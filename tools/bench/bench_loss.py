@@ -5,23 +5,18 @@ Invariant: both get the same hidden states, head and targets, in fresh processes
 
 import functools
 import json
-import os
-import pathlib
 import statistics
 import sys
 from typing import Any
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(_ROOT))  # a clone that is not installed
-
-import bench_samples
-import bench_step
+from tools.bench import bench_samples, bench_step
+from tools.bench.bench_samples import Section
 
 OURS, PLAIN = "cpt_jax, chunks", "optax, whole logits"
 _MAX_MEMORY, _MAX_TIME, _MAX_ERROR = 1 / 4, 1.1, 1e-6  # bars: memory and time of the plain one's, error of the gradient itself
 
 
-def measure_loss(bench: Any) -> tuple[dict[str, Any], list[list[Any]]]:
+def measure_loss(bench: Any) -> Section:
   """Peak temporary memory, time and gradient error at two sizes of vocabulary."""
   shapes = ((256, 256, 16),) if bench.quick else ((32_000, 2048, 256), (128_256, 2048, 256))  # vocabulary, positions, width
   num_timed, rounds = (2, 1) if bench.quick else (3, 2)
@@ -70,8 +65,8 @@ def measure_loss(bench: Any) -> tuple[dict[str, Any], list[list[Any]]]:
 
 
 def _run(shape: tuple[int, ...], side: str, num_timed: int, *, cores: list[int], seed: int) -> dict[str, Any]:
-  command = [sys.executable, __file__, side, *map(str, (*shape, num_timed, seed)), ",".join(map(str, cores))]
-  return json.loads(bench_samples.call(command, env=bench_step.environment(cores)).splitlines()[-1])
+  command = bench_samples.command("bench_loss", side, *shape, num_timed, seed, ",".join(map(str, cores)))
+  return json.loads(bench_samples.call(command, env=bench_samples.environment(cores)).splitlines()[-1])
 
 
 def _given(vocab_size: int, positions: int, width: int, *, seed: int) -> tuple[Any, Any, Any]:
@@ -150,13 +145,8 @@ def _errors(shape: tuple[int, ...], seed: int) -> dict[str, float]:
   return errors
 
 
-def _main(side: str, shape: tuple[int, ...], num_timed: int, seed: int, on_cores: list[int]) -> None:
-  # ORDER: cores first. jax counts them once, when it starts its threads.
-  if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, on_cores)
-  print(json.dumps(_errors(shape, seed) if side == "errors" else _time(side, shape, num_timed, seed)))
-
-
 if __name__ == "__main__":
-  numbers = list(map(int, sys.argv[2:7]))
-  _main(sys.argv[1], tuple(numbers[:3]), *numbers[3:], [int(core) for core in sys.argv[7].split(",")])
+  bench_samples.take_cores(sys.argv[7])
+  side, numbers = sys.argv[1], list(map(int, sys.argv[2:7]))
+  shape, num_timed, seed = tuple(numbers[:3]), *numbers[3:]
+  print(json.dumps(_errors(shape, seed) if side == "errors" else _time(side, shape, num_timed, seed)))

@@ -6,15 +6,16 @@ Invariant: each measurement is a process of its own, on the CPU, with float32 we
 import json
 import os
 import pathlib
-import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from typing import Any
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+from tools.bench import bench_samples
+from tools.bench.bench_samples import Section
+
 # 4.6 and 18.5 layers' worth of 51 MB: a model of 0.25 GB and one four times as large by its depth.
 _LAYERS = (4, 19)
 _SPEC = {
@@ -22,12 +23,6 @@ _SPEC = {
   "max_positions": 2048, "tied": True,
 }  # fmt: skip
 _EXTRA_BYTES = 300_000_000
-
-
-def _status(*names: str) -> list[int]:
-  """Bytes of fields of /proc/self/status."""
-  text = pathlib.Path("/proc/self/status").read_text()
-  return [int(re.search(rf"^{name}:\s+(\d+) kB", text, re.M).group(1)) << 10 for name in names]
 
 
 class Peak:
@@ -50,7 +45,7 @@ class Peak:
 
     while not self._done.wait(0.002):
       # ORDER: memory first. An array that appears in between is then missing from both sums or counted as host memory.
-      (anonymous_bytes,) = _status("RssAnon")
+      (anonymous_bytes,) = bench_samples.status("RssAnon")
       held_bytes = sum(array.nbytes for array in jax.live_arrays())
       self.excess_bytes = max(self.excess_bytes, anonymous_bytes - held_bytes)
 
@@ -69,10 +64,10 @@ def _measure(directory: str, num_layers: int) -> dict:
     largest_bytes = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     with Peak() as reading:
       params = pretrained.load_params(directory, spec, abstract)
-    (after_import,) = _status("VmHWM")
+    (after_import,) = bench_samples.status("VmHWM")
     with Peak() as writing:
       pretrained.save_params(params, spec, pathlib.Path(directory) / "out", source_dir=directory)
-  (after_export,) = _status("VmHWM")
+  (after_export,) = bench_samples.status("VmHWM")
   params_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
   return {
     "params_bytes": params_bytes,
@@ -102,43 +97,32 @@ def _make_model(directory: pathlib.Path, num_layers: int) -> None:
   (directory / hf_files.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def import_export_memory(layers: tuple[int, ...] = _LAYERS) -> list[dict]:
+def import_export_memory(layers: tuple[int, ...]) -> list[dict]:
   """Measures one model for each number of layers; needs about 2.5 GB of temporary disk space for the default."""
   results = []
   for num_layers in layers:
     directory = pathlib.Path(tempfile.mkdtemp(prefix="cpt_jax_bench_"))
     try:
       _make_model(directory, num_layers)
-      command = [sys.executable, __file__, str(directory), str(num_layers)]
-      environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(_ROOT)}
-      done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=_ROOT)
-      results.append({"num_layers": num_layers, **json.loads(done.stdout.splitlines()[-1])})
+      command = bench_samples.command("bench_memory", directory, num_layers)
+      done = bench_samples.call(command, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+      results.append({"num_layers": num_layers, **json.loads(done.splitlines()[-1])})
     finally:
       shutil.rmtree(directory)
   return results
 
 
-def table(results: list[dict]) -> str:
-  """The measurements as lines of text; says whether the promise held."""
-  lines = [
-    "peak host memory beside the parameters, MB (anonymous memory less what the device holds); allowed = 2 x stacked + 300",
-    "layers  parameters  largest stacked  allowed   import   export   import MB/s  export MB/s  peak RSS  held",
-  ]
-  for r in results:
-    mb = {name: r[name] / 1e6 for name in ("params_bytes", "largest_bytes", "allowed_bytes")}
-    held = max(r[w]["excess_bytes"] for w in ("import", "export")) <= r["allowed_bytes"]
-    lines.append(
-      f"{r['num_layers']:6d}  {mb['params_bytes']:10.0f}  {mb['largest_bytes']:15.0f}  {mb['allowed_bytes']:7.0f}"
-      f"  {r['import']['excess_bytes'] / 1e6:7.0f}  {r['export']['excess_bytes'] / 1e6:7.0f}"
-      f"  {mb['params_bytes'] / r['import']['secs']:12.0f} {mb['params_bytes'] / r['export']['secs']:12.0f}"
-      f"  {r['export']['rss_peak_bytes'] / 1e6:8.0f}  {'yes' if held else 'NO'}"
-    )
-  return "\n".join(lines)
+def measure_memory(bench: Any) -> Section:
+  """Peak host memory of import and export beside the parameters, for a model and one four times as deep."""
+  models = import_export_memory((1,) if bench.quick else _LAYERS)
+  table = []
+  for m in models:
+    held = max(m[way]["excess_bytes"] for way in ("import", "export")) <= m["allowed_bytes"]
+    mb = [m["params_bytes"], m["largest_bytes"], m["allowed_bytes"], m["import"]["excess_bytes"], m["export"]["excess_bytes"]]
+    speed = [f"{m['params_bytes'] / 1e6 / m[way]['secs']:,.0f}" for way in ("import", "export")]
+    table.append([m["num_layers"], *(f"{x / 1e6:,.0f}" for x in mb), *speed, "yes" if held else "NO"])
+  return {"models": models}, table
 
 
 if __name__ == "__main__":
-  sys.path.insert(0, str(_ROOT))
-  if len(sys.argv) == 3:
-    print(json.dumps(_measure(sys.argv[1], int(sys.argv[2]))))
-  else:
-    print(table(import_export_memory()))
+  print(json.dumps(_measure(sys.argv[1], int(sys.argv[2]))))

@@ -3,9 +3,7 @@
 Invariant: the same update (training.step's), batches and device on both sides, timed in turn, compiled before; medians of ratios.
 """
 
-import pathlib
 import statistics
-import sys
 import time
 
 import jax
@@ -13,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))  # a clone that is not installed
 
 from cpt_jax import config as config_lib
 from cpt_jax.devices import mesh as mesh_lib

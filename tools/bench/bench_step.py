@@ -11,10 +11,11 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+from tools.bench import bench_samples
+
 OPTIMIZER = dict(lr=1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0)
 LOG_EVERY = 10  # steps between records, in both trainers
 # Ours, and the one that it is held against: the whole trainer with the whole trainer, the bare step with the bare step.
@@ -40,24 +41,27 @@ class Clock:
 class Training:
   """What training.loop has built when its loop begins: mesh, state and the jitted step."""
 
-  def __init__(self, config: Any, base: str | os.PathLike, *, num_sources: int):
+  def __init__(self, config: Any, spec: Any, make_params: Callable[[], Any], rates: Callable[[int], Any], **step_options: Any):
+    """Builds it.
+
+    Args:
+      config: of which mesh, optimizer and step are made.
+      spec: of the model.
+      make_params: is called when the mesh is set.
+      rates: number of the step -> its rate.
+      **step_options: of `step.from_config`, beside the config and the model.
+    """
     import jax
 
     from cpt_jax.devices import mesh as mesh_lib
-    from cpt_jax.model import pretrained, transformer
-    from cpt_jax.model import spec as spec_lib
-    from cpt_jax.training import optimizer, schedule, state, step
+    from cpt_jax.training import optimizer, state, step
 
-    self.config = config
-    self.spec = spec_lib.from_hf(spec_lib.load_hf_config(base))
+    self.config, self.spec = config, spec
     self.mesh = mesh_lib.make_mesh(**config.mesh)
     jax.set_mesh(self.mesh)
-    self._rates, self._num_done = schedule.from_config(config), 0
-    abstract = transformer.abstract_params(self.spec)
-    tx = optimizer.from_config(config, self.spec)
-    self.state = state.create(pretrained.load_params(base, self.spec, abstract), tx)
-    train_step = step.from_config(config, self.spec, source_weights=(1.0,) * num_sources)
-    self._step = jax.jit(train_step, donate_argnums=0)
+    self._rates, self._num_done = rates, 0
+    self.state = state.create(make_params(), optimizer.from_config(config, spec))
+    self._step = jax.jit(step.from_config(config, spec, **step_options), donate_argnums=0)
 
   def step(self, batch: Any) -> Any:
     """One update; returns its metrics."""
@@ -72,15 +76,29 @@ class Training:
     return mesh_lib.to_global(self.mesh, batch)
 
 
+def of_base(config: Any, base: str | os.PathLike, *, num_sources: int) -> Training:
+  """With the weights of a base and the config's rates."""
+  from cpt_jax.model import pretrained, transformer
+  from cpt_jax.model import spec as spec_lib
+  from cpt_jax.training import schedule
+
+  spec = spec_lib.from_hf(spec_lib.load_hf_config(base))
+
+  def load() -> Any:
+    return pretrained.load_params(base, spec, transformer.abstract_params(spec))
+
+  return Training(config, spec, load, schedule.from_config(config), source_weights=(1.0,) * num_sources)
+
+
 class Hooks:
   """What training.loop asks at every step before it fetches rows: signals, guards, and whether anything is due."""
 
   def __init__(self, inputs: Any, workdir: pathlib.Path):
     from cpt_jax import config as config_lib
+    from cpt_jax.devices import signals
     from cpt_jax.training import checkpoint, guard
-    from cpt_jax.training import loop as loop_lib
 
-    self._stop, self._loader = loop_lib.StopRequest(), inputs.loader
+    self._stop, self._loader = signals.StopRequest(), inputs.loader
     self._checkpoints = checkpoint.from_config(inputs.config, workdir)
     self._watch = guard.from_config(inputs.config, inputs.loader, [], inputs.asked, state=None, first_step=0)
     self._every = [config_lib.steps_of(inputs.config, key) for key in ("eval.every", "checkpoint.every")]
@@ -128,6 +146,7 @@ class Loop:
     with contextlib.redirect_stdout(self._lines):
       self._bar = console.TrainProgress(start_step=0, num_steps=num_steps)
     self._step = 0
+    self._pending: tuple[int, Any] | None = None
     self.losses: list[float] = []
     self.host_secs = dict(rows=0.0, to_device=0.0, dispatch=0.0)
 
@@ -147,7 +166,8 @@ class Loop:
         if self._report() and clock is not None:
           clock.tick()
         self._step += 1
-        self._meter.dispatched(self._step, measured, num_positions=batch.tokens_BT.size)
+        self._pending = (self._step, measured)
+        self._meter.dispatched(num_positions=batch.tokens_BT.size)
         for name, secs in zip(self.host_secs, (fetched - begin, moved - fetched, dispatched - moved), strict=True):
           self.host_secs[name] += secs
       if self._report() and clock is not None:
@@ -161,9 +181,12 @@ class Loop:
     self._writer.close()
 
   def _report(self) -> bool:
-    reading = self._meter.read()
-    if reading is None:
+    import jax
+
+    if self._pending is None:
       return False
+    (step, measured), self._pending = self._pending, None
+    reading = self._meter.read(step, jax.device_get(measured))
     self._bar.advance(reading.step)
     if self._hooks is not None:
       self._hooks.saw(reading)
@@ -232,14 +255,14 @@ def _our_loop(base: pathlib.Path, tokens_SBT: Any, clock: Clock) -> list[float]:
 
 def _our_training(base: pathlib.Path, tokens_SBT: Any) -> Training:
   num_steps, rows, row_len = tokens_SBT.shape
-  return Training(settings(base, rows=rows, row_len=row_len, num_steps=num_steps), base, num_sources=1)
+  return of_base(settings(base, rows=rows, row_len=row_len, num_steps=num_steps), base, num_sources=1)
 
 
 def _hf_model(base: pathlib.Path) -> Any:
   import torch
   from transformers import AutoModelForCausalLM
 
-  torch.set_num_threads(len(cores()))
+  torch.set_num_threads(len(bench_samples.cores()))
   return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
 
 
@@ -313,32 +336,7 @@ def _hf_trainer(base: pathlib.Path, tokens_SBT: Any, clock: Clock) -> list[float
 _SIDES = {"cpt_jax step": _our_step, "cpt_jax loop": _our_loop, "HF model + AdamW": _hf_step, "HF Trainer": _hf_trainer}
 
 
-def cores() -> list[int]:
-  """Those that this process may use."""
-  return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
-def environment(on_cores: list[int]) -> dict[str, str]:
-  """Variables of a side's process: as many threads as cores, threads that wait without working, nothing from the network."""
-  number = str(len(on_cores))
-  return {
-    **os.environ,
-    "PYTHONPATH": str(_ROOT),
-    "JAX_PLATFORMS": "cpu",
-    "JAX_NUM_CPU_DEVICES": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": number,
-    "MKL_NUM_THREADS": number,
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-  }
-
-
-def _main(side: str, directory: pathlib.Path, num_steps: int, skip: int, on_cores: list[int]) -> None:
-  # ORDER: cores first. jax and torch count them once, when they start their threads.
-  if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, on_cores)
+def _main(side: str, directory: pathlib.Path, num_steps: int, skip: int) -> None:
   import numpy as np
 
   clock = Clock()
@@ -347,5 +345,5 @@ def _main(side: str, directory: pathlib.Path, num_steps: int, skip: int, on_core
 
 
 if __name__ == "__main__":
-  sys.path.insert(0, str(_ROOT))
-  _main(sys.argv[1], pathlib.Path(sys.argv[2]), *map(int, sys.argv[3:5]), [int(core) for core in sys.argv[5].split(",")])
+  bench_samples.take_cores(sys.argv[5])
+  _main(sys.argv[1], pathlib.Path(sys.argv[2]), *map(int, sys.argv[3:5]))

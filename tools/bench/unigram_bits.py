@@ -5,18 +5,16 @@ each with 1 added.
 """
 
 import math
-import pathlib
 import sys
 
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))  # a clone that is not installed
-
 from cpt_jax.config import ConfigError
 from cpt_jax.stream.sources import Source
-from cpt_jax.training import console, loop
+from cpt_jax.training import console
+from cpt_jax.training import inputs as inputs_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose sources are measured.")
 
@@ -38,7 +36,7 @@ def unigram_loss(counts_V: np.ndarray, targets: np.ndarray) -> float:
 def main(argv: list[str]) -> int:
   """Prints a row for each source."""
   try:
-    inputs = loop.open_inputs(_CONFIG.value)
+    inputs = inputs_lib.open_inputs(_CONFIG.value)
   except ConfigError as error:
     print(error, file=sys.stderr)
     return error.exit_code

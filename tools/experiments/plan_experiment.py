@@ -1,11 +1,10 @@
 """Run directories of a probe -> a small file of what was measured; these -> tables and figures of docs/results/experiments.md.
 
-Run:   python plan_experiment.py --collect plan/poetry/trials --output measured/plans/poetry.jsonl
-       python plan_experiment.py measured/plans/*.jsonl --output results
+Run:   python -m tools.experiments.plan_experiment --collect plan/poetry/trials --output .../measured/plans/poetry.jsonl
+       python -m tools.experiments.plan_experiment .../measured/plans/*.jsonl --output .../results
 
 The second needs no training: laws are fitted to the runs of the smallest budget on the grid, and held against the other runs,
-which
-they did not see. Misses are printed as they are.
+which they did not see. Misses are printed as they are.
 """
 
 import argparse
@@ -17,8 +16,6 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))  # a clone that is not installed
-
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError
 from cpt_jax.laws import cpt_law, curves
@@ -27,6 +24,7 @@ from cpt_jax.laws.curves import Curve
 from cpt_jax.planning import cells as cells_lib
 from cpt_jax.planning import choose, recommend
 from cpt_jax.planning.cells import Cell
+from cpt_jax.planning.predictor import fit_sources
 from cpt_jax.planning.trials import replay_share
 from cpt_jax.results import runs as runs_lib
 from cpt_jax.training import console
@@ -63,7 +61,7 @@ def collect(folder: pathlib.Path) -> list[Record]:
   ]
 
 
-class Measured:
+class MeasuredRuns:
   """The runs of one experiment."""
 
   def __init__(self, path: pathlib.Path):
@@ -116,7 +114,7 @@ def curve(record: Record, source: str) -> Curve:
 # ---- what was measured ----
 
 
-def grid_tables(data: Measured) -> None:
+def grid_tables(data: MeasuredRuns) -> None:
   """For every source the change over the base, mean over seeds, at every rate and replay share."""
   for source, role in data.roles.items():
     noise, freedom = data.noise(source)
@@ -128,7 +126,7 @@ def grid_tables(data: Measured) -> None:
     )
 
 
-def removed_table(data: Measured) -> None:
+def removed_table(data: MeasuredRuns) -> None:
   """Share of the forgetting without replay that replay removed, beside the published ones.
 
   Also of what the same rate does not do to the old loss anyway, in runs on old text alone, where there are such runs.
@@ -153,7 +151,7 @@ def removed_table(data: Measured) -> None:
   )
 
 
-def _mean_change(data: Measured, source: str, place: tuple[float, float]) -> float:
+def _mean_change(data: MeasuredRuns, source: str, place: tuple[float, float]) -> float:
   return float(np.mean([r["losses"][source][-1] - r["losses"][source][0] for r in data.grid if _place(r) == place]))
 
 
@@ -163,7 +161,7 @@ def _mean_change(data: Measured, source: str, place: tuple[float, float]) -> flo
 class Outcome(dict):
   """A row of the table of errors."""
 
-  def __init__(self, data: Measured, source: str, what: str, law: str, predicted_n: np.ndarray, runs: Sequence[Record]):
+  def __init__(self, data: MeasuredRuns, source: str, what: str, law: str, predicted_n: np.ndarray, runs: Sequence[Record]):
     measured_n = np.array([r["losses"][source][-1] for r in runs])
     error_n = predicted_n - measured_n
     target = max(TARGET, 1.5 * data.noise(source)[0])
@@ -174,7 +172,7 @@ class Outcome(dict):
     )  # fmt: skip
 
 
-def outcomes(data: Measured) -> Iterable[Outcome]:
+def outcomes(data: MeasuredRuns) -> Iterable[Outcome]:
   """Errors on other rates and shares of the grid's budget, and on runs of 2 and 4 times the tokens.
 
   The longer runs are predicted by the CPT law from the whole curves of the grid's runs alone, those of 4 times the tokens also by
@@ -202,7 +200,7 @@ def outcomes(data: Measured) -> Iterable[Outcome]:
         yield Outcome(data, source, what, "same cell, shorter", _nearest(data, source, runs), runs)
 
 
-def curve_fit(data: Measured, source: str) -> fit_lib.Fit:
+def curve_fit(data: MeasuredRuns, source: str) -> fit_lib.Fit:
   """The CPT law on the grid's curves, means over seeds, with the form of replay that predicts a held-out share best."""
   places = [[r for r in data.grid if _place(r) == place] for place in sorted({_place(r) for r in data.grid})]
   means = [runs[0] | {"losses": {source: np.mean([r["losses"][source] for r in runs], axis=0).tolist()}} for runs in places]
@@ -225,7 +223,7 @@ def _ends(fitted: fit_lib.Fit, runs: Sequence[Record], source: str) -> np.ndarra
   return np.array([fitted.predict([curve(r, source)])[-1] for r in runs])
 
 
-def _nearest(data: Measured, source: str, runs: Sequence[Record]) -> np.ndarray:
+def _nearest(data: MeasuredRuns, source: str, runs: Sequence[Record]) -> np.ndarray:
   def distance(a: tuple[float, float], b: tuple[float, float]) -> float:
     return abs(np.log2(a[0] / b[0])) + abs(np.log2((a[1] + choose.REPLAY0) / (b[1] + choose.REPLAY0)))
 
@@ -238,7 +236,7 @@ def _inputs(runs: Sequence[Record], source: str) -> dict[str, np.ndarray]:
   return cells_lib.inputs_of(list(map(cell, runs)), source)
 
 
-def regrets(data: Measured) -> list[Record]:
+def regrets(data: MeasuredRuns) -> list[Record]:
   """What the laws choose at the grid's budget, against the best measured cell that keeps the limit; both as measured.
 
   The chosen setting lies between cells, so the nearest cell stands for it.
@@ -253,8 +251,8 @@ def regrets(data: Measured) -> list[Record]:
     except ConfigError as error:
       rows.append({"limit": limit, "why": str(error), "best": min(allowed, default=None)})
       continue
-    predictor = recommend.fit_sources(list(map(cell, data.grid)), tokens=data.tokens)
-    points = [(place, predictor.point("", *place, limit=limit)) for place in places]
+    fitted = fit_sources(list(map(cell, data.grid)), tokens=data.tokens)
+    points = [(place, fitted.point("", *place, limit=limit)) for place in places]
     chosen = min((p for p in points if p[1] is not None and p[1].is_allowed), key=lambda p: p[1].domain_loss)[0]
     best = min(allowed, key=lambda place: _mean_change(data, domain, place))
     rows.append(
@@ -290,7 +288,7 @@ def say_outcomes(rows: Sequence[Outcome]) -> None:
   )
 
 
-def say_regrets(data: Measured, rows: Sequence[Record]) -> None:
+def say_regrets(data: MeasuredRuns, rows: Sequence[Record]) -> None:
   """What the laws would choose on the grid, against the best of it."""
   general, domain = (next(n for n, role in data.roles.items() if role == wanted) for wanted in ("replay", "domain"))
   place = lambda p: f"{p[0]:.2g}, {p[1]:.0%}"  # noqa: E731
@@ -324,7 +322,7 @@ def main(argv: Sequence[str]) -> int:
       args.output.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
       console.say(f"{len(records)} complete runs -> {args.output}")
       return 0
-    experiments = [Measured(path) for path in args.files]
+    experiments = [MeasuredRuns(path) for path in args.files]
     if not experiments:
       raise ConfigError("name the files that --collect made")
   except ConfigError as error:

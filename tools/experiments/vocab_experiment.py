@@ -1,8 +1,8 @@
 """A base and text of a domain -> the base grown in several ways and trained alike, and a small file of what was measured.
 
-Run:   python vocab_experiment.py --domain examples/corpora/poetry_ci.jsonl.gz --join 10 \
+Run:   python -m tools.experiments.vocab_experiment --domain examples/corpora/poetry_ci.jsonl.gz --join 10 \
            --base_text store/text --output plan/vocab/zh
-       python vocab_experiment.py --collect plan/vocab/zh --output tools/experiments/measured/vocabulary/zh.jsonl
+       python -m tools.experiments.vocab_experiment --collect plan/vocab/zh --output .../measured/vocabulary/zh.jsonl
 
 The first goes on where it was stopped. Tables: vocab_results.py; what was asked and found: docs/results/experiments.md, 2.
 """
@@ -15,7 +15,6 @@ import json
 import pathlib
 import random
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,10 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))  # a clone that is not installed
-
 from cpt_jax import config as config_lib
 from cpt_jax import journal
+from cpt_jax.cli import app
 from cpt_jax.config import ConfigError
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.store import documents, store
@@ -49,7 +47,7 @@ HELDOUT_FRAC = 0.02  # as configs/pretrain.py: what is held out here was held ou
 PAGE_CHARS = 2_000, 6_000  # of a document that is cut from a page
 CHINESE_FRAC = 0.05  # of the tokens that the base was trained on
 
-# Arm -> how tools/grow_vocab.py grows it. EQUAL: by as many pieces as save what count_low saves.
+# Arm -> how cpt vocab grow grows it. EQUAL: by as many pieces as save what count_low saves.
 EQUAL = "equal"
 HIGH = ["--band_by=count", "--band=0.9:1"]
 BANDS: dict[str, list[str]] = {
@@ -181,7 +179,7 @@ def prepare(folder: pathlib.Path, *, domain: pathlib.Path, join: int, heldout_by
 
 
 def grow(folder: pathlib.Path, arm: Arm) -> pathlib.Path:
-  """The base of an arm, grown by tools/grow_vocab.py if it is not there yet."""
+  """The base of an arm, grown by cpt vocab grow if it is not there yet."""
   if arm.base == "none":
     return BASE
   output = folder / "bases" / arm.base
@@ -194,9 +192,9 @@ def grow(folder: pathlib.Path, arm: Arm) -> pathlib.Path:
   if "--band_by=use" in flags or "--input_rows=weighted" in flags:
     flags.append(f"--general={folder / 'use.jsonl.gz'}")
   output.parent.mkdir(parents=True, exist_ok=True)
-  done = subprocess.run([sys.executable, str(ROOT / "tools" / "grow_vocab.py"), *flags, f"--output={output}"], check=False)
-  if done.returncode:
-    raise ConfigError(f"{output}: tools/grow_vocab.py ended with exit code {done.returncode}")
+  code = app.main(["vocab", "grow", *flags, f"--output={output}"])
+  if code:
+    raise ConfigError(f"{output}: cpt vocab grow ended with exit code {code}")
   return output
 
 
@@ -208,7 +206,7 @@ def saved(folder: pathlib.Path, grown: pathlib.Path) -> float:
 
 @functools.cache
 def sample_tokens(folder: pathlib.Path) -> int:
-  """Tokens of the sample that tools/grow_vocab.py chooses pieces from: what is not in its own held-out tenth."""
+  """Tokens of the sample that cpt vocab grow chooses pieces from: what is not in its own held-out tenth."""
   found = texts_lib.sample([str(folder / "grow.jsonl.gz")], max_bytes=50_000_000, heldout_frac=0.1)
   return num_tokens(kinds.load(str(BASE)), found.train)
 

@@ -1,6 +1,6 @@
 """What vocab_experiment.py measured -> the tables of docs/results/experiments.md, section 2, and a figure; needs no training.
 
-Run:   python vocab_results.py measured/vocabulary/*.jsonl --figure results/vocabulary.png   (in tools/experiments)
+Run:   python -m tools.experiments.vocab_results .../measured/vocabulary/*.jsonl --figure .../results/vocabulary.png
 
 Every difference is one of bits per byte, on the same documents, between runs with the same seed; `none` is the base as it is.
 Tables are Markdown.
@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))  # a clone that is not installed
 
 from cpt_jax.config import ConfigError
 from cpt_jax.results import recovery
@@ -102,7 +100,7 @@ class Experiment:
     return float(np.mean(bits)), float(np.std(bits, ddof=1)) if len(bits) > 1 else float("nan")
 
 
-def measured(record: Record) -> recovery.Measured:
+def measured(record: Record) -> recovery.EvaluatedRun:
   """A record as what recovery reads from a run directory."""
   tokens = np.array(record["tokens"], np.float64)
   spent = {"tokens": tokens, "bytes": np.array(record["bytes"], np.float64), "flops": tokens * record["flops_per_token"]}
@@ -111,7 +109,7 @@ def measured(record: Record) -> recovery.Measured:
     for name, held in record["heldout"].items()
   }
   path = pathlib.Path(f"{record['arm']}-seed{record['seed']}-steps{record['steps']}")
-  return recovery.Measured(path, np.array(record["eval_steps"]), spent, sources, ())
+  return recovery.EvaluatedRun(path, np.array(record["eval_steps"]), spent, sources, ())
 
 
 # ---- tables ----

@@ -1,6 +1,6 @@
 """The base, its grown copies and held-out texts -> where the shock of growth lies: in text that is cut anew, or in the rest.
 
-Run:   python tools/experiments/vocab_where.py plan/vocab/zh --output tools/experiments/measured/vocabulary/where/zh.jsonl
+Run:   python -m tools.experiments.vocab_where plan/vocab/zh --output tools/experiments/measured/vocabulary/where/zh.jsonl
 
 Invariant: a token is kept where both tokenisations have it at the same place of the text; the loss of all kept tokens and of all
 others adds up to the whole. The folder is one of tools/experiments/vocab_experiment.py; rows of 256 as in its runs' evaluations.
@@ -18,8 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))  # a clone that is not installed
-
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
@@ -28,6 +26,7 @@ from cpt_jax.vocab.bases import Base
 from tools.experiments import vocab_experiment
 
 ROW_LEN, BATCH_ROWS = 256, 16
+SETTINGS = transformer.Settings("float32", remat="none", attention="auto", loss_chunk=0, max_documents=None, scan=True)
 
 
 class Scored(NamedTuple):
@@ -64,7 +63,7 @@ def _scorer(spec: spec_lib.ModelSpec, num_old: int) -> Callable[..., jax.Array]:
   def run(params: Any, tokens_BS: jax.Array) -> jax.Array:
     inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
     positions_BT = jnp.broadcast_to(jnp.arange(ROW_LEN)[None], inputs_BT.shape)
-    hidden_BTD = transformer.apply(params, spec, inputs_BT, positions_BT, jnp.ones_like(inputs_BT), compute_dtype=jnp.float32)
+    hidden_BTD = transformer.apply(params, spec, inputs_BT, positions_BT, jnp.ones_like(inputs_BT), settings=SETTINGS)
     logits_BTV = transformer.logits(params, spec, hidden_BTD)
     ids_BTV = jnp.arange(spec.vocab_size)[None, None]
     picked_BT = jnp.where(ids_BTV == targets_BT[..., None], logits_BTV, 0.0).sum(-1)

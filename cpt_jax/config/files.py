@@ -1,0 +1,118 @@
+"""Config files, the command line's changes to them, and the records of runs -> ConfigDicts.
+
+Invariant: a mistake in a file is named with its line, a key that does not exist with what was probably meant.
+"""
+
+import difflib
+import itertools
+import json
+import pathlib
+import re
+import runpy
+import traceback
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cpt_jax.config import keys
+from cpt_jax.config.check import leaf_keys, parse_times, unknown_key
+from cpt_jax.config.errors import ConfigError, Problems, did_you_mean
+from cpt_jax.config.times import get
+
+_RENAMED = {"stages": "shares"}  # of `data`, in records of older versions
+
+
+def check_overrides(argv: list[str]) -> None:
+  """Looks at `--config=FILE --config.key=value ...` before the flags are parsed.
+
+  Raises:
+    ConfigError: the file cannot be read or run, or keys do not exist: all of them, with what was probably meant.
+  """
+  overrides = [m.group(1) for arg in argv if (m := re.match(r"--?(?:no)?config\.([\w.]+)", arg))]
+  files = [m.group(1) for arg in argv if (m := re.match(r"--?config=([^:]*)", arg))]
+  files += [after for arg, after in itertools.pairwise(argv) if arg in ("--config", "-config")]
+  if not files:
+    return
+  known = leaf_keys(load_file(files[-1]))
+  problems = Problems()
+  for key in overrides:
+    if key not in known:
+      problems.add(unknown_key(key, known))
+  problems.raise_if_any()
+
+
+def load_file(path: str) -> ConfigDict:
+  """Runs a config file; its mistakes become ConfigErrors that name the line."""
+  form = "a config file is Python: it defines get_config(), which returns cpt_jax.config.default() with changes"
+  if not pathlib.Path(path).is_file():
+    here = sorted(str(p) for p in pathlib.Path(path).parent.glob("*.py"))
+    raise ConfigError(
+      f"--config={path}: no such file.{did_you_mean(path, here)}" + (f" There are {', '.join(here)}." if here else "")
+    )
+  if pathlib.Path(path).suffix != ".py":
+    raise ConfigError(f"--config={path}: {form}, as configs/quickstart.py does")
+  try:
+    config = runpy.run_path(path)["get_config"]()
+  except KeyError as error:
+    if error.args == ("get_config",):
+      raise ConfigError(f"{path}: {form}") from None
+    raise _at_line(path, error) from error
+  except (AttributeError, TypeError, ValueError, NameError, SyntaxError, ImportError) as error:
+    raise _at_line(path, error) from error
+  if not isinstance(config, ConfigDict):
+    raise ConfigError(f"{path}: get_config() returned {type(config).__name__}; return the ConfigDict of cpt_jax.config.default()")
+  return config
+
+
+def _at_line(path: str, error: Exception) -> ConfigError:
+  """What went wrong in a config file, with its line; ConfigDict's own list of all fields is cut off."""
+  frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+  text = f"{type(error).__name__}: {error}"
+  if match := re.search(r'Key "(\w+)" does not exist', str(error)):
+    text = f"{match.group(1)}: there is no such key here.{_meant(match.group(1))}"
+  elif match := re.search(r"override field '(\w+)'.*?\. (.*) is of original type <class '(?:int|float)'>.*'str'", str(error)):
+    name, value = match.groups()
+    if any(key.duration for key in keys.KEYS.values() if key.name.endswith(f".{name}")):
+      text = f"{name}={value}: steps or tokens? Write '{value} steps' or '{value} tokens'"
+  return ConfigError(f"{path}:{frames[-1].lineno if frames else '?'}: {text}")
+
+
+def _meant(name: str) -> str:
+  last = {key.rsplit(".", 1)[-1]: key for key in keys.KEYS}
+  close = difflib.get_close_matches(name, last, n=1)
+  return f" Did you mean {last[close[0]]}?" if close else ""
+
+
+def completed(record: dict[str, Any]) -> ConfigDict:
+  """A config that a run of this version or an older one recorded, resolved; a key that it does not have stands for its default.
+
+  Older versions wrote steps without a unit.
+  """
+
+  def fill(values: dict[str, Any], defaults: Any) -> dict[str, Any]:
+    known = {name: fill(values.get(name, {}), value) for name, value in defaults.items() if isinstance(value, ConfigDict)}
+    return {name: value for name, value in defaults.items() if name not in known} | values | known
+
+  data = {_RENAMED.get(name, name): value for name, value in record.get("data", {}).items()}
+  filled = fill({**record, "data": data}, keys.default())
+  filled["data"]["sources"] = {name: fill(entry, keys.source()) for name, entry in data.get("sources", {}).items()}
+  config, problems = ConfigDict(filled), Problems()
+  parse_times(config, problems, bare="steps")
+  problems.raise_if_any()
+  return config
+
+
+def changes(before: dict[str, Any], after: dict[str, Any], *, allowed: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
+  """Keys in which two records of configs differ -> (before, after), as JSON has them; not those whose change alters no more than
+  what `allowed` names ("nothing", "ahead"; see keys.Key)."""
+  old, new = (_flat(record) for record in (before, after))
+  return {
+    name: (old.get(name), new.get(name))
+    for name in sorted(old | new)
+    if old.get(name) != new.get(name) and not ((key := keys.of(name)) and key.alters in allowed)
+  }
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+  config = ConfigDict(json.loads(completed(record).to_json()))
+  return {key: get(config, key) for key in leaf_keys(config)}

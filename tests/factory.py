@@ -1,0 +1,64 @@
+"""What many tests build: parts of the package, with plain values where a test does not say otherwise."""
+
+from cpt_jax import config as config_lib
+from cpt_jax.model import transformer
+from cpt_jax.stream import packing, pipeline, selection, sources
+from cpt_jax.training import checkpoint as checkpoint_lib
+from cpt_jax.training import optimizer as optimizer_lib
+from cpt_jax.training import schedule as schedule_lib
+from cpt_jax.training import step as step_lib
+
+SETTINGS = transformer.Settings("float32", remat="none", attention="auto", loss_chunk=0, max_documents=None, scan=True)
+
+
+def optimizer(params, **changes):
+  """AdamW as a config has it by default, with the same rate and decay for every leaf."""
+  rules = dict(decay_rules=((".*", 1.0),), rate_rules=((".*", 1.0),), stages=("all",))
+  return optimizer_lib.make(params, **(config_lib.default().optimizer.to_dict() | rules | changes))
+
+
+def schedule(name, **changes):
+  """Without a phase that is not asked for."""
+  numbers = dict.fromkeys(("warmup_steps", "cooldown_steps", "anneal_steps"), 0)
+  numbers |= dict.fromkeys(("lr_start", "lr_const", "lr_final"), 0.0)
+  return schedule_lib.make(name, **(numbers | {"shape": "1-sqrt"} | changes))
+
+
+def checkpoints(path, **changes):
+  """Keeps the newest, and no others."""
+  return checkpoint_lib.Checkpoints(path, **({"keep_every_steps": 0, "best_metric": ""} | changes))
+
+
+def hidden(params, spec, tokens_BT, positions_BT, segments_BT, **changes):
+  """The model's hidden states."""
+  return transformer.apply(params, spec, tokens_BT, positions_BT, segments_BT, settings=SETTINGS._replace(**changes))
+
+
+def source(name, store, *, share=1.0, **changes):
+  """A domain source; `share` is a number, or knots (step, share) or (step, share, curve)."""
+  knots = [(0, share)] if isinstance(share, float) else share
+  reading = ("role", "at_end", "max_epochs", "loss_weight", "min_tokens", "max_tokens", "length_shares")
+  fields = {field: config_lib.FIELDS[field].default for field in reading} | changes
+  return sources.Source(name, store, share=tuple((*knot, "linear")[:3] for knot in knots), **fields)
+
+
+def loader(found, **changes):
+  """Its shape has no default: num_steps, batch_rows and row_len."""
+  options = dict(packing_policy="best_fit", cross_documents=False, split_positions="restart", seed=0, num_threads=2)
+  return pipeline.Loader(found, **(options | {"eval_batch_rows": changes["batch_rows"]} | changes))
+
+
+def rows(lengths, **changes):
+  """Documents laid out in rows."""
+  return packing.plan(lengths, **({"cross_documents": False} | changes))
+
+
+def selected(lengths, documents, **changes):
+  """Documents chosen by length."""
+  return selection.select(lengths, documents, **({"min_tokens": 0, "max_tokens": 0, "length_shares": ()} | changes))
+
+
+def train_step(spec, tx, **changes):
+  """An update in one part, without z-loss."""
+  numbers = dict(microbatches=1, accumulate_dtype="float32", z_loss=0.0)
+  return step_lib.make_train_step(spec, tx, **(numbers | changes))
