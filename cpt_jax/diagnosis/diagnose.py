@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cpt_jax import config as config_lib
-from cpt_jax import durations, shipped
+from cpt_jax import shipped
 from cpt_jax.config import Problems
 from cpt_jax.diagnosis import measure, verdict
 from cpt_jax.diagnosis.measure import Base
@@ -170,7 +170,7 @@ def _general(general: str, paths: Mapping[str, str], problems: Problems) -> str:
 
 def _budget(budget: str, problems: Problems) -> float | None:
   try:
-    return durations.parse_tokens(budget) if budget else None
+    return config_lib.parse_tokens(budget) if budget else None
   except ValueError as error:
     problems.add(f"--budget={error}")
     return None

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cpt_jax import durations
-from cpt_jax.config import ConfigError, Problems
+from cpt_jax.config import ConfigError, Problems, parse_tokens
 from cpt_jax.progress import Progress
 from cpt_jax.store import corpus, documents
 from cpt_jax.store import tokenizer as tokenizer_lib
@@ -310,7 +309,7 @@ def compare(
     problems.add(f"--domain_gb={domain_gb}: give 10^9 bytes above 0")
   budget_tokens = None
   try:
-    budget_tokens = durations.parse_tokens(budget) if budget else None
+    budget_tokens = parse_tokens(budget) if budget else None
   except ValueError as error:
     problems.add(f"--budget={error}")
   opened = {}
