@@ -3,8 +3,6 @@
 Invariant: what is not listed here is our own mistake and keeps its traceback. Imports nothing heavy, so that all may use it.
 """
 
-import os
-
 DONE, TOO_LARGE, BAD_TEXT, DISK, STOPPED, CONFIG, NOT_FINITE, LOST, GUARD = 0, 1, 65, 74, 75, 78, 86, 87, 88
 INTERRUPTED = 130  # as shells say it of a program that Ctrl-C has ended
 
@@ -44,18 +42,6 @@ def explain(error: BaseException) -> tuple[str, int] | None:
   if isinstance(error, OSError):
     where = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
     return f"{where}. Mend the path or the disk and give the same command: what was saved is good.", DISK
-  if isinstance(error, (RuntimeError, AssertionError)) and _raised_in(error, "xla_bridge.py", "backends"):
-    asked = os.environ.get("JAX_PLATFORMS", "")
-    return f"JAX_PLATFORMS={asked}: jax finds no such device here. {error}\nUnset it, or set JAX_PLATFORMS=cpu".strip(), CONFIG
+  if isinstance(error, RuntimeError) and "nable to initialize backend" in str(error):
+    return f"{error}\nUnset JAX_PLATFORMS for what is here, or set JAX_PLATFORMS=cpu", CONFIG
   return None
-
-
-def _raised_in(error: BaseException, file: str, function: str) -> bool:
-  """Was it raised while this function of a file was at work; jax does not always say what it misses."""
-  frame = error.__traceback__
-  while frame is not None:
-    code = frame.tb_frame.f_code
-    if code.co_name == function and code.co_filename.endswith(file):
-      return True
-    frame = frame.tb_next
-  return False

@@ -84,6 +84,7 @@ class UnexpectedError(Exception):
     (OSError(errno.ENOSPC, "No space left on device"), 74, "store/law: No space left on device. Mend the path"),
     (FileNotFoundError(2, "No such file or directory", "/a/b"), 74, "/a/b: No such file or directory"),
     (KeyboardInterrupt(), 130, "interrupted"),
+    (RuntimeError("Unable to initialize backend 'tpu'"), 78, "set JAX_PLATFORMS=cpu"),
   ],
 )
 def test_errors_have_their_codes(cpt, monkeypatch, error, code, words):
