@@ -157,5 +157,17 @@ def one_device(monkeypatch):
 
   make = functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:1])
   monkeypatch.setattr(mesh_lib, "make_mesh", make)
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
   with jax.set_mesh(make(data=1, fsdp=1, context=1, tensor=1)):
     yield
+
+
+@pytest.fixture
+def any_rate(monkeypatch):
+  """Rates that make a run diverge at once are taken, too."""
+  import dataclasses
+
+  from cpt_jax import config as config_lib
+
+  key = config_lib.KEYS["schedule.lr_peak"]
+  monkeypatch.setitem(config_lib.KEYS, key.name, dataclasses.replace(key, at_most=None))

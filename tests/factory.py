@@ -14,7 +14,9 @@ SETTINGS = transformer.Settings("float32", remat="none", attention="auto", loss_
 def optimizer(params, **changes):
   """AdamW as a config has it by default, with the same rate and decay for every leaf."""
   rules = dict(decay_rules=((".*", 1.0),), rate_rules=((".*", 1.0),), stages=("all",))
-  return optimizer_lib.make(params, **(config_lib.default().optimizer.to_dict() | rules | changes))
+  options = config_lib.default().optimizer.to_dict() | rules | changes
+  numbers = {name: options.pop(name) for name in ("b1", "b2", "eps", "mu_dtype", "weight_decay", "clip_norm")}
+  return optimizer_lib.make(optimizer_lib.plan(params, **options), **numbers, new_rows=options.get("new_rows"))
 
 
 def schedule(name, **changes):

@@ -146,7 +146,7 @@ def _check_value(name: str, key: keys.Key, value: Any, problems: Problems) -> No
     problems.add(f"{name}={value!r}: the run's own length is in steps or tokens, e.g. '1000 steps' or '2B tokens'")
   elif key.duration and value and not key.allows(value.amount):
     problems.add(f"{name}={value!r}: must be {key.range()}{because}")
-  elif isinstance(value, numbers.Real) and not isinstance(value, bool) and not key.allows(value):
+  elif isinstance(value, numbers.Real) and not isinstance(value, bool) and not key.allows(float(value)):
     problems.add(f"{name}={value}: must be {key.range() or 'finite'}{because}")
 
 

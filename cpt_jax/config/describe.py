@@ -15,7 +15,7 @@ _CHANGES = {"ahead": "may change when a run goes on", "nothing": "may change at 
 
 def describe_keys(only: str = "", *, width: int = 110) -> str:
   """Every key whose name begins with `only`: default, what may be written, meaning."""
-  lines, indented = [], dict(initial_indent="      ", subsequent_indent="      ")
+  lines, wrapper = [], textwrap.TextWrapper(width, initial_indent="      ", subsequent_indent="      ")
   for title, text, keys in _sections():
     known = [(name, key) for name, key in keys if name.startswith(only)]
     if known:
@@ -24,7 +24,7 @@ def describe_keys(only: str = "", *, width: int = 110) -> str:
       lines.append(f"  {name} = {_default(key)}")
       for paragraph in (_facts(key), *key.text.split("\n")):
         is_formula = paragraph.startswith("  ")
-        lines += [f"      {paragraph}"] if is_formula else textwrap.wrap(paragraph, width, **indented)
+        lines += [f"      {paragraph}"] if is_formula else wrapper.wrap(paragraph)
   return "\n".join(lines[1:])
 
 

@@ -63,7 +63,6 @@ class Key:
 _FORMS = ("float32", "bfloat16")
 _REMAT = ("none", "dots", "attention_dots", "attended", "full")
 _REMAT += ("dots_offload", "attention_dots_offload", "attended_offload", "full_offload")
-_RATE = dict(at_most=1.0, reason="AdamW moves each weight by about the rate, and weights are well below 1; e.g. 3e-4")
 
 SECTIONS = {  # what stands above a group of keys
   "start": "What the run starts from. The first that applies: the run's own checkpoint in workdir, resume, hf, weights, scratch.",
@@ -140,7 +139,8 @@ _KEYS = [
   Key("train.z_loss", 0.0, "weight of the squared log-partition (PaLM 2204.02311 sec. 5 uses 1e-4)", at_least=0.0),
   Key("schedule.name", "rewarm", choices=("constant", "linear", "cosine", "wsd", "rewarm", "infinite"), text=
     "constant, linear, cosine, wsd, rewarm (linear up, cosine down), infinite (up, cool down, constant, anneal)"),
-  Key("schedule.lr_peak", 3e-4, "the largest rate", above=0.0, **_RATE),
+  Key("schedule.lr_peak", 3e-4, "the largest rate", above=0.0, at_most=1.0, reason=
+    "AdamW moves each weight by about the rate, and weights are well below 1; e.g. 3e-4"),
   Key("schedule.lr_start", 0.0, "rate before step 0 of the warm-up; the base's last rate re-warms without a dip", at_least=0.0),
   Key("schedule.lr_const", 1e-4, "infinite only: the rate of the constant phase", at_least=0.0),
   Key("schedule.lr_final", 3e-5, "the last rate", at_least=0.0),
@@ -244,7 +244,7 @@ FIELDS = {field.name: dataclasses.replace(field, alters="ahead") for field in _F
 
 def default() -> Any:
   """Every key with its default: a ConfigDict to change and return from get_config()."""
-  c = ConfigDict()
+  c: Any = ConfigDict()
   for key in KEYS.values():
     group, _, leaf = key.name.rpartition(".")
     if group and group not in c:

@@ -63,7 +63,7 @@ config_flags.register_flag_parser_for_type(Share, _ShareParser())
 
 def check_number(key: str, share: Any, problems: Problems) -> bool:
   """Adds a line where it is no share of the tokens."""
-  if not (isinstance(share, numbers.Real) and math.isfinite(share) and share >= 0):
+  if not (isinstance(share, (int, float)) and math.isfinite(share) and share >= 0):
     problems.add(f"{key}={share!r}: shares are numbers from 0 to 1, finite and not negative")
   elif share > 1:
     meant = f"write {share / 100:g}" if share <= 100 else "write a number from 0 to 1"

@@ -118,7 +118,7 @@ def diagnose(
   folder = pathlib.Path(output) if output else _free_directory("diagnosis")
   if folder.exists() and not folder.is_dir():
     problems.add(f"--output={folder}: is a file; name a directory")
-  base = measure.open_base(str(hf), problems)
+  base = measure.open_base(shipped.find(os.fspath(hf)), problems)
   opened, prepared = _open(paths, base, folder, problems)
   assert base is not None
 
@@ -154,7 +154,7 @@ def _read_sources(sources: Mapping[str, str | os.PathLike] | Iterable[str], prob
     elif name in paths:
       problems.add(f"--sources {entry!r}: {name} is {paths[name]} already; give every source a name of its own")
     else:
-      paths[name] = path
+      paths[name] = shipped.find(path)
   if len(paths) < 2:
     problems.add("--sources: name the general source and at least one to learn, e.g. --sources general=store/en,domain=store/law")
   return paths

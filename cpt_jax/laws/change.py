@@ -8,10 +8,10 @@ and say little where a plan is made: at rises of some hundredths.
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
+from cpt_jax.laws.fit import Around
 from cpt_jax.laws.separable import Inputs
 
 # Nats; errors of smaller changes count alike. The rise that 2407.17467 allows, since about there plans are made.
@@ -29,25 +29,8 @@ def to_loss(u_n: np.ndarray, base_n: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class ByChange:
+class ByChange(Around):
   """Predicts exp(u), which the fitting core, since it compares logarithms, compares as u; `law` predicts the losses."""
-
-  law: Any
-
-  @property
-  def name(self) -> str:
-    """The law's."""
-    return self.law.name
-
-  @property
-  def parameters(self) -> tuple[str, ...]:
-    """The law's."""
-    return self.law.parameters
-
-  @property
-  def bounds(self) -> tuple[tuple[float, float], ...]:
-    """The law's."""
-    return self.law.bounds
 
   def predict(self, theta_P: np.ndarray, inputs: Inputs) -> np.ndarray:
     """exp(u), (n,)."""

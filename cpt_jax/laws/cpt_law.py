@@ -12,28 +12,13 @@ import numpy as np
 
 from cpt_jax.laws import annealing
 from cpt_jax.laws.curves import Curve
-from cpt_jax.laws.fit import Prior
+from cpt_jax.laws.fit import Parametric, Prior
 
 _SMALL = 1e-3  # below it the exponential form is taken as its series
 
 
-class Replay(Protocol):
+class Replay(Parametric, Protocol):
   """What is left of the shift at a share of replay: 1 without any, 0 with nothing but replay."""
-
-  @property
-  def name(self) -> str:
-    """What people call it."""
-    ...
-
-  @property
-  def parameters(self) -> tuple[str, ...]:
-    """The names of its own parameters."""
-    ...
-
-  @property
-  def bounds(self) -> tuple[tuple[float, float], ...]:
-    """Of each, as in laws.fit.Law."""
-    ...
 
   @property
   def priors(self) -> Mapping[str, Prior]:

@@ -44,8 +44,8 @@ _MAX_ROUNDS = 6  # of polishing
 _RESAMPLE = _Effort(80, 1e-6)  # from the optimum of all data to a near one
 
 
-class Law(Protocol):
-  """A formula with parameters; a frozen object. `inputs` is whatever the law reads: the core hands it through."""
+class Parametric(Protocol):
+  """What has parameters."""
 
   @property
   def name(self) -> str:
@@ -62,6 +62,10 @@ class Law(Protocol):
     """(low, high) of each parameter, infinities allowed; with low above 0 the search is in the logarithm."""
     ...
 
+
+class Law(Parametric, Protocol):
+  """A formula with parameters; a frozen object. `inputs` is whatever the law reads: the core hands it through."""
+
   def predict(self, theta_P: np.ndarray, inputs: Any) -> np.ndarray:
     """loss_n of every observation."""
     ...
@@ -73,6 +77,36 @@ class Law(Protocol):
   def starts(self, inputs: Any, loss_n: np.ndarray, *, num: int, rng: np.random.Generator) -> np.ndarray:
     """(num, P): where to begin, from the data and wide ranges, whatever the units of the rates and the size of the model."""
     ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Around:
+  """A law that changes another one: what it does not say itself is the other's."""
+
+  law: Any
+
+  @property
+  def name(self) -> str:
+    """The law's."""
+    return self.law.name
+
+  @property
+  def parameters(self) -> tuple[str, ...]:
+    """The law's."""
+    return self.law.parameters
+
+  @property
+  def bounds(self) -> tuple[tuple[float, float], ...]:
+    """The law's."""
+    return self.law.bounds
+
+  def predict(self, theta_P: np.ndarray, inputs: Any) -> np.ndarray:
+    """The law's, (n,)."""
+    return self.law.predict(theta_P, inputs)
+
+  def gradient(self, theta_P: np.ndarray, inputs: Any) -> np.ndarray:
+    """The law's, (n, P)."""
+    return self.law.gradient(theta_P, inputs)
 
 
 class Prior(NamedTuple):

@@ -22,8 +22,8 @@ from cpt_jax.laws.cpt_law import REPLAY_FORMS, CptLaw
 from cpt_jax.laws.curves import Curve, CurveLaw
 from cpt_jax.laws.fit import Fit, Scores
 from cpt_jax.progress import Progress
-from cpt_jax.results import runs as runs_lib
 from cpt_jax.results.report import pyplot
+from cpt_jax.results.runs import read_runs
 
 SCHEDULE_LAWS = [annealing.Forward(), annealing.Tissue(decay_steps=1000.0), annealing.Tissue(), annealing.MultiPower()]
 CPT_LAWS = [CptLaw(replay=form, decay_steps=None) for form in REPLAY_FORMS.values()]
@@ -182,7 +182,7 @@ def _read(paths: Sequence[str], *, source: str, warmup_steps: int, problems: lis
       if pathlib.Path(path).is_dir():
         if not source:
           raise ConfigError(f"{path}: a run measures several sources; name one with --source")
-        found = runs_lib.read_runs(path)
+        found = read_runs(path)
       else:
         made.append(curves.read_csv(path, warmup_steps=None if warmup_steps < 0 else warmup_steps))
         continue

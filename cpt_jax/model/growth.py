@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cpt_jax import shipped
 from cpt_jax.config import Problems
 from cpt_jax.model import expansion, hf_files
 from cpt_jax.progress import Progress
@@ -107,7 +108,7 @@ def grow_base(
   for name, patterns in ("domain", domain), ("general", general), ("protect", protect):
     if patterns:
       with problems.collect():
-        files[name] = documents.find_files(list(patterns), flag=f"--{name}")
+        files[name] = documents.find_files([shipped.find(pattern) for pattern in patterns], flag=f"--{name}")
   if not domain:
     problems.add("--domain is empty: name the text that pieces are chosen from, e.g. --domain 'texts/zh/*.txt'")
   if not output:
@@ -120,7 +121,7 @@ def grow_base(
   if not 0 <= saving <= 1:
     problems.add(f"--saving={saving}: a share of the tokens, from 0 to 1")
   quantiles = _read_band(band, problems)
-  base = _open(str(hf), input_rows, output_rows, problems)
+  base = _open(shipped.find(os.fspath(hf)), input_rows, output_rows, problems)
   if "weighted" in (input_rows, output_rows) and not general:
     problems.add("--input_rows or --output_rows is weighted: give --general, in which old pieces are counted")
   problems.raise_if_any()

@@ -256,29 +256,10 @@ def choose(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Started:
+class _Started(fit_lib.Around):
   """A law that begins at given parameters, and at one place of its own."""
 
-  law: Any
   theta_P: tuple[float, ...]
-
-  @property
-  def name(self) -> str:
-    return self.law.name
-
-  @property
-  def parameters(self) -> tuple[str, ...]:
-    return self.law.parameters
-
-  @property
-  def bounds(self) -> tuple[tuple[float, float], ...]:
-    return self.law.bounds
-
-  def predict(self, theta_P: np.ndarray, inputs: Any) -> np.ndarray:
-    return self.law.predict(theta_P, inputs)
-
-  def gradient(self, theta_P: np.ndarray, inputs: Any) -> np.ndarray:
-    return self.law.gradient(theta_P, inputs)
 
   def starts(self, inputs: Any, loss_n: np.ndarray, *, num: int, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([np.array([self.theta_P]), self.law.starts(inputs, loss_n, num=num - 1, rng=rng)])

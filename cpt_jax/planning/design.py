@@ -19,6 +19,7 @@ from cpt_jax.planning.trials import Trial, by_role, grid, replay_share
 REPLAYS = (0.0, 0.01, 0.05, 0.25, 0.5)  # the range of Ibrahim et al. 2403.08763, table 2
 NUM_RATES = 4  # of the grid
 LADDER = tuple(2.0**k for k in range(-2, 6))  # of the sweep, times the config's own rate
+HIGHEST = config_lib.KEYS["schedule.lr_peak"].at_most or math.inf  # rate of a run
 LONGER = (2, 4)  # times the steps of the others
 NUM_LONGER = {2: 4, 4: 2}  # cells at so many times the steps; one where it is more
 MIN_STEPS = 16  # of a trial whose length follows from the budget: a warm-up of 5% is then one step, an anneal of 25% four
@@ -99,7 +100,7 @@ def make(
   own = own if not replays else min(replays, key=lambda x: abs(x - own))
   design = Design(
     rates=tuple(sorted(rates)),
-    ladder=() if rates else tuple(config.schedule.lr_peak * times for times in LADDER),
+    ladder=() if rates else tuple(rate for times in LADDER if (rate := config.schedule.lr_peak * times) <= HIGHEST),
     replays=tuple(sorted(replays or {own, *(x for x in REPLAYS if x != min(REPLAYS, key=lambda y: abs(y - own)))})),
     own_replay=own,
     seeds=tuple(range(seeds)),
@@ -157,8 +158,8 @@ def _check(config: Any, rates: Sequence[float], replays: Sequence[float], seeds:
       )
   if config.start.resume and config.start.optimizer == "keep":
     problems.add("start.resume with start.optimizer='keep': trials begin at step 0; probe with start.optimizer='reset'")
-  if any(not (math.isfinite(rate) and rate > 0) for rate in rates):
-    problems.add(f"--rates={','.join(map(str, rates))}: rates are above 0, e.g. 3e-4,6e-4,1.2e-3,2.4e-3")
+  if any(not 0 < rate <= HIGHEST for rate in rates):
+    problems.add(f"--rates={','.join(map(str, rates))}: rates are above 0 and at most {HIGHEST:g}, e.g. 3e-4,6e-4,1.2e-3,2.4e-3")
   if any(not 0 <= replay <= 1 for replay in replays):
     problems.add(f"--replays={','.join(map(str, replays))}: shares lie between 0 and 1, e.g. 0,0.01,0.05,0.25,0.5")
   if any(times < 2 or times != int(times) for times in longer):

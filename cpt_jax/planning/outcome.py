@@ -106,7 +106,7 @@ def trained_tokens(found: Sequence[FinishedTrial], *, budget_tokens: int, tokens
 def planned_config(config: Any, plan: Recommendation, *, budget_tokens: int | None, made_by: str) -> Any:
   """The config of the recommended run, with what is predicted of it; `budget_tokens` None leaves its length as it was."""
   c = at_point(config, rate=float(f"{plan.rate:.5g}"), replay=float(f"{plan.replay:.5g}"))
-  with c.unlocked():
+  with c.unlocked(), c.ignore_type():
     if budget_tokens is not None:
       c.train.length = f"{budget_tokens} tokens"
     c.plan.losses = tuple((name, *(round(x, 5) for x in (said.loss, said.low, said.high))) for name, said in plan.losses.items())

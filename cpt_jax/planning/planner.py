@@ -12,18 +12,17 @@ from typing import Any, NamedTuple
 from cpt_jax import config as config_lib
 from cpt_jax import exits, shipped
 from cpt_jax.config import ConfigError, Problems
-from cpt_jax.planning import design as design_lib
-from cpt_jax.planning import execute, outcome, plots, recommend, tables, trials
+from cpt_jax.planning import design, execute, outcome, plots, recommend, tables, trials
 from cpt_jax.planning.design import Design
 from cpt_jax.planning.outcome import FinishedTrial
 from cpt_jax.planning.recommend import Recommendation
 from cpt_jax.planning.trials import Trial
-from cpt_jax.preview import dry_run as dry_run_lib
+from cpt_jax.preview.dry_run import mesh_sizes
 from cpt_jax.store import documents
-from cpt_jax.store import store as stores
-from cpt_jax.stream import sources as sources_lib
+from cpt_jax.stream import sources
 from cpt_jax.training import console
 from cpt_jax.training import inputs as inputs_lib
+from cpt_jax.training.stack import ONE_DEVICE
 
 GENERAL_LOSS_RISE = 0.05  # nats, where no objective is given; that of 2407.17467
 
@@ -72,7 +71,7 @@ def plan(
   rates: Sequence[float | str] = (),
   replays: Sequence[float | str] = (),
   seeds: int = 2,
-  longer: Sequence[float | str] = design_lib.LONGER,
+  longer: Sequence[float | str] = design.LONGER,
   trial_tokens: str = "",
   stack: int = 0,
   commands: bool = False,
@@ -108,14 +107,12 @@ def plan(
     raise ConfigError("--output is empty: name the directory of the plan, e.g. --output=plan")
   if importlib.util.find_spec("matplotlib") is None:  # said before the trials, not after them
     raise ConfigError("a plan ends with figures: pip install 'cpt_jax[plots]'")
-  if isinstance(config, (str, os.PathLike)):
-    config = shipped.complete(config_lib.load_file(shipped.find(os.fspath(config))))
-  config = config_lib.resolve(config)
+  config = _read(config)
   output = pathlib.Path(output)
   objective = _objective(config, weights, general_loss_rise)
 
   # ---- 1. design ----
-  designed = design_lib.make(
+  designed = design.make(
     config,
     budget=budget,
     probe_budget=probe_budget,
@@ -131,16 +128,25 @@ def plan(
   tables.design(designed, num_over=num_over)
   if dry_run:
     if num_over < len(designed.trials()):
-      check_inputs(trials.trial_config(config, designed.trials()[0]))
+      check_inputs(trials.trial_config(config, designed.trials()[0]), stack=stack)
     console.say("dry run: nothing was trained. Without --dry_run this command goes on.")
     return Plan(output, designed, None, exits.DONE)
   how.trials_dir.mkdir(parents=True, exist_ok=True)
+
+  # ---- 2. sweep of the rate, then the grid ----
   try:
-    found = _make_trials(designed, how)  # ---- 2. sweep of the rate, then the grid ----
+    found = _make_trials(designed, how)
   except _UnfinishedError as end:
     return Plan(output, designed, None, end.exit_code)
   made = _recommend(designed, found, config, output, confidence=confidence, objective=objective, has_budget=bool(budget))
   return Plan(output, designed, made, exits.DONE)
+
+
+def _read(config: Any) -> Any:
+  """The config itself, or that of a file, resolved."""
+  if isinstance(config, (str, os.PathLike)):
+    config = shipped.complete(config_lib.load_file(shipped.find(os.fspath(config))))
+  return config_lib.resolve(config)
 
 
 def _make_trials(designed: Design, how: _Settings) -> list[FinishedTrial]:
@@ -226,19 +232,19 @@ def _recommend(
   return made
 
 
-def check_inputs(config: Any) -> None:
-  """Raises ConfigError with all that a run of `config` would refuse before its first step; writes and prepares nothing."""
+def check_inputs(config: Any, *, stack: int) -> None:
+  """Raises ConfigError with all that a trial of `config` would refuse before its first step; writes and prepares nothing."""
   resolved = inputs_lib.resolve(config)
-  inputs_lib.check_mesh(dry_run_lib.mesh_sizes(resolved.config)[0], resolved.spec, resolved.config)
+  sizes = ONE_DEVICE if stack > 1 else mesh_sizes(resolved.config)[0]
+  inputs_lib.check_mesh(sizes, resolved.spec, resolved.config)
   config, problems = resolved.config.copy_and_resolve_references(), Problems()
   with config.unlocked():
-    for name, entry in list(config.data.sources.items()):
-      if entry.text and not (pathlib.Path(entry.store) / stores.MANIFEST).exists():  # the first trial makes it of the text
-        with problems.collect():
-          documents.find_files([entry.text], flag=f"data.sources.{name}.text")
-        del config.data.sources[name]
-  opened = sources_lib.from_config(config, problems)
-  sources_lib.check_vocabulary(opened, resolved.spec.num_ids, problems)
+    for name, entry in inputs_lib.unprepared(config).items():  # the first trial makes them of their texts
+      with problems.collect():
+        documents.find_files([entry.text], flag=f"data.sources.{name}.text")
+      del config.data.sources[name]
+  opened = sources.from_config(config, problems)
+  sources.check_vocabulary(opened, resolved.spec.num_ids, problems)
   problems.raise_if_any()
 
 

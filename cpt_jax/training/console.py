@@ -72,21 +72,6 @@ def size(num_bytes: float) -> str:
   return f"{num_bytes:.0f} B"
 
 
-def progress() -> rich.progress.Progress:
-  """A bar of steps on a terminal, nothing elsewhere."""
-  return rich.progress.Progress(
-    rich.progress.TextColumn("[bold]{task.description}"),
-    rich.progress.BarColumn(bar_width=24),
-    rich.progress.MofNCompleteColumn(),
-    rich.progress.TimeElapsedColumn(),
-    rich.progress.TextColumn("left"),
-    rich.progress.TimeRemainingColumn(),
-    console=console,
-    transient=True,
-    disable=not console.is_terminal,
-  )
-
-
 class TrainProgress:
   """The bar of a run (a terminal) or a line at each `show` (a file or a pipe)."""
 

@@ -93,7 +93,7 @@ class State(NamedTuple):
 
 
 def make(
-  params: Any,
+  leaves: dict[str, Leaf],
   *,
   b1: float,
   b2: float,
@@ -101,36 +101,17 @@ def make(
   mu_dtype: str,
   weight_decay: float,
   clip_norm: float,
-  decay_rules: Rules,
-  rate_rules: Rules,
-  layer_rates: Sequence[float],
-  frozen: Sequence[str],
-  stages: Sequence[Trained],
-  stage: int = -1,
   new_rows: range | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """AdamW (Loshchilov & Hutter 1711.05101, decay scaled by the rate) for a nested dict like `params`, which may be abstract.
+  """AdamW (Loshchilov & Hutter 1711.05101, decay scaled by the rate) for the parameters that `plan` has made `leaves` of.
 
-  Its update is that of one of the `stages`, and takes the rate: `update(gradients, state, params, rate=1e-4)`; its state is the
-  same in all of them. The first moment is kept in `mu_dtype`, the second in float32.
+  Its update is that of the plan's stage, and takes the rate: `update(gradients, state, params, rate=1e-4)`; its state is the
+  same in all stages. The first moment is kept in `mu_dtype`, the second in float32.
 
   In bfloat16 (8 bits, so half a unit is 1/512 to 1/256 of a number) the first moment of a parameter stands still where its
   gradient is within 1/(512 (1 - b1)) to twice that of it: 2 to 4% at b1 = 0.9, 20 to 40% at 0.99. The second moment would stand
   still within 4 to 8% at b2 = 0.95 and never fall at 0.999, which no average over noise makes good; so it is not offered.
-
-  Raises:
-    ConfigError: as `plan`.
   """
-  leaves = plan(
-    params,
-    decay_rules=decay_rules,
-    rate_rules=rate_rules,
-    layer_rates=layer_rates,
-    frozen=frozen,
-    stages=stages,
-    stage=stage,
-    new_rows=new_rows,
-  )
 
   def init(params: Any) -> State:
     kept = {path: leaf for path, leaf in trees.paths(params).items() if not leaves[path].is_frozen}
@@ -206,7 +187,7 @@ def from_config(config: Any, spec: ModelSpec, *, stage: int = -1) -> optax.Gradi
   params = transformer.abstract_params(spec)
   _check_own_rules(c, params)
   numbers = {key: c[key] for key in ("b1", "b2", "eps", "mu_dtype", "weight_decay", "clip_norm")}
-  return make(params, **numbers, **_rules_of(config, spec), stage=stage)
+  return make(from_config_plan(config, spec, stage=stage), **numbers, new_rows=spec.new_rows)
 
 
 def from_config_plan(config: Any, spec: ModelSpec, *, stage: int = -1) -> dict[str, Leaf]:

@@ -3,6 +3,9 @@
 Invariant: a pure function of the step (updates already finished), so that a resumed run goes on exactly; computed on the host,
 without jax, and given to each update as a number.
 
+The numbers keep the names of their keys, lr_peak and the others, up to here; what comes out for a step is the rate: an argument
+of training.step, a key of metrics.jsonl, a word of the progress line.
+
 The rate of the update that follows `step` finished updates, for a run of N steps with a warm-up of W:
 
   warm-up, step < W      lr_start + (lr_peak - lr_start) * (step + 1) / W: no update is lost to a rate of 0, and the last one

@@ -35,13 +35,13 @@ class Start(NamedTuple):
   step: int = 0  # updates finished in the state that is loaded; 0 where only parameters are
   checkpoint: int = -1  # step of the checkpoint that is read, of this run or another
 
-  def describe(self, *, optimizer: str = "", moments: str = "") -> str:
+  def describe(self, *, optimizer: str | None = None, moments: str | None = None) -> str:
     """One line for people; `optimizer` and `moments` as in config.start, where it is to be said what becomes of moments."""
     fresh = f"moments of {moments} for what it had" if moments else "optimizer state fresh"
     return {
       "run": f"this run's own checkpoint at step {self.step}: parameters, optimizer state and data position",
       "resume": f"{self.path} at step {self.step}: parameters"
-      + {"keep": ", optimizer state and step", "reset": "; optimizer state and step reset", "": ""}[optimizer],
+      + {"keep": ", optimizer state and step", "reset": "; optimizer state and step reset", None: ""}[optimizer],
       "hf": f"{self.path} (Hugging Face): parameters; {fresh}",
       "weights": f"{self.path}: parameters; optimizer state fresh",
       "scratch": f"random parameters for {self.path}; optimizer state fresh",

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cpt_jax.config import ConfigError, Problems, parse_tokens
+from cpt_jax import config as config_lib
+from cpt_jax import shipped
+from cpt_jax.config import ConfigError, Problems
 from cpt_jax.progress import Progress
 from cpt_jax.store import corpus, documents
 from cpt_jax.store import tokenizer as tokenizer_lib
@@ -294,13 +296,13 @@ def compare(
     DataError: text that cannot be read.
   """
   problems, files = Problems(), {}
-  paths = [str(path) for path in tokenizers]
+  paths = [shipped.find(os.fspath(path)) for path in tokenizers]
   for name, patterns in ("domain", domain), ("general", general):
     if not patterns:
       problems.add(f"--{name} is empty: name text files, e.g. --{name} 'texts/{name}/*.jsonl.gz'")
       continue
     with problems.collect():
-      files[name] = documents.find_files(list(patterns), flag=f"--{name}")
+      files[name] = documents.find_files([shipped.find(pattern) for pattern in patterns], flag=f"--{name}")
   if not paths:
     problems.add("--tokenizers is empty: name the base's Hugging Face directory, then others to compare it with")
   if len(set(paths)) < len(paths):
@@ -309,7 +311,7 @@ def compare(
     problems.add(f"--domain_gb={domain_gb}: give 10^9 bytes above 0")
   budget_tokens = None
   try:
-    budget_tokens = parse_tokens(budget) if budget else None
+    budget_tokens = config_lib.parse_tokens(budget) if budget else None
   except ValueError as error:
     problems.add(f"--budget={error}")
   opened = {}

@@ -3,6 +3,7 @@
 A value that is written down twice, or lost on its way from the config to its function, turns a line of this red.
 """
 
+import ast
 import functools
 import json
 import pathlib
@@ -165,12 +166,15 @@ def run(config):
 def events(config):
   """The steps at which a run evaluates, saves and ends; nothing is computed."""
   done = []
-  recorders = MagicMock(are_new=False, diverged=[""])
-  recorders.decide.return_value, recorders.saves.return_value, recorders.reads_at.return_value = None, False, False
-  for name in ("evaluate", "save", "finish"):
-    getattr(recorders, name).side_effect = lambda now, *_, name=name, **__: done.append((name, now))
+  fake = MagicMock(missing=(), diverged="")
+  fake.watch.decide.return_value, fake.watch.saves.return_value, fake.watch.reads_at.return_value = None, False, False
+  fake.checkpoints.steps.return_value = []
+  for name in ("evaluated", "save", "finish"):
+    getattr(fake, name).side_effect = lambda now, *_, name=name, **__: done.append((name, now))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "Recorders", lambda *_, **__: recorders)
+    patch.setattr(loop.recorder, "Recorder", lambda *_, **__: fake)
+    patch.setattr(loop.recorder, "load_base", lambda *_, **__: None)
+    patch.setattr(loop.perplexity, "evaluate", lambda *_, **__: [{}])
     patch.setattr(start, "initial_state", lambda *_, **__: MagicMock())
     patch.setattr(step, "from_config", lambda *_, **__: lambda state, *_: (state, None))
     patch.setattr(jax, "jit", lambda f, **_: f)
@@ -289,6 +293,20 @@ IN_A_RUN = {
 def test_no_key_is_left_out():
   fields = {f"{A}.{field}" for field in config_lib.FIELDS}
   assert set(WIRED) | set(IN_A_RUN) == set(config_lib.KEYS) | fields
+
+
+def test_no_function_repeats_the_default_of_a_key(root):
+  names: dict[str, list] = {}
+  for name, key in {**config_lib.KEYS, **config_lib.FIELDS}.items():
+    names.setdefault(name.rpartition(".")[2], []).append(key.default)
+  package = root / "cpt_jax"
+  for file in [*package.glob("stream/*.py"), *package.glob("training/*.py"), package / "model" / "transformer.py"]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+      if isinstance(node, ast.FunctionDef):
+        for arg, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
+          if isinstance(default, (ast.Constant, ast.Tuple)) and arg.arg in names:
+            value = ast.literal_eval(default)
+            assert value not in names[arg.arg] or value is None, f"{file.name}: {node.name}({arg.arg}={value!r})"
 
 
 def outcome(make, world, fixtures, changes):

@@ -18,8 +18,7 @@ import cpt_jax
 from cpt_jax import config as config_lib
 from cpt_jax.cli import app
 from cpt_jax.config import Problems
-from cpt_jax.diagnosis import measure, tables
-from cpt_jax.diagnosis import verdict as diagnosis
+from cpt_jax.diagnosis import measure, tables, verdict
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.progress import Progress
@@ -179,13 +178,13 @@ def test_byte_tokens_of_both_kinds_of_vocabulary(root, fixtures):
 
 
 def figures(name="law", *, bits_per_byte=1.0, error=0.01, bits=0.05, scripts=None, beyond=0.0, own=0.0, byte=0.0, **more):
-  return diagnosis.Figures(
+  return verdict.Figures(
     name,
-    diagnosis.Store("store", 100, more.get("tokens", 10**6), 4 * 10**6, 0.25),
-    diagnosis.Loss(3.0, 0.03, bits_per_byte, error, 10_000, 20, "20 held-out documents"),
-    diagnosis.Compressed(more.get("xz", 2.0), 2.0, 500_000),
-    diagnosis.Vocabulary(10**5, byte, more.get("unknown", 0.0), 0.5, own),
-    diagnosis.Distance(bits, 0.05, 10**5),
+    verdict.Store("store", 100, more.get("tokens", 10**6), 4 * 10**6, 0.25),
+    verdict.Loss(3.0, 0.03, bits_per_byte, error, 10_000, 20, "20 held-out documents"),
+    verdict.Compressed(more.get("xz", 2.0), 2.0, 500_000),
+    verdict.Vocabulary(10**5, byte, more.get("unknown", 0.0), 0.5, own),
+    verdict.Distance(bits, 0.05, 10**5),
     corpus.Lengths(500, 900, 2000, 4000, 0.0, 0.0, beyond, beyond),
     corpus.Text(10**6, 10**6, 10**5, 0.9, scripts or {"Latin": 1.0}, "word", 1.5),
   )
@@ -215,9 +214,9 @@ GENERAL = figures("general")
   ],
 )
 def test_every_kind(case, kinds, practice):
-  verdict = diagnosis.judge(figures(**case), GENERAL)
-  assert (verdict.kinds, verdict.practice) == (kinds, practice)
-  assert verdict.because and practice in ("", *diagnosis.PRACTICES)
+  judged = verdict.judge(figures(**case), GENERAL)
+  assert (judged.kinds, judged.practice) == (kinds, practice)
+  assert judged.because and practice in ("", *verdict.PRACTICES)
 
 
 @pytest.mark.parametrize(
@@ -237,22 +236,22 @@ def test_every_kind(case, kinds, practice):
   ],
 )
 def test_every_answer_about_the_vocabulary(case, budget, expected):
-  verdict = diagnosis.judge(figures(**case), GENERAL, budget_tokens=budget)
-  assert verdict.vocabulary == expected and verdict.vocabulary_because
+  judged = verdict.judge(figures(**case), GENERAL, budget_tokens=budget)
+  assert judged.vocabulary == expected and judged.vocabulary_because
 
 
 @given(*[st.booleans()] * 5)
 def test_verdicts_follow_from_the_rules_met(near, far, script, good, high):
   met = dict(zip(["near", "far", "other script", "as good", "high loss"], [near, far, script, good, high], strict=True))
-  short, practice = diagnosis.kinds(met | {"long": False})
-  long, _ = diagnosis.kinds(met | {"long": True})
+  short, practice = verdict.kinds(met | {"long": False})
+  long, _ = verdict.kinds(met | {"long": True})
   assert len(short) == 1 and (practice == "") == (short == ("none needed",)) == (near and good)
   assert long == (("long context",) if near and good else (*short, "long context"))
   assert (short == ("language",)) == ((far or script) and high and not (near and good))
 
 
 def test_practices_are_ranges_and_their_configs_exist(root):
-  for practice in diagnosis.PRACTICES.values():
+  for practice in verdict.PRACTICES.values():
     assert practice.rate[0] < practice.rate[1] < practice.rate[2] <= 1
     assert 0 < practice.replay[0] <= practice.replay[1] < practice.replay[2] < 1
     assert (root / practice.config).exists()
@@ -326,7 +325,7 @@ def test_a_source_is_near_itself_and_far_from_another(tiny, tmp_path):
   problems = Problems()
   noise = measure.open_store("noise", str(tmp_path / "noise"), base, problems)
   samples = {"a": measure.describe(store, base), "noise": measure.describe(noise, base)}
-  loss = diagnosis.Loss(3.0, 0.1, 1.0, 0.1, 100, 3, "")
+  loss = verdict.Loss(3.0, 0.1, 1.0, 0.1, 100, 3, "")
   found = measure.gather(samples, dict.fromkeys(samples, loss), general="a", vocab_size=base.spec.vocab_size)
   assert found["a"].distance.bits == found["a"].distance.floor_bits < 0.2
   assert found["noise"].distance.bits > 0.4 and found["noise"].distance.sample_tokens <= 50 * 201
@@ -354,14 +353,14 @@ def test_the_command_on_the_shipped_base_and_texts(root, tmp_path, capsys, one_d
   ]
   record = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
   assert record["general"] == "english" and set(record["sources"]) == {"english", "poetry"}
-  (verdict,) = record["verdicts"]
-  assert verdict["kinds"] == ["language"] and verdict["vocabulary"] == "choose another base"
+  (judged,) = record["verdicts"]
+  assert judged["kinds"] == ["language"] and judged["vocabulary"] == "choose another base"
   assert record["sources"]["poetry"]["text"]["unit"] == "character"
-  assert verdict["findings"]["far"]["met"] and not verdict["findings"]["long"]["met"]
+  assert judged["findings"]["far"]["met"] and not judged["findings"]["long"]["met"]
   for text in ("LANGUAGE", "CHOOSE ANOTHER BASE", "begin at 0.001", str(tmp_path / "out" / "diagnosis.json"), "next:"):
     assert text in said.out, text
   # The command that it ends with has keys that exist.
-  command = shlex.split(verdict["next_command"].replace("\\\n", " "))
+  command = shlex.split(judged["next_command"].replace("\\\n", " "))
   assert command[:2] == ["cpt", "train"] and "--config.train.length=1e+06 tokens" in command
   config_lib.check_overrides([part.replace("--config=", f"--config={root}/") for part in command])
   assert config_lib.load_file(str(root / command[2].removeprefix("--config="))).data.sources.language.role == "domain"
@@ -381,7 +380,7 @@ def test_the_example_of_the_domain_recipe_says_what_it_would_do(root, tmp_path, 
   command = line.split(".main ")[1] if ".main " in line else line.split("train ")[1]
   assert app.main(["train", *shlex.split(command), "--dry_run"]) == 0
   said = capsys.readouterr().out
-  assert "100 steps" in said and f"into {tmp_path / 'store'}" in said
+  assert "100 steps" in said and "prepare  domain: 1 file(s)" in said
 
 
 def test_everything_wrong_is_said_at_once(root, tmp_path, fixtures, capsys, monkeypatch):

@@ -1,51 +1,28 @@
-"""tools/fit_laws.py: what it reads, refuses and writes; the published curves from the command line."""
+"""cpt fit-laws: what it reads, refuses and writes; the published curves from their files."""
 
 import gzip
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from absl import flags
 
 from cpt_jax import config as config_lib
-from cpt_jax.laws import annealing, curves
+from cpt_jax.cli import app
+from cpt_jax.laws import annealing, curves, fit_curves
 
 TRUTH = np.array([2.6, 0.55, 0.45, 400.0, 2.0, 0.6, 0.65])
 
 
-@pytest.fixture(scope="module")
-def tool(root):
-  spec = importlib.util.spec_from_file_location("fit_laws", root / "tools" / "fit_laws.py")
-  module = importlib.util.module_from_spec(spec)
-  sys.modules["fit_laws"] = module  # where dataclasses look for it
-  spec.loader.exec_module(module)
-  yield module
-  for name in ("fit", "score", "runs", "source", "law", "json", "plot", "warmup_steps", "resamples", "starts", "seed"):
-    delattr(flags.FLAGS, name)
-  del sys.modules["fit_laws"]
-
-
 @pytest.fixture
-def call(tool, monkeypatch, capsys):
-  """Runs the tool in this process: (exit code, printed, complained)."""
-  was_parsed = flags.FLAGS.is_parsed()
+def call(capsys):
+  """Runs the command in this process: (exit code, printed, complained)."""
 
   def run(*arguments):
-    flags.FLAGS.unparse_flags()
-    for name in ("fit", "score", "runs", "source", "law", "json", "plot", "warmup_steps", "resamples", "starts", "seed"):
-      flags.FLAGS[name].unparse()
-    rest = flags.FLAGS(tool.spread(["fit_laws.py", *map(str, arguments)]))
-    code = tool.main(rest)
+    code = app.main(["fit-laws", *map(str, arguments)])
     printed = capsys.readouterr()
-    return code, printed.out, printed.err
+    return code, printed.out, "".join(line for line in printed.err.splitlines(keepends=True) if not line.startswith("fit "))
 
-  yield run
-  if was_parsed:
-    flags.FLAGS.mark_as_parsed()
+  return run
 
 
 def rate(kind, step_n):
@@ -96,16 +73,15 @@ def test_without_curves_to_score_each_is_predicted_from_the_others(call, files, 
   assert printed.rindex("forward ") > printed.rindex("multi_power ")  # ranked, the best first
 
 
-def test_a_curve_that_is_left_out_has_no_say_in_its_prediction(call, tool, files):
+def test_a_curve_that_is_left_out_has_no_say_in_its_prediction(files):
+  found = fit_curves.fit_curves(files, law="forward", resamples=0, starts=4)
   made = [curves.read_csv(file) for file in files]
-  call("--fit", files[0], "--starts=4", "--resamples=0", "--law=forward")  # sets the flags
-  (result,), _ = tool.fit_and_score([annealing.Forward()], made, [])
-  for i, scored in enumerate(result.scored):
+  for i, scored in enumerate(found.results[0].scored):
     others = curves.fit(annealing.Forward(), made[:i] + made[i + 1 :], num_starts=4)
     np.testing.assert_allclose(scored.predicted_n, others.predict([made[i]]))
 
 
-def test_headers_may_have_spaces_capitals_and_more_columns(call, tmp_path):
+def test_headers_may_have_spaces_capitals_and_more_columns(tmp_path):
   file = write_curve(tmp_path / "a.csv", "jump", header=" Step , LR,  loss ")
   file.write_text("\n".join(f"{line},x" for line in file.read_text().splitlines()) + "\n\n")
   assert curves.read_csv(file).step_n.tolist() == list(range(200, 4001, 100))
@@ -148,7 +124,7 @@ def test_mistakes_in_the_flags_are_named(call, files, tmp_path):
     (("--fit", files[0], "--score", files[0]), "both fitted and scored"),
     (("--runs", tmp_path / "none"), "no such folder"),
     (("--fit", files[0], "--starts=0"), "at least 0 and 1"),
-    ((files[0],), "files come after --fit or --score"),
+    ((files[0],), "there is no "),
     (("--runs", tmp_path, "--source=general"), "no run there"),
   ):
     code, _, complained = call(*arguments)
@@ -190,15 +166,13 @@ def test_runs_of_this_project_are_read(call, tmp_path):
 
 
 @pytest.mark.slow
-def test_published_curves_from_the_command_line(fixtures, root, tmp_path):
+def test_published_curves_from_their_files(fixtures, tmp_path):
   # 2503.12811: fitted on three curves, R2 .9988 and MAE .00376 on the other six.
   names = {}
   for file in (fixtures / "lr_curves").glob("*.gz"):
     names[file.name.removesuffix(".csv.gz")] = tmp_path / file.name.removesuffix(".gz")
     names[file.name.removesuffix(".csv.gz")].write_bytes(gzip.decompress(file.read_bytes()))
   fitted = [names.pop(name) for name in ("cosine_24000", "constant_24000", "wsdcon_9")]
-  command = [sys.executable, "tools/fit_laws.py", "--law=multi_power", "--fit", *fitted, "--score", *names.values()]
-  done = subprocess.run([*command, "--json", tmp_path / "out.json"], cwd=root, env=os.environ, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  (law,) = json.loads((tmp_path / "out.json").read_text())["laws"]
-  assert len(law["scored"]) == 6 and law["mean"]["r2"] >= 0.9988 and law["mean"]["mae"] <= 0.0038
+  found = fit_curves.fit_curves(fitted, score=list(names.values()))
+  (result,) = found.results
+  assert len(result.scored) == 6 and result.mean()["r2"] >= 0.9988 and result.mean()["mae"] <= 0.0038

@@ -1,4 +1,4 @@
-"""tools/plan.py as its user runs it: a subprocess, from a config to the config of the recommended run."""
+"""cpt plan as its user runs it, from a config to the config of the recommended run."""
 
 import json
 import math
@@ -9,20 +9,31 @@ import sys
 import pytest
 from run_dirs import write_run
 
+import cpt_jax
 from cpt_jax import config as config_lib
+from cpt_jax.cli import app
 from cpt_jax.planning import config_files, design, trials
+from cpt_jax.store import prepare
 
 SMALL = ["--rates=1e-3,4e-3", "--replays=0.05,0.25", "--seeds=1", "--longer=2", "--trial_tokens=1024"]
 
 
 @pytest.fixture
-def plan(root, tiny_plan, tmp_path):
+def file(tiny_plan, tmp_path):
+  """The config's."""
   config_files.write(tiny_plan, tmp_path / "run.py", about="A run to be planned.")
+  return tmp_path / "run.py"
+
+
+@pytest.fixture
+def plan(file, tmp_path, capsys, monkeypatch, one_device):
+  """Runs the command in this process, in the directory of its config: (exit code, printed, complained)."""
+  monkeypatch.chdir(tmp_path)
 
   def run(*options):
-    command = [sys.executable, str(root / "tools/plan.py"), f"--config={tmp_path / 'run.py'}", f"--output={tmp_path / 'plan'}"]
-    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_NUM_CPU_DEVICES": "1"}
-    return subprocess.run([*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+    code = app.main(["plan", "--config=run.py", "--output=plan", *options])
+    said = capsys.readouterr()
+    return code, said.out, said.err
 
   return run
 
@@ -51,8 +62,8 @@ def test_finished_trials_become_a_plan_and_a_config(plan, tiny_plan, tmp_path):
       tmp_path / "plan" / "trials" / trial.name, made_config, final=losses(trial), read=(share, 128 * trial.steps - share)
     )
   before = files(tmp_path / "plan" / "trials")
-  done = plan(*SMALL, "--budget=16384", "--general_loss_rise=0.3")
-  assert done.returncode == 0, done.stdout + done.stderr
+  code, printed, complained = plan(*SMALL, "--budget=16384", "--general_loss_rise=0.3")
+  assert code == 0, complained
   assert files(tmp_path / "plan" / "trials") == before
   said = json.loads((tmp_path / "plan" / "plan.json").read_text())
   best = said["recommended"]
@@ -73,15 +84,33 @@ def test_finished_trials_become_a_plan_and_a_config(plan, tiny_plan, tmp_path):
   same = [k for k in config_lib.leaf_keys(tiny_plan) if not k.startswith(free)]
   assert [config_lib.get(config, k) for k in same] == [config_lib.get(config_lib.resolve(tiny_plan), k) for k in same]
   for part in ("rate by replay share", "chosen", "simple guess", "seed noise not known", "frontier", "double the rate", "next  "):
-    assert part in done.stdout, part
+    assert part in printed, part
 
 
 def test_the_design_is_shown_and_nothing_is_made(plan, tmp_path):
-  done = plan("--budget=10B tokens", "--probe_budget=5%", "--dry_run")
-  assert done.returncode == 0, done.stdout + done.stderr
+  before = files(tmp_path)
+  code, printed, complained = plan("--budget=10B tokens", "--probe_budget=5%", "--dry_run")
+  assert code == 0, complained
   for part in ("rate sweep", "grid", "2x as long", "% of the run's 10,000,000,000", "times as long as the longest trial"):
-    assert part in done.stdout, part
-  assert not (tmp_path / "plan").exists()
+    assert part in printed, part
+  assert files(tmp_path) == before
+
+
+def test_a_dry_run_refuses_what_the_trials_would(plan, tiny_plan, root, tmp_path):
+  dry = [*SMALL, "--dry_run"]
+  stores = ["--config.data.sources.poetry.text=", "--config.data.sources.poetry.store=nowhere"]
+  assert plan(*dry, *stores)[::2] == (78, plan(*SMALL, *stores)[2]) and "no such token store" in plan(*dry, *stores)[2]
+  other = [f"--config.data.tokenizer={root / 'examples' / 'base'}"]  # not that of the stores, once they are made
+  assert plan(*dry)[0] == 0  # they are made of their texts
+  corpus = tiny_plan.data.sources.general.text
+  prepare.prepare([corpus], tokenizer=tiny_plan.start.hf, output="made", progress=False)
+  made = [f"--config.data.sources.{name}.{key}" for name in ("general", "poetry") for key in ("store=made", "text=")]
+  assert plan(*dry, *made)[0] == 0
+  code, _, complained = plan(*dry, *made, *other)
+  assert code == 78 and "made with tokenizer" in complained
+  code, _, complained = plan(*dry, "--config.data.sources.general.text=gone.jsonl", "--config.data.sources.general.store=new")
+  assert code == 78 and "gone.jsonl" in complained
+  assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -93,14 +122,15 @@ def test_the_design_is_shown_and_nothing_is_made(plan, tmp_path):
     ([*SMALL, "--weights=general=1", "--general_loss_rise=0.1"], ["two objectives"]),
     ([*SMALL, "--replays=0;0.1"], ["--replays=0;0.1"]),
     ([*SMALL, "--config.data.sources.general.role=domain"], ["none has role 'replay'"]),
-    (["--output="], ["name a config and an output"]),
+    (["--output="], ["--output is empty"]),
+    (["--config=run.yaml"], ["run.yaml: no such file"]),
   ],
 )
 def test_wrong_input_is_named_with_the_fix(plan, options, parts):
-  done = plan(*options)
-  assert done.returncode == 78 and "Traceback" not in done.stderr, done.stdout + done.stderr
+  code, _, complained = plan(*options)
+  assert code == 78
   for part in parts:
-    assert part in done.stderr, done.stderr
+    assert part in complained, complained
 
 
 def test_an_output_with_another_plan_is_refused(plan, tiny_plan, tmp_path):
@@ -108,33 +138,43 @@ def test_an_output_with_another_plan_is_refused(plan, tiny_plan, tmp_path):
   other.train.batch_rows = 8
   trial = trials.Trial(1e-3, 0.05, 8, 0)
   write_run(tmp_path / "plan" / "trials" / trial.name, trials.trial_config(other, trial), final=(3.0, 3.0))
-  done = plan(*SMALL)
-  assert done.returncode == 78 and "train.batch_rows: 8 -> 4" in done.stderr, done.stdout + done.stderr
+  code, _, complained = plan(*SMALL)
+  assert code == 78 and "train.batch_rows: 8 -> 4" in complained
 
 
-def test_command_lines_are_written_for_the_sweep_first(plan, tiny_plan, tmp_path):
-  done = plan("--commands", "--slurm", "--trial_tokens=1024")
-  assert done.returncode == 0 and "give the same command again" in done.stdout, done.stdout + done.stderr
+def test_command_lines_are_written_for_the_sweep_first(plan, tmp_path):
+  code, printed, complained = plan("--commands", "--slurm", "--trial_tokens=1024")
+  assert code == 0 and "give the same command again" in printed, complained
   lines = (tmp_path / "plan" / "trials" / "commands.txt").read_text().splitlines()
   assert len(lines) == len(design.LADDER) and all("replay0.25-steps8-seed0" in line for line in lines)
   assert (tmp_path / "plan" / "trials" / "array.sh").exists()
 
 
+def test_a_plan_from_a_notebook(tiny_plan, tmp_path, one_device):
+  options = {"rates": [1e-3, 4e-3], "replays": [0.05, 0.25], "seeds": 1, "longer": (), "trial_tokens": "1024"}
+  made = cpt_jax.plan(tiny_plan, output=tmp_path / "plan", weights={"poetry": 1}, dry_run=True, **options)
+  assert (made.exit_code, made.recommendation, made.config) == (0, None, tmp_path / "plan" / "config.py")
+  assert [(t.rate, t.replay) for t in made.design.trials()] == [(1e-3, 0.05), (1e-3, 0.25), (4e-3, 0.05), (4e-3, 0.25)]
+
+
 @pytest.mark.slow
-def test_from_nothing_to_a_run_that_shows_prediction_and_result(plan, root, tmp_path):
+def test_from_nothing_to_a_run_that_shows_prediction_and_result(file, root, tmp_path):
+  def cpt(*command):
+    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, "-c", "from cpt_jax.cli import app; app.entry()", *command]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
   options = [*SMALL, "--rates=2e-3,8e-3", "--replays=0.05,0.5", "--seeds=2", "--stack=4", "--general_loss_rise=5"]
-  done = plan(*options, "--budget=32 steps")
-  assert done.returncode == 0, done.stdout + done.stderr
+  command = ["plan", f"--config={file}", "--output=plan", *options, "--budget=32 steps"]
+  first = cpt(*command)
   before = files(tmp_path / "plan" / "trials")
-  again = plan(*options, "--budget=32 steps")
-  assert again.returncode == 0 and files(tmp_path / "plan" / "trials") == before
-  assert again.stdout.split("objective")[1] == done.stdout.split("objective")[1]
-  command = [sys.executable, "-m", "cpt_jax.main", "--config=plan/config.py", "--workdir=run"]
-  environment = {**os.environ, "PYTHONPATH": str(root), "JAX_NUM_CPU_DEVICES": "1"}
-  for more in (["--dry_run"], []):
-    main = subprocess.run([*command, *more], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
-    assert main.returncode == 0, main.stdout + main.stderr
-  assert "what the plan had predicted" in main.stdout
+  again = cpt(*command)
+  assert files(tmp_path / "plan" / "trials") == before
+  assert again.split("objective")[1] == first.split("objective")[1]
+  trained = [cpt("train", "--config=plan/config.py", "--workdir=run", *more) for more in (["--dry_run"], [])]
+  assert "what the plan had predicted" in trained[1]
   summary = json.loads((tmp_path / "run" / "summary.json").read_text())
   said = json.loads((tmp_path / "plan" / "plan.json").read_text())["recommended"]["losses"]
   assert {row["source"]: row["predicted"]["loss"] for row in summary["sources"]} == pytest.approx(

@@ -26,7 +26,7 @@ def config(tiny_plan):
   return c
 
 
-def test_a_stack_equals_its_trials_made_one_by_one(config, one_device, tmp_path, monkeypatch):
+def test_a_stack_equals_its_trials_made_one_by_one(config, one_device, any_rate, tmp_path, monkeypatch):
   batches, last = [], {}
   to_device, by_layer = stack.Stack.to_device, recorder.drift.by_layer
 

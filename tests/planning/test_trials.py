@@ -112,9 +112,15 @@ def test_the_default_design_is_a_grid_of_four_by_five_with_two_seeds_below_the_s
   assert set(made.sweep()[2:6]) <= set(made.grid(made.ladder[5]))  # 3e-4 to 2.4e-3 are of both
 
 
+def test_the_ladder_ends_where_rates_do():
+  config = run_config()
+  config.schedule.lr_peak = 0.2
+  assert design.make(config, trial_tokens="32 steps").ladder == (0.05, 0.1, 0.2, 0.4, 0.8)
+
+
 def test_wrong_flags_of_a_design_are_all_named():
   with pytest.raises(ConfigError) as error:
-    design.make(run_config(), rates=[0.0], replays=[1.5], seeds=0, longer=[1])
+    design.make(run_config(), rates=[300.0], replays=[1.5], seeds=0, longer=[1])
   assert all(flag in str(error.value) for flag in ("--rates", "--replays", "--seeds", "--longer"))
   for options in ({"trial_tokens": "3 steps"}, {"trial_tokens": "5%"}, {"budget": "-1"}, {"probe_budget": "much"}):
     with pytest.raises(ConfigError, match="--" + next(iter(options))):

@@ -1,15 +1,14 @@
-"""Runs with another vocabulary beside one without: where curves meet, against a search; what is refused; the tool."""
+"""Runs with another vocabulary beside one without: where curves meet, against a search; what is refused; the command."""
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpt_jax.cli import app
 from cpt_jax.config import ConfigError
 from cpt_jax.results import recovery
 
@@ -151,18 +150,23 @@ def test_what_cannot_be_compared_is_refused_by_name(tmp_path):
     recovery.read_evaluated(changed)
 
 
-# ---- the tool ----
+# ---- the command ----
 
 
-def test_the_tool_prints_the_tables_and_draws_the_figure(root, tmp_path):
+def test_the_command_prints_the_tables_and_draws_the_figure(tmp_path, capsys):
   base = write_run(tmp_path / "plain", [2.0, 1.5, 1.0])
   grown = write_run(tmp_path / "a" / "grown", [3.0, 1.2, 0.9], scale=1.5)
   other = write_run(tmp_path / "b" / "grown", [2.5, 2.4, 2.3])
-  command = [sys.executable, root / "tools" / "compare_vocab.py", f"--base={base}"]
-  done = subprocess.run([*command, f"--grown={grown},{other}"], capture_output=True, text=True, check=False)
-  assert done.returncode == 0, done.stderr
+  command = ["vocab", "compare", f"--base={base}"]
+  assert app.main([*command, f"--grown={grown},{other}"]) == 0
+  said = capsys.readouterr().out
   for words in ("+1.0000", "a/grown", "b/grown", "not within 2,000", "769", "within 0.01", "-0.1000"):
-    assert words in done.stdout, words
+    assert words in said, words
   assert (grown / "vocabulary.png").read_bytes().startswith(b"\x89PNG")
-  wrong = subprocess.run([*command, f"--grown={base}"], capture_output=True, text=True, check=False)
-  assert wrong.returncode == 78 and "compared with itself" in wrong.stderr and "Traceback" not in wrong.stderr
+  for wrong, message in (
+    (str(base), "compared with itself"),
+    (f"{grown},{grown}", "names a run twice"),
+    ("", "--base and --grown"),
+  ):
+    assert app.main([*command, f"--grown={wrong}"]) == 78
+    assert message in capsys.readouterr().err

@@ -91,7 +91,7 @@ def test_a_probe_that_was_stopped_goes_on_and_makes_nothing_twice(tiny_plan, tra
   assert run_all(tiny_plan, TRIALS, tmp_path) == loop.EXIT_DONE and len(trained.asked) == 2
 
 
-def test_a_trial_that_diverged_is_recorded_and_not_tried_again(tiny_plan, trained, tmp_path):
+def test_a_trial_that_diverged_is_recorded_and_not_tried_again(any_rate, tiny_plan, trained, tmp_path):
   wanted = [Trial(2.0, 0.25, 8, 0), *TRIALS]
   for _ in range(2):
     assert run_all(tiny_plan, wanted, tmp_path) == loop.EXIT_DONE
@@ -104,7 +104,7 @@ def test_a_trial_that_diverged_is_recorded_and_not_tried_again(tiny_plan, traine
   assert cells[0].replay == cells[1].replay == 0.25 and cells[0].tokens == cells[1].tokens == 400
 
 
-def test_stacks_hold_trials_of_one_length_and_none_that_was_begun(tiny_plan, trained, tmp_path, monkeypatch):
+def test_stacks_hold_trials_of_one_length_and_none_that_was_begun(any_rate, tiny_plan, trained, tmp_path, monkeypatch):
   wanted = [*TRIALS, Trial(8.0, 0.5, 8, 0), Trial(3e-3, 0.5, 8, 1), Trial(5e-3, 0.5, 8, 1)]
   write_run(tmp_path / wanted[5].name, trials.trial_config(tiny_plan, wanted[5]), final=(3, 3), complete=False)
   monkeypatch.setattr(execute.checkpoint, "saved_steps", lambda path: [4])
@@ -178,7 +178,7 @@ def test_the_highest_stable_rate_is_below_the_first_that_is_not(losses, highest,
   assert execute.is_swept(found[: stop + 1], ladder) and not execute.is_swept(found[:stop], ladder)
 
 
-def test_a_sweep_ends_at_the_first_rate_that_is_not_stable(tiny_plan, trained, tmp_path):
+def test_a_sweep_ends_at_the_first_rate_that_is_not_stable(tiny_plan, trained, any_rate, tmp_path):
   ladder = [Trial(rate, 0.25, 8, 0) for rate in (1e-3, 1e-2, 2.0, 4.0, 8.0)]
   for stack, made in ((1, 3), (2, 4)):
     folder = tmp_path / str(stack)

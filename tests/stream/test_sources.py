@@ -110,7 +110,7 @@ def test_every_problem_is_named_at_once(tmp_path, texts):
     "gone": r"data\.sources\.gone\.store: .*no such token store",
     "raw": r"data\.sources\.raw\.store=.*not made yet.*--input 'texts/\*\.txt'",
     "empty": r"data\.sources\.empty\.store=.*empty",
-    "one": r"data\.heldout_frac=0\.1: none of the 1 documents.*data\.sources\.one",
+    "one": r"data\.sources\.one\.store=.*: one document cannot be split .*form feed between two of them",
     "other": r"data\.sources\.other\.store=.*tokenizer two, expected one \(that of source good\)",
   }.items():
     assert sum(bool(re.search(pattern, line)) for line in lines) == 1, (name, lines)
@@ -126,6 +126,14 @@ def test_the_fraction_that_is_offered_helps(tmp_path):
   config.data.heldout_frac = float(re.search(r"from ([0-9.e-]+) on", lines[0])[1])
   found, lines = problems_of(config)
   assert lines == [] and len(found[0].heldout_documents) >= 1
+
+
+def test_no_more_than_half_is_advised_to_be_held_out(tmp_path):
+  texts = iter([f"text {i}" for i in range(50)])
+  stores = [write(tmp_path / str(i), [next(texts), next(texts)]) for i in range(12)]
+  told = [bool(sources.too_few_documents(store)) for store in stores]
+  assert told == [sources.least_heldout_frac(store) >= 0.5 for store in stores] and 0 < sum(told) < 12
+  assert "so few documents (2) can hardly be split" in sources.too_few_documents(stores[told.index(True)])
 
 
 def test_a_split_that_leaves_nothing_to_train_on(tmp_path, texts):

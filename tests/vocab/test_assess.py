@@ -1,11 +1,9 @@
-"""Whether a vocabulary fits: counts, distances, the curve on held-out text, every answer, and the two tools."""
+"""Whether a vocabulary fits: counts, distances, the curve on held-out text, every answer, and the two commands."""
 
 import gzip
 import itertools
 import json
 import string
-import subprocess
-import sys
 
 import factory
 import numpy as np
@@ -14,6 +12,7 @@ import tokenizers as tokenizers_library
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpt_jax.cli import app
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.store import corpus, prepare
 from cpt_jax.store import tokenizer as tokenizer_lib
@@ -130,29 +129,26 @@ def test_a_tokenizer_that_cannot_grow_is_measured_all_the_same(root, fixtures, t
   assert found.answer == verdict.OTHER_BASE and "this tokenizer cannot grow" in found.because
 
 
-# ---- the tools ----
+# ---- the commands ----
 
 
-def run_tool(root, name, *arguments):
-  command = [sys.executable, str(root / "tools" / name), *map(str, arguments)]
-  return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-
-
-def test_assessing_and_growing_the_shipped_base(root, tmp_path, fixtures):
+def test_assessing_and_growing_the_shipped_base(root, tmp_path, fixtures, capsys):
   (tmp_path / "zh.txt").write_text("\n\f\n".join(poems(root, 250_000)), encoding="utf-8")
   (tmp_path / "en.txt").write_text("\n\f\n".join(poems(root, 60_000, name="english")), encoding="utf-8")
-  corpora = ["--domain", tmp_path / "zh.txt", "--general", tmp_path / "en.txt"]
+  corpora = ["--domain", str(tmp_path / "zh.txt"), "--general", str(tmp_path / "en.txt")]
   two = f"{root / 'examples' / 'base'},{fixtures / 'sentencepiece'}"
-  done = run_tool(root, "assess_vocab.py", "--tokenizers", two, *corpora, "--output", tmp_path / "a.json")
-  assert done.returncode == 0, done.stderr
-  assert "tokens saved by adding so many pieces" in done.stdout and "CHOOSE ANOTHER BASE" in done.stdout
+  assert app.main(["vocab", "assess", "--tokenizers", two, *corpora, "--output", str(tmp_path / "a.json")]) == 0
+  said = capsys.readouterr()
+  assert "tokens saved by adding so many pieces" in said.out and "CHOOSE ANOTHER BASE" in said.out
+  assert "domain: count tokens" in said.err and f"try pieces of {fixtures / 'sentencepiece'}" in said.err
   record = json.loads((tmp_path / "a.json").read_text())
   assert record["answer"] == "choose another base" and len(record["tokenizers"]) == 2
   assert record["tokenizers"][0]["findings"]["enough text"]["met"] is False
 
-  options = ["--size", 64, "--multiple", 32, "--input_rows", "similar", "--protect", tmp_path / "en.txt"]
-  done = run_tool(root, "grow_vocab.py", "--hf", root / "examples" / "base", *corpora, *options, "--output", tmp_path / "grown")
-  assert done.returncode == 0, done.stderr
+  options = ["--size=64", "--multiple=32", "--input_rows=similar", "--protect", str(tmp_path / "en.txt")]
+  base = ["--hf", str(root / "examples" / "base"), "--output", str(tmp_path / "grown")]
+  assert app.main(["vocab", "grow", *base, *corpora, *options]) == 0
+  assert f"wrote {tmp_path / 'grown'}: 4,160 ids in 4,160 rows\nnext: cpt prepare" in capsys.readouterr().out
   grown = json.loads((tmp_path / "grown" / "vocabulary.json").read_text())
   assert (grown["base_vocab_size"], grown["vocab_size"], grown["rows"]) == (4096, 4160, 4160)
   assert grown["changes"]["protected, all"]["changed_documents"] == 0 and len(grown["pieces"]) == 64
@@ -168,17 +164,18 @@ def test_assessing_and_growing_the_shipped_base(root, tmp_path, fixtures):
   source = factory.source("zh", open_store(tmp_path / "s"), role="domain", share=(), heldout_frac=0.1)
   problems = Problems()
   sources.check_vocabulary([source], 4096, problems)
-  assert "the model's vocabulary has 4096 rows" in problems.lines[0] and "grow_vocab" in problems.lines[0]
+  assert "the model's vocabulary has 4096 rows" in problems.lines[0] and "vocab grow" in problems.lines[0]
 
 
 @pytest.mark.parametrize(
-  "tool,arguments,code,message",
+  "command,messages",
   [
-    ("assess_vocab.py", ["--tokenizers", "nowhere"], 78, "--domain is empty"),
-    ("grow_vocab.py", ["--band", "0.9:0.2", "--input_rows", "meen"], 78, "--band='0.9:0.2'"),
+    ("assess --tokenizers nowhere", ["--domain is empty", "--general is empty", "nowhere: no such tokenizer"]),
+    ("grow --band 0.9:0.2 --input_rows meen", ["--band='0.9:0.2'", "Did you mean mean?", "--hf is empty", "--output is empty"]),
+    ("grow --size=0 --saving=2 --scale=-1", ["--size=0: must be 1 or more", "--saving=2.0", "--scale=-1.0: must be 0 or more"]),
   ],
 )
-def test_what_is_wrong_with_flags_is_said_at_once(root, tool, arguments, code, message):
-  done = run_tool(root, tool, *arguments)
-  assert done.returncode == code and message in done.stderr
-  assert len(done.stderr.strip().splitlines()) > 2
+def test_what_is_wrong_with_flags_is_said_at_once(command, messages, capsys):
+  assert app.main(["vocab", *command.split()]) == 78
+  said = capsys.readouterr().err
+  assert all(message in said for message in messages), said

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 from cpt_jax import config as config_lib
 from cpt_jax import journal
 from cpt_jax.cli import app
@@ -36,6 +35,7 @@ from cpt_jax.vocab import texts as texts_lib
 from cpt_jax.vocab.bases import Base
 from tools.fixtures import make_example_data
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 BASE = ROOT / "examples" / "base"
 ENGLISH = ROOT / "examples" / "corpora" / "english.jsonl.gz"
 
