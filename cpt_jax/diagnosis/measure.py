@@ -26,7 +26,7 @@ from cpt_jax.stream import excerpts, heldout, sources
 from cpt_jax.stream.excerpts import Excerpts
 from cpt_jax.training import perplexity, step
 
-# Of each source for what needs no model: enough that chance moves the distance by less than 0.01 bits (docs/diagnose.md).
+# Of each source for what needs no model: enough that chance moves the distance by less than 0.01 bits (docs/guide/diagnose.md).
 TEXT_TOKENS = 1_000_000
 # What the base is evaluated on (chosen by hand): few documents say little of a source, short parts give the base little context.
 MIN_DOCUMENTS, PART_TOKENS = 16, 512

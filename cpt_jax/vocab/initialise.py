@@ -4,7 +4,7 @@ Invariant: old rows are read, never written, and padding rows behind the base's 
 depends on the seed and the rows' numbers alone.
 
 Input and output rows have different parts to play (what a token means, when it is to be said), so they are made apart. Choices
-and their sources: docs/vocabulary.md.
+and their sources: docs/guide/vocabulary.md.
 """
 
 import dataclasses
