@@ -26,7 +26,7 @@ from cpt_jax.stream import excerpts, heldout, sources
 from cpt_jax.stream.excerpts import Excerpts
 from cpt_jax.training import perplexity, step
 
-# Of each source for what needs no model: enough that chance moves the distance by less than 0.01 bits (docs/diagnose.md).
+# Of each source for what needs no model: enough that chance moves the distance by less than 0.01 bits (docs/guide/diagnose.md).
 TEXT_TOKENS = 1_000_000
 # What the base is evaluated on (chosen by hand): few documents say little of a source, short parts give the base little context.
 MIN_DOCUMENTS, PART_TOKENS = 16, 512
@@ -158,13 +158,7 @@ def evaluate(base: Base, held: dict[str, Held], *, config: Any, progress: Progre
       sums, tokens = zip(*[(float(part.loss), float(part.tokens)) for part in jax.device_get(parts)], strict=True)
       error = corpus.ratio_error(sums, tokens)
       found[name] = verdict.Loss(
-        loss.loss,
-        error,
-        loss.bits_per_byte,
-        error * loss.bits_per_byte / loss.loss,
-        loss.tokens,
-        loss.documents,
-        sample,
+        loss.loss, error, loss.bits_per_byte, error * loss.bits_per_byte / loss.loss, loss.tokens, loss.documents, sample
       )
     return found
 

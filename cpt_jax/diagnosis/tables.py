@@ -112,7 +112,7 @@ def _rules(verdicts: Sequence[Verdict]) -> None:
       cells = [f"{amount(f.value, rule.unit)}{' ' + f.note if f.note else ''} {'*' if f.met else ' '}" for f in found]
       rows.append([rule.name, rule.figure, f"{rule.sign} {amount(rule.threshold, rule.unit)}", *cells])
     console.table("rules (* = met)", ["rule", "figure", "threshold", *(f"{v.source}  " for v in part)], rows, left=2)
-  console.say("where the thresholds come from (docs/diagnose.md)")
+  console.say("where the thresholds come from (docs/guide/diagnose.md)")
   for rule in verdict.RULES.values():
     console.say(f"  {rule.name:<13} {rule.basis}")
   console.say("")

@@ -74,7 +74,7 @@ class Figures(NamedTuple):
   text: Text
 
 
-# "hand": chosen by hand from the measurements in docs/diagnose.md, in the middle of a gap between cases whose answer is known.
+# "hand": by hand from the measurements in docs/guide/diagnose.md, in the middle of a gap between cases whose answer is known.
 RULES = {
   rule.name: rule
   for rule in (

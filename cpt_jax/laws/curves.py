@@ -137,9 +137,7 @@ def from_log(step_n: np.ndarray, *, lr_n: np.ndarray, loss_n: np.ndarray, name: 
   - Before the first row it rises in a straight line from 0, over `warmup_steps` steps if they are given, then holds.
   - Rows at whose start the rate still rises belong to the warm-up (or those before `warmup_steps`): their rates are counted,
     their losses are left out, since no law here describes them.
-
-  Raises:
-    ConfigError: rows that are no curve, all problems at once.
+  Raises ConfigError: rows that are no curve, all problems at once.
   """
   step_n, lr_n, loss_n = np.asarray(step_n), np.asarray(lr_n, np.float64), np.asarray(loss_n, np.float64)
   problems = []
@@ -184,8 +182,7 @@ def _knots(step_n: np.ndarray, lr_n: np.ndarray, rise_steps: int) -> tuple[np.nd
 def read_csv(path: str | pathlib.Path, *, warmup_steps: int | None = None) -> Curve:
   """The Curve of a file with columns step, lr and loss, others being ignored; named by the file.
 
-  Raises:
-    ConfigError: what is wrong with the file, with its lines, all problems at once.
+  Raises ConfigError: what is wrong with the file, with its lines, all problems at once.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -234,8 +231,7 @@ def _number(text: str) -> float | None:
 def from_run(run: Run, *, source: str) -> Curve:
   """The Curve of one source's held-out losses in a run of this project; the losses before and in the warm-up are left out.
 
-  Raises:
-    ConfigError: the run does not measure the source, or has fewer than two losses of it after the warm-up.
+  Raises ConfigError: the run does not measure the source, or has fewer than two losses of it after the warm-up.
   """
   if source not in run.losses:
     raise ConfigError(f"{run.path}: measures no source {source!r}; it has {', '.join(run.losses)}")
@@ -264,11 +260,7 @@ class CurveLaw(Law, Protocol):
 
 
 def fit(law: CurveLaw, curves: Sequence[Curve], *, num_starts: int = 48, seed: int = 0) -> Fit:
-  """`law` fitted to the curves, each counting the same.
-
-  Raises:
-    ConfigError: no curve, or see laws.fit.fit.
-  """
+  """`law` fitted to the curves, each counting the same. Raises ConfigError: no curve, or see laws.fit.fit."""
   if not curves:
     raise ConfigError(f"{law.name}: no curve to fit")
   return fit_lib.fit(

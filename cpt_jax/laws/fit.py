@@ -231,9 +231,7 @@ def fit(
 
   A search ends where a step changes the objective or the parameters by less than `tolerance` of themselves. The default suits
   thousands of smooth losses; few noisy ones leave ridges on which only a larger one ends.
-
-  Raises:
-    ConfigError: too few or non-finite or non-positive losses, or no start from which the search converged.
+  Raises ConfigError: too few or non-finite or non-positive losses, or no start from which the search converged.
   """
   loss_n = np.asarray(loss_n, np.float64)
   weights_n = np.asarray(np.ones(loss_n.shape) if weights_n is None else weights_n, np.float64)
@@ -314,12 +312,7 @@ def bootstrap(fitted: Fit, *, num: int = 200, groups_n: np.ndarray | None = None
     raise ConfigError(f"{fitted.law.name}: {num} resampled data sets; at least 1")
   rng = np.random.default_rng(seed)
   search = _Search(
-    fitted.law,
-    fitted.inputs,
-    fitted.loss_n,
-    priors=fitted.priors,
-    prior_weight=1 / fitted.num_independent,
-    delta=fitted.delta,
+    fitted.law, fitted.inputs, fitted.loss_n, priors=fitted.priors, prior_weight=1 / fitted.num_independent, delta=fitted.delta
   )
   thetas = []
   for _ in range(num):

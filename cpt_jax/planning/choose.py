@@ -78,9 +78,9 @@ def candidates(role: str, inputs: dict[str, np.ndarray]) -> list[Any]:
   units = {"rate0": float(np.median(inputs["rate"])), "tokens0": float(np.median(inputs["tokens"]))}
   shared = [
     replay.Surface(**units),
-    dcpt.DCpt(role=role, tokens0=units["tokens0"]),
+    dcpt.DCpt(role=role, **units),
     dcpt.DCptRate(role=role, **units),
-    mixing.MixingRate(names=_mixture_names(inputs), **units),
+    mixing.Mixing(names=_mixture_names(inputs), **units),
   ]
   if role == cells_lib.REPLAY:
     return [
@@ -209,8 +209,7 @@ def choose(
 ) -> Choice:
   """The law for `source` with the lowest error on held-out runs; runs whose loss is not finite are left out and remembered.
 
-  Raises:
-    ConfigError: too few cells, or no law can be fitted to them.
+  Raises ConfigError: too few cells, or no law can be fitted to them.
   """
   diverged = tuple(cell for cell in cells if not math.isfinite(cell.losses[source]))
   cells = [cell for cell in cells if math.isfinite(cell.losses[source])]

@@ -89,9 +89,8 @@ def make(
   """The design; `budget` (default: train.length), `probe_budget` (also a share of the budget) and `trial_tokens` are durations.
 
   The tokens of a trial follow from `probe_budget`, or are given and the probe costs what it costs.
-
-  Raises:
-    ConfigError: no replay or no domain source, values out of range, a probe too small for its trials or for the run's length.
+  Raises ConfigError: no replay or no domain source, values out of range, a probe too small for its trials or for the run's
+  length.
   """
   per_step = config_lib.tokens_per_step(config)
   budget_tokens = _tokens("budget", budget or f"{config_lib.num_steps(config)} steps", per_step)

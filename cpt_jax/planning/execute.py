@@ -42,8 +42,7 @@ _MEMORY_FRAC = 0.7  # of a device's memory that a stack may take by this arithme
 def state_of(path: pathlib.Path, config: Any) -> str:
   """`missing`, `begun`, `complete` or `diverged`: what the directory holds of the trial that `config` describes.
 
-  Raises:
-    ConfigError: it holds another run; a line for each key that differs.
+  Raises ConfigError: it holds another run; a line for each key that differs.
   """
   if not (path / "config.json").is_file():
     return "missing"
@@ -82,8 +81,7 @@ def _is_close(a: Any, b: Any) -> bool:
 def found_trials(config: Any, folder: pathlib.Path) -> list[Trial]:
   """Every trial of this run that the folder has, by its config, also those that no design asked for.
 
-  Raises:
-    ConfigError: a run there is not a trial of this run; names it and the keys.
+  Raises ConfigError: a run there is not a trial of this run; names it and the keys.
   """
   problems, trials = Problems(), []
   for file in sorted(folder.glob("*/config.json")):
@@ -112,10 +110,7 @@ def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, ba
   """Makes the trials that are not there yet; returns the exit code of loop.run: done, or stopped by a signal.
 
   Up to `stack` trials of one length are trained at once, which begin again if they are stopped.
-
-  Raises:
-    ConfigError: of a trial, or a directory that holds something else.
-    OSError: the disk.
+  Raises ConfigError: of a trial, or a directory that holds something else. OSError: the disk.
   """
   configs = {trial: trial_config(config, trial) for trial in wanted}
   states = {trial: state_of(folder / trial.name, configs[trial]) for trial in wanted}

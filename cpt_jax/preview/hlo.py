@@ -125,11 +125,7 @@ def parse(text: str) -> Module:
 
 
 def parse_instruction(line: str) -> Instruction:
-  """Reads one instruction.
-
-  Raises:
-    ValueError: it is none.
-  """
+  """Reads one instruction. Raises ValueError: it is none."""
   start = _START.match(line)
   shape, end = _shape(line, start.end()) if start else (None, 0)
   op = _OP.match(line, end)

@@ -119,8 +119,7 @@ def _difference(x_base: np.ndarray, y_base: np.ndarray, x: np.ndarray, y: np.nda
 def read_evaluated(path: str | pathlib.Path) -> EvaluatedRun:
   """Reads the evaluations of a run, as far as it is.
 
-  Raises:
-    ConfigError: no run there, one without an evaluation before its first step, or one whose held-out documents changed.
+  Raises ConfigError: no run there, one without an evaluation before its first step, or one whose held-out documents changed.
   """
   path = pathlib.Path(path)
   if not (path / "config.json").is_file():
@@ -173,8 +172,7 @@ def _bytes_read(entry: dict, evaluated: dict, estimated: set[str]) -> float:
 def compare_runs(base: str | pathlib.Path, grown: Sequence[str | pathlib.Path]) -> list[Comparison]:
   """Every source of the run directories `grown` beside the run with the old vocabulary.
 
-  Raises:
-    ConfigError: no such run, or runs that cannot be compared.
+  Raises ConfigError: no such run, or runs that cannot be compared.
   """
   if not base or not grown:
     raise ConfigError("--base and --grown: name the --workdir of a run with the old vocabulary and of one or more with others")
@@ -187,8 +185,7 @@ def compare_runs(base: str | pathlib.Path, grown: Sequence[str | pathlib.Path]) 
 def compare(base: EvaluatedRun, grown: EvaluatedRun) -> list[Comparison]:
   """The sources that both runs evaluated.
 
-  Raises:
-    ConfigError: it is one run, they have no source in common, or evaluated other documents: all of these, a line each.
+  Raises ConfigError: it is one run, they have no source in common, or evaluated other documents: all of these, a line each.
   """
   if base.path.resolve() == grown.path.resolve():
     raise ConfigError(f"{base.path}: is compared with itself; name another run as --grown")
@@ -236,8 +233,7 @@ def labels(comparisons: Sequence[Comparison]) -> dict[pathlib.Path, str]:
 def figure(comparisons: Sequence[Comparison], labels: dict[pathlib.Path, str], path: str | pathlib.Path) -> None:
   """Bits per byte over bytes and over FLOPs, a row for each source; needs the extra [plots].
 
-  Raises:
-    ConfigError: matplotlib is not installed.
+  Raises ConfigError: matplotlib is not installed.
   """
   plt = pyplot()
   sources = list(dict.fromkeys(one.source for one in comparisons))

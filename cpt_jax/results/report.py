@@ -54,11 +54,7 @@ class Prediction(NamedTuple):
 
 
 def read_plan(folder: str | pathlib.Path) -> Prediction:
-  """Reads the plan.json that cpt plan wrote.
-
-  Raises:
-    ConfigError: it is not there.
-  """
+  """Reads the plan.json that cpt plan wrote. Raises ConfigError: it is not there."""
   path = pathlib.Path(folder) / "plan.json"
   if not path.is_file():
     raise ConfigError(f"--plan={folder}: no plan.json there; name the --output of cpt plan")
@@ -75,11 +71,7 @@ def recorded(run: Run) -> dict[str, tuple[float, float, float]]:
 
 
 def rows(run: Run, predicted: dict[str, tuple[float, float, float]]) -> list[Row]:
-  """A row for each source that was predicted and measured.
-
-  Raises:
-    ConfigError: none was.
-  """
+  """A row for each source that was predicted and measured. Raises ConfigError: none was."""
   both = [name for name in run.losses if name in predicted]
   if not both:
     raise ConfigError(
@@ -176,11 +168,7 @@ def _frontier(ax: Any, table: list[Row], plan: Prediction) -> None:
 
 
 def pyplot() -> Any:
-  """Matplotlib's, without a screen.
-
-  Raises:
-    ConfigError: it is not installed.
-  """
+  """Matplotlib's, without a screen. Raises ConfigError: it is not installed."""
   try:
     import matplotlib
   except ImportError:

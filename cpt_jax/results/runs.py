@@ -58,11 +58,7 @@ class Run(NamedTuple):
 
 
 def read_run(path: str | pathlib.Path) -> Run:
-  """Reads one run.
-
-  Raises:
-    ConfigError: no run there, or one without its first evaluation.
-  """
+  """Reads one run. Raises ConfigError: no run there, or one without its first evaluation."""
   path = pathlib.Path(path)
   if not (path / "config.json").is_file():
     raise ConfigError(f"{path}: not a run (no config.json); name the --workdir of a run")
@@ -88,11 +84,7 @@ def read_run(path: str | pathlib.Path) -> Run:
 
 
 def read_runs(folder: str | pathlib.Path) -> list[Run]:
-  """All runs below a folder, or the one that it is, by path.
-
-  Raises:
-    ConfigError: there is none.
-  """
+  """All runs below a folder, or the one that it is, by path. Raises ConfigError: there is none."""
   found = sorted(file.parent for file in pathlib.Path(folder).rglob("config.json") if (file.parent / "metrics.jsonl").is_file())
   if not found:
     raise ConfigError(f"{folder}: no run there (a directory with config.json and metrics.jsonl)")

@@ -3,7 +3,7 @@
 Invariant: a decision follows from the settings, numbers that all hosts share, and the decisions before it, so every host and
 every resume comes to the same; it is in guard.jsonl before it is acted upon.
 
-The rules are written out for users in docs/guards.md.
+The rules are written out for users in docs/guide/guards.md.
 """
 
 import dataclasses

@@ -31,7 +31,7 @@ class StepMetrics(NamedTuple):
 
 # Each chunk reads and writes the head's float32 gradient once more: 8 bytes for 6 operations times the chunk's positions, so with
 # 4096 of them it is 7% of the products' time on an H100 and less on TPUs. A CPU computes slower than it reads, and holds the
-# logits of few positions in its cache; 256 by measurement (docs/performance.md).
+# logits of few positions in its cache; 256 by measurement (docs/results/performance.md).
 _LOSS_CHUNK = {"cpu": 256}
 
 

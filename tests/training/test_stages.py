@@ -399,7 +399,7 @@ def test_a_base_that_was_not_grown_has_no_rows_to_train(staged_run, tmp_path):
     (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
   (tmp_path / "base" / "config.json").write_text(json.dumps(hf_config | {"base_vocab_size": 0}))
   c.start.hf = str(tmp_path / "base")
-  with pytest.raises(ConfigError, match=r"the model has none .*start from what tools/grow_vocab.py wrote"):
+  with pytest.raises(ConfigError, match=r"the model has none .*start from what cpt vocab grow wrote"):
     inputs_lib.open_inputs(c)
 
 

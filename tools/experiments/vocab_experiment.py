@@ -2,9 +2,9 @@
 
 Run:   python -m tools.experiments.vocab_experiment --domain examples/corpora/poetry_ci.jsonl.gz --join 10 \
            --base_text store/text --output plan/vocab/zh
-       python -m tools.experiments.vocab_experiment --collect plan/vocab/zh --output examples/vocabulary/measured/zh.jsonl
+       python -m tools.experiments.vocab_experiment --collect plan/vocab/zh --output .../measured/vocabulary/zh.jsonl
 
-The first goes on where it was stopped. Tables: vocab_results.py; what was asked and found: docs/experiments.md, 2.
+The first goes on where it was stopped. Tables: vocab_results.py; what was asked and found: docs/results/experiments.md, 2.
 """
 
 import argparse

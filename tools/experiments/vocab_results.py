@@ -1,6 +1,6 @@
-"""What vocab_experiment.py measured -> the tables of docs/experiments.md, section 2, and a figure; needs no training.
+"""What vocab_experiment.py measured -> the tables of docs/results/experiments.md, section 2, and a figure; needs no training.
 
-Run:   python -m tools.experiments.vocab_results examples/vocabulary/measured/*.jsonl --figure docs/experiments/vocabulary.png
+Run:   python -m tools.experiments.vocab_results .../measured/vocabulary/*.jsonl --figure .../results/vocabulary.png
 
 Every difference is one of bits per byte, on the same documents, between runs with the same seed; `none` is the base as it is.
 Tables are Markdown.
