@@ -40,15 +40,13 @@ class Falls(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Curve:
-  """Losses of one run on one validation set, the rate of each of its updates, and what its base went through."""
+  """Losses of one run on one validation set, and the rate of each of its updates."""
 
   name: str
   rates_S: np.ndarray
   step_n: np.ndarray  # updates finished at each loss, rising
   loss_n: np.ndarray
   warmup_steps: int = 0  # updates before this one count in the sum of rates, but their rise is no (negative) fall
-  base_area: float = 0.0  # sum of the rates of the base's own training; 0 where it is unknown
-  base_annealing: float = 0.0  # and its annealing area
   replay_frac: float = 0.0  # share of old data in the tokens of this run
 
   @functools.cached_property
@@ -256,7 +254,6 @@ class CurveLaw(Law, Protocol):
   @property
   def priors(self) -> Mapping[str, Prior]:
     """For what a few curves cannot fix."""
-    ...
 
 
 def fit(law: CurveLaw, curves: Sequence[Curve], *, num_starts: int = 48, seed: int = 0) -> Fit:

@@ -44,39 +44,29 @@ _MAX_ROUNDS = 6  # of polishing
 _RESAMPLE = _Effort(80, 1e-6)  # from the optimum of all data to a near one
 
 
-class Parametric(Protocol):
-  """What has parameters."""
+class Law(Protocol):
+  """A formula with parameters; a frozen object. `inputs` is whatever the law reads: the core hands it through."""
 
   @property
   def name(self) -> str:
     """What people call it."""
-    ...
 
   @property
   def parameters(self) -> tuple[str, ...]:
     """The names of theta_P."""
-    ...
 
   @property
   def bounds(self) -> tuple[tuple[float, float], ...]:
     """(low, high) of each parameter, infinities allowed; with low above 0 the search is in the logarithm."""
-    ...
-
-
-class Law(Parametric, Protocol):
-  """A formula with parameters; a frozen object. `inputs` is whatever the law reads: the core hands it through."""
 
   def predict(self, theta_P: np.ndarray, inputs: Any) -> np.ndarray:
     """loss_n of every observation."""
-    ...
 
   def gradient(self, theta_P: np.ndarray, inputs: Any) -> np.ndarray:
     """(n, P): the derivative of `predict`."""
-    ...
 
   def starts(self, inputs: Any, loss_n: np.ndarray, *, num: int, rng: np.random.Generator) -> np.ndarray:
     """(num, P): where to begin, from the data and wide ranges, whatever the units of the rates and the size of the model."""
-    ...
 
 
 @dataclasses.dataclass(frozen=True)
