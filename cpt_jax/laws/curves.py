@@ -239,13 +239,9 @@ def from_run(run: Run, *, source: str) -> Curve:
   if is_kept_n.sum() < 2:
     raise ConfigError(f"{run.path}: {is_kept_n.sum()} loss(es) of {source} after the warm-up; a curve needs 2 (see eval.every)")
   return Curve(
-    str(run.path),
-    run.rates_S,
-    run.eval_steps_E[is_kept_n],
-    loss_n[is_kept_n],
-    warmup_steps=warmup_steps,
+    str(run.path), run.rates_S, run.eval_steps_E[is_kept_n], loss_n[is_kept_n], warmup_steps=warmup_steps,
     replay_frac=run.replay if run.num_tokens else 0.0,
-  )
+  )  # fmt: skip
 
 
 class CurveLaw(Law, Protocol):
@@ -261,15 +257,9 @@ def fit(law: CurveLaw, curves: Sequence[Curve], *, num_starts: int = 48, seed: i
   if not curves:
     raise ConfigError(f"{law.name}: no curve to fit")
   return fit_lib.fit(
-    law,
-    curves,
-    losses(curves),
-    weights_n=weights(curves),
-    priors=law.priors,
-    num_independent=NUM_STRETCHES * len(curves),
-    num_starts=num_starts,
-    seed=seed,
-  )
+    law, curves, losses(curves), weights_n=weights(curves), priors=law.priors, num_independent=NUM_STRETCHES * len(curves),
+    num_starts=num_starts, seed=seed,
+  )  # fmt: skip
 
 
 def bootstrap(fitted: Fit, *, num: int = 100, seed: int = 0) -> Fit:

@@ -80,15 +80,12 @@ class CurveFits:
       parameters = {name: dict(zip(("value", "low", "high"), values, strict=True)) for name, values in ends}
       laws.append(
         {
-          "law": fitted.law.name,
-          "parameters": parameters,
-          "objective": fitted.objective,
-          "searches_agreeing": fitted.num_agreeing,
-          "on_fitted": dataclasses.asdict(fitted.scores()),
+          "law": fitted.law.name, "parameters": parameters, "objective": fitted.objective,
+          "searches_agreeing": fitted.num_agreeing, "on_fitted": dataclasses.asdict(fitted.scores()),
           "scored": {scored.curve.name: scored.figures() for scored in result.scored},
           "mean": result.mean() if result.scored else None,
         }
-      )
+      )  # fmt: skip
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in ("numpy", "scipy")}
     fitted_on = [curve.name for curve in self.results[0].fitted.inputs]
     return {"fitted_on": fitted_on, "how": self.how, "laws": laws, "failures": self.failures, "versions": versions}
@@ -103,19 +100,10 @@ class _Search(NamedTuple):
 
 
 def fit_curves(
-  fit: Sequence[str | os.PathLike],
-  *,
-  score: Sequence[str | os.PathLike] = (),
-  runs: str | os.PathLike = "",
-  source: str = "",
-  law: str = "multi_power",
-  warmup_steps: int = -1,
-  resamples: int = 100,
-  starts: int = 48,
-  seed: int = 0,
-  json_file: str | os.PathLike = "",
-  plot: str | os.PathLike = "",
-) -> CurveFits:
+  fit: Sequence[str | os.PathLike], *, score: Sequence[str | os.PathLike] = (), runs: str | os.PathLike = "", source: str = "",
+  law: str = "multi_power", warmup_steps: int = -1, resamples: int = 100, starts: int = 48, seed: int = 0,
+  json_file: str | os.PathLike = "", plot: str | os.PathLike = "",
+) -> CurveFits:  # fmt: skip
   """Fits laws to loss curves, scores them on others, and writes what is asked for.
 
   Args:

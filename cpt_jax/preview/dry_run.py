@@ -82,32 +82,19 @@ def _data(inputs: inputs_lib.Inputs, num_steps: int) -> None:
     f"data: {num_steps:,} steps x {config.train.batch_rows} rows x {config.data.row_len} positions = {console.count(positions)}, "
     f"packed {config.data.packing}; shares are normalised",
     [
-      "source",
-      "role",
-      "training docs",
-      "training tokens",
-      "held-out docs",
-      "share at start",
-      "at end",
-      "tokens read",
-      "epochs",
-      "filled",
-      "docs cut",
+      "source", "role", "training docs", "training tokens", "held-out docs", "share at start", "at end", "tokens read",
+      "epochs", "filled", "docs cut",
     ],
     [
       [row.source, row.role, f"{row.train_documents:,}", console.count(row.train_tokens), f"{row.heldout_documents:,}"]
       + [
-        f"{row.share_start:.3f}",
-        f"{row.share_end:.3f}",
-        console.count(row.tokens),
-        f"{row.epochs:.2f}",
-        f"{row.efficiency:.2%}",
-        f"{row.num_split:,}",
+        f"{row.share_start:.3f}", f"{row.share_end:.3f}", console.count(row.tokens), f"{row.epochs:.2f}",
+        f"{row.efficiency:.2%}", f"{row.num_split:,}",
       ]
       for row in summaries
     ],
     left=2,
-  )
+  )  # fmt: skip
   console.data_changes(inputs.loader, rate=float(inputs.rates(inputs.begin.step)))
   for row in summaries:
     if row.end:

@@ -231,14 +231,10 @@ def _convolution_flops(conv: Instruction, body: Mapping[str, Instruction]) -> fl
   flops = 2.0 * out[out_labels.index("b")] * out[out_labels.index("f")] * rhs[rhs_labels.index("i")]
   for n, label in enumerate(sorted(c for c in lhs_labels if c.isdigit())):
     flops *= _meetings(
-      lhs[lhs_labels.index(label)],
-      rhs[rhs_labels.index(label)],
-      out[out_labels.index(label)],
-      stride=_window(window, "stride", n, 1),
-      lhs_dilate=_window(window, "lhs_dilate", n, 1),
-      rhs_dilate=_window(window, "rhs_dilate", n, 1),
-      pad_low=_window(window, "pad", n, 0),
-    )
+      lhs[lhs_labels.index(label)], rhs[rhs_labels.index(label)], out[out_labels.index(label)],
+      stride=_window(window, "stride", n, 1), lhs_dilate=_window(window, "lhs_dilate", n, 1),
+      rhs_dilate=_window(window, "rhs_dilate", n, 1), pad_low=_window(window, "pad", n, 0),
+    )  # fmt: skip
   return flops
 
 
