@@ -30,8 +30,7 @@ class Replay(NamedTuple):
 
   def factor(self, value: float, replay_frac: float) -> tuple[float, float]:
     """What is left, and its derivative in the parameter."""
-    moved = complex(self.left(value + 1j * _TINY, replay_frac))
-    return moved.real, moved.imag / _TINY
+    return float(self.left(value, replay_frac)), float(np.imag(self.left(value + 1j * _TINY, replay_frac))) / _TINY
 
 
 def _exponential(a: Any, replay_frac: float) -> Any:
@@ -135,11 +134,11 @@ class CptLaw:
     whole_n = S1_pt + curve.area_n
     annealed_n, annealed_slope_n = curve.annealing(1 - 1 / steps)
     log_n = np.log1p(E * curve.area_n)
-    rest_n = np.exp(-beta * log_n)
+    shift_n = -np.expm1(-beta * log_n)
     left, left_slope = self.replay.factor(*(of_replay or [0.0]), curve.replay_frac)
-    slopes = [-alpha * A * whole_n ** (-alpha - 1), -annealed_n, left * (1 - rest_n)]
-    slopes += [B * left * beta * rest_n * curve.area_n / (1 + E * curve.area_n), B * left * rest_n * log_n]
-    slopes += [-C2 * annealed_slope_n / steps**2, B * (1 - rest_n) * left_slope]
+    slopes = [-alpha * A * whole_n ** (-alpha - 1), -annealed_n, left * shift_n]
+    slopes += [B * left * beta * (1 - shift_n) * curve.area_n / (1 + E * curve.area_n), B * left * (1 - shift_n) * log_n]
+    slopes += [-C2 * annealed_slope_n / steps**2, B * shift_n * left_slope]
     return np.concatenate([annealing.forward_gradient(A, alpha, whole_n), np.stack(slopes[: len(theta_P) - 3], axis=1)], axis=1)
 
   def starts(self, inputs: Sequence[Curve], loss_n: np.ndarray, *, num: int, rng: np.random.Generator) -> np.ndarray:
@@ -162,7 +161,7 @@ class CptLaw:
       # With the linear ones at 1 each of their slopes is the column that they multiply.
       drawn = {name: 1.0 if name in linear else draws[name][i] for name in self.parameters}
       columns_nK = self.gradient(np.array(list(drawn.values())), inputs)[:, places]
-      *factors, below = annealing.offset_and_factors(np.column_stack([columns_nK, -columns_nK[:, -1]]), loss_n)
+      *factors, below = annealing.offset_and_factors(np.stack([*columns_nK.T, -columns_nK[:, -1]], axis=1), loss_n)
       factors[-1] -= below  # B may have either sign
       drawn |= dict(zip(linear, factors, strict=True))
       starts.append(list(drawn.values()))
