@@ -139,8 +139,12 @@ def _verdict(one: Verdict, found: Diagnosis) -> None:
   lines += [("vocabulary", one.vocabulary.upper()), ("because", one.vocabulary_because)]
   if one.practice:
     practice = verdict.PRACTICES[one.practice]
+    least, start, most = (f"{share:.0%}" for share in practice.replay)
     lines += [("rate", f"{_rates(practice, found.base_peak_lr)}  [{practice.rate_basis}]")]
-    lines += [("replay", f"{_replay(practice)}  [{practice.replay_basis}]"), ("advice", practice.advice)]
+    lines += [
+      ("replay", f"begin with {start} of the tokens, {least} to {most}  [{practice.replay_basis}]"),
+      ("advice", practice.advice),
+    ]
     if verdict.LONG in one.kinds:
       lines += [("long", LONG_ADVICE)]
     lines += [("config", practice.config)]
@@ -159,9 +163,3 @@ def _rates(practice: Practice, base_peak_lr: float | None) -> str:
     return f"begin at {start} of the base's peak, {least} to {most}; its peak is unknown here: --base_peak_lr makes it a rate"
   low, begin, high = (f"{x * base_peak_lr:.2g}" for x in practice.rate)
   return f"begin at {begin}, {low} to {high} ({start}, {least} to {most} of the base's peak {base_peak_lr:g})"
-
-
-def _replay(practice: Practice) -> str:
-  """The range of shares."""
-  least, start, most = (f"{x:.0%}" for x in practice.replay)
-  return f"begin with {start} of the tokens, {least} to {most}"

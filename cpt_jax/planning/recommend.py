@@ -74,7 +74,7 @@ class Recommendation:
         source: {
           "law": choice.law,
           "parameters": dict(zip(choice.fit.law.parameters, (float(x) for x in choice.fit.theta_P), strict=True)),
-          "seed_noise": _finite(choice.noise), "beats_baselines": choice.beats_baselines,
+          "seed_noise": choice.noise if math.isfinite(choice.noise) else None, "beats_baselines": choice.beats_baselines,
           "held_out": [score._asdict() for score in choice.scores], "skipped": choice.skipped,
           "range": {axis: choice.range(axis) for axis in choose.AXES}, "widening_per_doubling": choice.growth,
         }
@@ -217,7 +217,7 @@ def _alternatives(predictor: Predictor, best: Point, limit: float | None) -> tup
 def _notes(predictor: Predictor, best: Point, limit: float | None) -> tuple[str, ...]:
   notes = []
   if limit is not None:
-    free = _minimum(predictor, lambda rate_n, replay_n: _finite_or_inf(predictor.domain_loss(rate_n, replay_n)))
+    free = _minimum(predictor, lambda *at: np.nan_to_num(predictor.domain_loss(*at), nan=np.inf, posinf=np.inf))
     assert free is not None
     gain = best.domain_loss - float(predictor.domain_loss(np.array([free[0]]), np.array([free[1]]))[0])
     if gain > 1e-4:
@@ -267,14 +267,6 @@ def _notes(predictor: Predictor, best: Point, limit: float | None) -> tuple[str,
       at = ", ".join(sorted({f"rate {cell.rate:g} with replay {cell.replay:g}" for cell in choice.diverged}))
       notes.append(f"{source}: runs diverged at {at}; settings as harsh or harsher are not considered.")
   return tuple(notes)
-
-
-def _finite_or_inf(value_n: np.ndarray) -> np.ndarray:
-  return np.where(np.isfinite(value_n), value_n, np.inf)
-
-
-def _finite(value: float) -> float | None:
-  return value if math.isfinite(value) else None
 
 
 def _point_json(point: Point) -> dict[str, Any]:

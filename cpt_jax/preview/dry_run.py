@@ -57,7 +57,11 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
   with jax.sharding.use_abstract_mesh(mesh):
     abstract = state.abstract(spec, resolved.tx)
     _groups(config, spec)
-    _placement(abstract)
+    placed = [
+      [path, f"{leaf.dtype}{list(leaf.shape)}", str(leaf.sharding.spec), console.size(memory.shard_bytes(leaf))]
+      for path, leaf in trees.paths(abstract.params).items()
+    ]
+    console.table("parameters and where they live", ["leaf", "shape", "sharding", "per device"], placed, left=3)
   _memory(resolved, abstract, sizes)
   in_force = {source.name: source.share for source in inputs.loader.sources} if inputs else None
   _events(config, in_force or {name: sources.knots(config, name) for name in config.data.sources}, begin.step)
@@ -147,13 +151,6 @@ def _groups(config: Any, spec: spec_lib.ModelSpec) -> None:
         for g in optimizer.from_config_groups(config, spec, stage=i)
       ],
     )
-
-
-def _placement(abstract: state.TrainState) -> None:
-  rows = []
-  for path, leaf in trees.paths(abstract.params).items():
-    rows.append([path, f"{leaf.dtype}{list(leaf.shape)}", str(leaf.sharding.spec), console.size(memory.shard_bytes(leaf))])
-  console.table("parameters and where they live", ["leaf", "shape", "sharding", "per device"], rows, left=3)
 
 
 def _memory(inputs: inputs_lib.Resolved, abstract: state.TrainState, sizes: dict[str, int]) -> None:

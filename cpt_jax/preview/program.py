@@ -100,7 +100,7 @@ class Program:
     if i is None:
       return None
     if i.op == "constant":
-      return _whole(i.literal)
+      return int(i.literal) if re.fullmatch(r"-?\d+", i.literal) else None
     if i.op == "parameter":
       return arguments[int(i.literal)] if int(i.literal) < len(arguments) else None
     if i.op not in (*_ARITHMETIC, "get-tuple-element", "compare", "fusion", "copy", "bitcast", "convert"):
@@ -203,10 +203,6 @@ class Program:
 
 def _root(computation: Mapping[str, Instruction]) -> Instruction:
   return next(i for i in computation.values() if i.is_root)
-
-
-def _whole(literal: str) -> int | None:
-  return int(literal) if re.fullmatch(r"-?\d+", literal) else None
 
 
 def _in_hbm(shapes: tuple[Shape, ...]) -> float:
