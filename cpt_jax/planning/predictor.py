@@ -115,8 +115,7 @@ class Predictor:
     """The least share of the runs whose length comes nearest to the budget from below, of those that the laws reproduce.
 
     Forgetting levels off with replay and goes on growing without it, so what short runs say of little replay does not hold for
-    long ones: a plan from longer runs with 5% and 25% alone missed a run without replay by 0.27 nats (docs/experiments.md, 1).
-    """
+    long ones: a plan from longer runs with 5% and 25% alone missed a run without replay by 0.27 nats (docs/experiments.md, 1)."""
     lengths = {cell.tokens for cell in self.cells if math.isfinite(max(cell.losses.values()))}
     # A quarter more: runs of one length differ by their padding.
     longest = max((tokens for tokens in lengths if tokens <= 1.25 * self.tokens), default=min(lengths))
@@ -180,8 +179,7 @@ def _useful(cells: list[Cell]) -> tuple[list[Cell], tuple[float, ...]]:
   """The cells without rates past the next one above that of the lowest domain loss, and these rates.
 
   Beyond it both losses rise, so nothing is recommended there, and runs that fall apart would bend every law. Rates are compared
-  by their best runs of the most frequent budget.
-  """
+  by their best runs of the most frequent budget."""
   domain = cells_lib.sources_of(cells, role=cells_lib.DOMAIN)
   budgets = [cell.tokens for cell in cells]
   at_budget = [cell for cell in cells if cell.tokens == max(set(budgets), key=lambda tokens: (budgets.count(tokens), -tokens))]
