@@ -40,15 +40,13 @@ class Falls(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Curve:
-  """Losses of one run on one validation set, the rate of each of its updates, and what its base went through."""
+  """Losses of one run on one validation set, and the rate of each of its updates."""
 
   name: str
   rates_S: np.ndarray
   step_n: np.ndarray  # updates finished at each loss, rising
   loss_n: np.ndarray
   warmup_steps: int = 0  # updates before this one count in the sum of rates, but their rise is no (negative) fall
-  base_area: float = 0.0  # sum of the rates of the base's own training; 0 where it is unknown
-  base_annealing: float = 0.0  # and its annealing area
   replay_frac: float = 0.0  # share of old data in the tokens of this run
 
   @functools.cached_property
@@ -64,8 +62,7 @@ class Curve:
     cut where their distance to it grows by a constant ratio, and the falls of a piece count as two of half the size, one
     standard deviation to each side of their mean place and rate (Gauss's two-point rule). A lone jump stays exact; a slow
     decay over a million steps costs some 100 pairs for each loss, and the error is below 1e-5 nats (tests;
-    1e-4 where the rate falls to 0, as the rate stands there to a negative power).
-    """
+    1e-4 where the rate falls to 0, as the rate stands there to a negative power)."""
     sizes_S = fall_sizes(self.rates_S, warmup_steps=self.warmup_steps)
     area_S = forward_area(self.rates_S)
     octaves = np.arange(_PIECES_PER_OCTAVE * (1 + np.log2(max(len(self.rates_S), 2))))
@@ -121,8 +118,7 @@ def fall_sizes(rates_S: np.ndarray, *, warmup_steps: int = 0) -> np.ndarray:
 def annealing_area(rates_S: np.ndarray, *, decay: float, warmup_steps: int = 0) -> tuple[np.ndarray, np.ndarray]:
   """S2 after 0, 1, ... S updates, and its derivative in `decay`: the sum of m_i = decay m_{i-1} + (rate_{i-1} - rate_i).
 
-  2408.11029, eq. 1. Its known flaw is kept, as it is the law's own: S2 goes on growing at a rate of 0.
-  """
+  2408.11029, eq. 1. Its known flaw is kept, as it is the law's own: S2 goes on growing at a rate of 0."""
   sizes_S = fall_sizes(rates_S, warmup_steps=warmup_steps)
   momentum_S = np.asarray(scipy.signal.lfilter([1.0], [1.0, -decay], sizes_S))
   slope_S = np.asarray(scipy.signal.lfilter([0.0, 1.0], [1.0, -decay], momentum_S))
@@ -137,8 +133,7 @@ def from_log(step_n: np.ndarray, *, lr_n: np.ndarray, loss_n: np.ndarray, name: 
   - Before the first row it rises in a straight line from 0, over `warmup_steps` steps if they are given, then holds.
   - Rows at whose start the rate still rises belong to the warm-up (or those before `warmup_steps`): their rates are counted,
     their losses are left out, since no law here describes them.
-  Raises ConfigError: rows that are no curve, all problems at once.
-  """
+  Raises ConfigError: rows that are no curve, all problems at once."""
   step_n, lr_n, loss_n = np.asarray(step_n), np.asarray(lr_n, np.float64), np.asarray(loss_n, np.float64)
   problems = []
   if len(step_n) < 2:
@@ -182,8 +177,7 @@ def _knots(step_n: np.ndarray, lr_n: np.ndarray, rise_steps: int) -> tuple[np.nd
 def read_csv(path: str | pathlib.Path, *, warmup_steps: int | None = None) -> Curve:
   """The Curve of a file with columns step, lr and loss, others being ignored; named by the file.
 
-  Raises ConfigError: what is wrong with the file, with its lines, all problems at once.
-  """
+  Raises ConfigError: what is wrong with the file, with its lines, all problems at once."""
   path = pathlib.Path(path)
   if not path.is_file():
     raise ConfigError(f"{path}: no such file")
@@ -231,8 +225,7 @@ def _number(text: str) -> float | None:
 def from_run(run: Run, *, source: str) -> Curve:
   """The Curve of one source's held-out losses in a run of this project; the losses before and in the warm-up are left out.
 
-  Raises ConfigError: the run does not measure the source, or has fewer than two losses of it after the warm-up.
-  """
+  Raises ConfigError: the run does not measure the source, or has fewer than two losses of it after the warm-up."""
   if source not in run.losses:
     raise ConfigError(f"{run.path}: measures no source {source!r}; it has {', '.join(run.losses)}")
   warmup_steps = config_lib.steps_of(run.config, "schedule.warmup")
@@ -241,13 +234,9 @@ def from_run(run: Run, *, source: str) -> Curve:
   if is_kept_n.sum() < 2:
     raise ConfigError(f"{run.path}: {is_kept_n.sum()} loss(es) of {source} after the warm-up; a curve needs 2 (see eval.every)")
   return Curve(
-    str(run.path),
-    run.rates_S,
-    run.eval_steps_E[is_kept_n],
-    loss_n[is_kept_n],
-    warmup_steps=warmup_steps,
+    str(run.path), run.rates_S, run.eval_steps_E[is_kept_n], loss_n[is_kept_n], warmup_steps=warmup_steps,
     replay_frac=run.replay if run.num_tokens else 0.0,
-  )
+  )  # fmt: skip
 
 
 class CurveLaw(Law, Protocol):
@@ -256,7 +245,6 @@ class CurveLaw(Law, Protocol):
   @property
   def priors(self) -> Mapping[str, Prior]:
     """For what a few curves cannot fix."""
-    ...
 
 
 def fit(law: CurveLaw, curves: Sequence[Curve], *, num_starts: int = 48, seed: int = 0) -> Fit:
@@ -264,15 +252,9 @@ def fit(law: CurveLaw, curves: Sequence[Curve], *, num_starts: int = 48, seed: i
   if not curves:
     raise ConfigError(f"{law.name}: no curve to fit")
   return fit_lib.fit(
-    law,
-    curves,
-    losses(curves),
-    weights_n=weights(curves),
-    priors=law.priors,
-    num_independent=NUM_STRETCHES * len(curves),
-    num_starts=num_starts,
-    seed=seed,
-  )
+    law, curves, losses(curves), weights_n=weights(curves), priors=law.priors, num_independent=NUM_STRETCHES * len(curves),
+    num_starts=num_starts, seed=seed,
+  )  # fmt: skip
 
 
 def bootstrap(fitted: Fit, *, num: int = 100, seed: int = 0) -> Fit:
@@ -289,8 +271,7 @@ def weights(curves: Sequence[Curve]) -> np.ndarray:
   """A weight for each loss: every curve counts the same, and within it every factor of the steps.
 
   A law of curves is made of powers: on the axis on which it is straight, logs of one loss every 100 steps crowd at the end,
-  and they are wrong together. Counted alike they would decide the fit, and a curve by how often it was logged.
-  """
+  and they are wrong together. Counted alike they would decide the fit, and a curve by how often it was logged."""
   parts = []
   for curve in curves:
     part_n = np.gradient(np.log(np.maximum(curve.step_n, 1)))

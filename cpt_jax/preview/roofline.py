@@ -84,8 +84,7 @@ def transfer(collective: Collective, places: Sequence[Place], topology: Topology
   """The time of a collective, the network's part and the links' part one after the other, each at its full rate.
 
   A group of g chips in h domains has m = g / h in each. A gather of S bytes brings every chip (h - 1) / h of its S / m over its
-  own part of the network and (m - 1) / m of S over the links; a scatter of sums is the same backwards, an all-reduce both.
-  """
+  own part of the network and (m - 1) / m of S over the links; a scatter of sums is the same backwards, an all-reduce both."""
   members = [places[position] for position in collective.group]
   num_domains = len({place.domain for place in members})
   per_domain = len(members) / num_domains
@@ -109,8 +108,7 @@ def link_rate(members: Sequence[Place], topology: Topology) -> float:
   """Bytes a second that each of these chips of one domain can take in at once.
 
   On a torus they come along every dimension in which the chips differ: over two links where it is a closed ring, over one at its
-  ends where it is not. Chips that make no box have the links of one dimension. A GPU's links all lead to the switch.
-  """
+  ends where it is not. Chips that make no box have the links of one dimension. A GPU's links all lead to the switch."""
   chip = topology.chip
   if not members[0].coords:
     return chip.link_bytes_per_sec
@@ -126,15 +124,11 @@ def link_rate(members: Sequence[Place], topology: Topology) -> float:
 
 def roofline(done: Work, transfers: Sequence[Transfer], topology: Topology) -> Roofline:
   """The seconds of a step by resource."""
-  total = {
-    is_async: sum(t.link_secs + t.network_secs for t in transfers if t.collective.is_async == is_async) for is_async in (0, 1)
-  }
-  return Roofline(
-    compute_secs=sum(done.flops.values()) / topology.chip.peak_flops,
-    hbm_secs=done.hbm_bytes / topology.chip.hbm_bytes_per_sec,
-    link_secs=sum(t.link_secs for t in transfers),
-    network_secs=sum(t.network_secs for t in transfers),
-    busy_secs=done.busy_secs,
-    exposed_secs=total[0],
-    hidden_secs=total[1],
+  exposed, hidden = (
+    sum(t.link_secs + t.network_secs for t in transfers if t.collective.is_async == is_async) for is_async in (False, True)
   )
+  return Roofline(
+    compute_secs=sum(done.flops.values()) / topology.chip.peak_flops, hbm_secs=done.hbm_bytes / topology.chip.hbm_bytes_per_sec,
+    link_secs=sum(t.link_secs for t in transfers), network_secs=sum(t.network_secs for t in transfers),
+    busy_secs=done.busy_secs, exposed_secs=exposed, hidden_secs=hidden,
+  )  # fmt: skip
