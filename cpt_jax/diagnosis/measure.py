@@ -107,7 +107,8 @@ def hold_out(
   """What the base is evaluated on: the documents that a run with `heldout_frac` and eval.tokens=`max_tokens` holds out.
 
   Where these are fewer than 16, or less than half of `max_tokens`: excerpts of documents in the order of their hashes, the
-  held-out ones first."""
+  held-out ones first.
+  """
   rows = max(1, min(_BATCH_POSITIONS, max_tokens // _MIN_BATCHES) // row_len)
   rows = -(-rows // jax.device_count()) * jax.device_count()
   opening_bytes_V = base.tokenizer.opening_bytes_V

@@ -167,7 +167,8 @@ def loss_ratio(figures: Figures, general: Figures) -> tuple[float, float]:
 
   Bits per byte over those of xz, over the same of the general source. Texts differ in how hard they are for anybody: a manual
   repeats itself, a dictionary does not, and a character of Chinese is three bytes. xz knows nothing, so it tells this apart
-  from what the base knows."""
+  from what the base knows.
+  """
   xz = figures.compressed
   ratio = figures.base.bits_per_byte / xz.bits_per_byte / (general.base.bits_per_byte / xz.general_bits_per_byte)
   parts = (side.base.bits_per_byte_error / side.base.bits_per_byte for side in (figures, general))
@@ -185,7 +186,8 @@ def kinds(met: Mapping[str, bool]) -> tuple[tuple[str, ...], str]:
 
   far and high loss: language, as another script and high loss; near and as good: none; all else: domain knowledge, a strong
   shift where it is far, of another script or of a high loss. Long documents make it long context where nothing else is
-  needed, and add that where something is."""
+  needed, and add that where something is.
+  """
   is_long = met["long"]
   is_other = met["far"] or met["other script"]
   if met["near"] and met["as good"]:

@@ -23,7 +23,8 @@ _LOWEST_RATE = 1e-8  # of the peak; a rate of 0 to a negative power has no value
 def offset_and_factors(columns_nF: np.ndarray, loss_n: np.ndarray) -> np.ndarray:
   """Factors (none negative) of the columns that come closest to the losses, relatively; for starts.
 
-  A law is linear in some of its parameters: given the others these need no guess."""
+  A law is linear in some of its parameters: given the others these need no guess.
+  """
   scaled_nF = columns_nF / loss_n[:, None]
   size_F = np.maximum(np.linalg.norm(scaled_nF, axis=0), np.finfo(np.float64).tiny)
   factor_F, _ = scipy.optimize.nnls(scaled_nF / size_F, np.ones_like(loss_n))
@@ -81,7 +82,8 @@ class Tissue:
   """L0 + A S1^-alpha - C S2 (Tissue et al., 2408.11029, eq. 1).
 
   `decay_steps` = 1 / (1 - lambda) is the memory of S2: 1000 in the paper (lambda = 0.999), for runs of tens of thousands of
-  steps. None fits it: in a run of a few thousand steps 1000 makes S2 little more than the time since the rate fell."""
+  steps. None fits it: in a run of a few thousand steps 1000 makes S2 little more than the time since the rate fell.
+  """
 
   decay_steps: float | None = None
   priors: ClassVar[Mapping[str, Prior]] = {}

@@ -38,7 +38,8 @@ def _exponential(a: Any, replay_frac: float) -> Any:
 
   With a above 0 it is the convex one, e^(a r) - 1; below 0 the concave one, 1 - e^(-|a| r); at 0 it is r. The paper prints
   the concave one for the old domain and the convex one for the new; its own fits for single ratios (fig. 12) look as if it
-  were the other way round. Here the data say the sign."""
+  were the other way round. Here the data say the sign.
+  """
   new = 1.0 - replay_frac
   if abs(a) < _SMALL:
     return new + a / 2 * (new**2 - new) + a**2 / 12 * (2 * new**3 - 3 * new**2 + new)
@@ -54,7 +55,8 @@ def _log(rho0: Any, replay_frac: float) -> Any:
   """1 - ln(1 + replay / rho0) / ln(1 + 1 / rho0): each e-fold of replay above rho0 removes the same.
 
   Steep enough for the first percent of replay, which removes half of the forgetting (2403.08763) and more than either
-  exponential can."""
+  exponential can.
+  """
   return 1 - np.log1p(replay_frac / rho0) / np.log1p(1 / rho0)
 
 
@@ -79,7 +81,8 @@ class CptLaw:
   """L0 + A (S1_pt + S1)^-alpha - C2 S2 + B f(replay) (1 - (1 + E S1)^-beta)  (2505.07796, eq. 5 and 8).
 
   S1 and S2 are those of this run, S1_pt that of the base's training, whose past is taken to be unknown: S1_pt is fitted, and the
-  paper's C1 S2_pt is part of L0. B is above 0 for the old domain's loss and below 0 for the new one's."""
+  paper's C1 S2_pt is part of L0. B is above 0 for the old domain's loss and below 0 for the new one's.
+  """
 
   replay: Replay = REPLAY_FORMS["none"]
 

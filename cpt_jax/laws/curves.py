@@ -62,7 +62,8 @@ class Curve:
     cut where their distance to it grows by a constant ratio, and the falls of a piece count as two of half the size, one
     standard deviation to each side of their mean place and rate (Gauss's two-point rule). A lone jump stays exact; a slow
     decay over a million steps costs some 100 pairs for each loss, and the error is below 1e-5 nats (tests;
-    1e-4 where the rate falls to 0, as the rate stands there to a negative power)."""
+    1e-4 where the rate falls to 0, as the rate stands there to a negative power).
+    """
     sizes_S = fall_sizes(self.rates_S, warmup_steps=self.warmup_steps)
     area_S = forward_area(self.rates_S)
     octaves = np.arange(_PIECES_PER_OCTAVE * (1 + np.log2(max(len(self.rates_S), 2))))
@@ -118,7 +119,8 @@ def fall_sizes(rates_S: np.ndarray, *, warmup_steps: int = 0) -> np.ndarray:
 def annealing_area(rates_S: np.ndarray, *, decay: float, warmup_steps: int = 0) -> tuple[np.ndarray, np.ndarray]:
   """S2 after 0, 1, ... S updates, and its derivative in `decay`: the sum of m_i = decay m_{i-1} + (rate_{i-1} - rate_i).
 
-  2408.11029, eq. 1. Its known flaw is kept, as it is the law's own: S2 goes on growing at a rate of 0."""
+  2408.11029, eq. 1. Its known flaw is kept, as it is the law's own: S2 goes on growing at a rate of 0.
+  """
   sizes_S = fall_sizes(rates_S, warmup_steps=warmup_steps)
   momentum_S = np.asarray(scipy.signal.lfilter([1.0], [1.0, -decay], sizes_S))
   slope_S = np.asarray(scipy.signal.lfilter([0.0, 1.0], [1.0, -decay], momentum_S))
@@ -133,7 +135,8 @@ def from_log(step_n: np.ndarray, *, lr_n: np.ndarray, loss_n: np.ndarray, name: 
   - Before the first row it rises in a straight line from 0, over `warmup_steps` steps if they are given, then holds.
   - Rows at whose start the rate still rises belong to the warm-up (or those before `warmup_steps`): their rates are counted,
     their losses are left out, since no law here describes them.
-  Raises ConfigError: rows that are no curve, all problems at once."""
+  Raises ConfigError: rows that are no curve, all problems at once.
+  """
   step_n, lr_n, loss_n = np.asarray(step_n), np.asarray(lr_n, np.float64), np.asarray(loss_n, np.float64)
   problems = []
   if len(step_n) < 2:
@@ -177,7 +180,8 @@ def _knots(step_n: np.ndarray, lr_n: np.ndarray, rise_steps: int) -> tuple[np.nd
 def read_csv(path: str | pathlib.Path, *, warmup_steps: int | None = None) -> Curve:
   """The Curve of a file with columns step, lr and loss, others being ignored; named by the file.
 
-  Raises ConfigError: what is wrong with the file, with its lines, all problems at once."""
+  Raises ConfigError: what is wrong with the file, with its lines, all problems at once.
+  """
   path = pathlib.Path(path)
   if not path.is_file():
     raise ConfigError(f"{path}: no such file")
@@ -225,7 +229,8 @@ def _number(text: str) -> float | None:
 def from_run(run: Run, *, source: str) -> Curve:
   """The Curve of one source's held-out losses in a run of this project; the losses before and in the warm-up are left out.
 
-  Raises ConfigError: the run does not measure the source, or has fewer than two losses of it after the warm-up."""
+  Raises ConfigError: the run does not measure the source, or has fewer than two losses of it after the warm-up.
+  """
   if source not in run.losses:
     raise ConfigError(f"{run.path}: measures no source {source!r}; it has {', '.join(run.losses)}")
   warmup_steps = config_lib.steps_of(run.config, "schedule.warmup")
@@ -271,7 +276,8 @@ def weights(curves: Sequence[Curve]) -> np.ndarray:
   """A weight for each loss: every curve counts the same, and within it every factor of the steps.
 
   A law of curves is made of powers: on the axis on which it is straight, logs of one loss every 100 steps crowd at the end,
-  and they are wrong together. Counted alike they would decide the fit, and a curve by how often it was logged."""
+  and they are wrong together. Counted alike they would decide the fit, and a curve by how often it was logged.
+  """
   parts = []
   for curve in curves:
     part_n = np.gradient(np.log(np.maximum(curve.step_n, 1)))

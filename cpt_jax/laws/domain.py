@@ -36,7 +36,8 @@ class Shift(Separable):
 
   The CPT law (2505.07796) has x = E S1, the sum of the rates; e t is that sum for runs of one schedule, and k lets it bend.
   Replay as a power of the domain's share is ours, for the paper's own fits per ratio contradict its printed factor. h e is the
-  loss that a rate leaves unlearnt."""
+  loss that a rate leaves unlearnt.
+  """
 
   name: ClassVar[str] = "domain_shift"
   linear: ClassVar = {"B": POSITIVE, "h": POSITIVE}

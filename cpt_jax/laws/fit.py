@@ -101,7 +101,8 @@ class Around:
 
 class Prior(NamedTuple):
   """Where a parameter lies when data say nothing, and within what: in logarithms (sd 0.5 is a factor of 1.65) where its lower
-  bound is above 0."""
+  bound is above 0.
+  """
 
   centre: float
   sd: float
@@ -171,7 +172,8 @@ class Fit:
     """(low_n, high_n) between which a new measurement lies with probability `level`.
 
     The law's spread over resampled data and the noise of one measurement, added as independent in log loss. What it cannot
-    cover is a law that is wrong where it was not fitted."""
+    cover is a law that is wrong where it was not fitted.
+    """
     self._check_resampled(level)
     noise, free = self.noise(), len(self.loss_n) - len(self.theta_P)
     with np.errstate(all="ignore"):
@@ -208,7 +210,8 @@ def fit(
 
   A search ends where a step changes the objective or the parameters by less than `tolerance` of themselves. The default suits
   thousands of smooth losses; few noisy ones leave ridges on which only a larger one ends.
-  Raises ConfigError: too few or non-finite or non-positive losses, or no start from which the search converged."""
+  Raises ConfigError: too few or non-finite or non-positive losses, or no start from which the search converged.
+  """
   loss_n = np.asarray(loss_n, np.float64)
   weights_n = np.asarray(np.ones(loss_n.shape) if weights_n is None else weights_n, np.float64)
   priors = dict(priors or {})
@@ -267,7 +270,8 @@ def bootstrap(fitted: Fit, *, num: int = 200, groups_n: np.ndarray | None = None
   """`fitted` with the parameters of `num` resampled data sets, each searched from the fitted ones.
 
   What is drawn, with replacement, are groups: all observations with the same entry of `groups_n` come together or not at all.
-  Name the same group for observations whose errors are alike (a run, a seed, a stretch of a curve); None = each its own."""
+  Name the same group for observations whose errors are alike (a run, a seed, a stretch of a curve); None = each its own.
+  """
   n, num_parameters = len(fitted.loss_n), len(fitted.theta_P)
   _, group_n = np.unique(np.arange(n) if groups_n is None else np.asarray(groups_n), return_inverse=True)
   num_groups = int(group_n.max()) + 1

@@ -18,7 +18,8 @@ from cpt_jax.laws.separable import ANY, POSITIVE, Inputs, Separable
 class Mixing(Separable):
   """The law over the input columns `names` (all sources but one): c + k e^u t^v exp(sum_j t_j r_j).
 
-  The two powers are ours, for grids in which rate and tokens vary."""
+  The two powers are ours, for grids in which rate and tokens vary.
+  """
 
   names: tuple[str, ...] = ("replay",)
   name: ClassVar[str] = "mixing_rate"

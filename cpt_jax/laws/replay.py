@@ -63,7 +63,8 @@ class Power(Separable):
   """F = f0 + A e^k t^m (1 + rho / rho0)^-alpha: Bethune et al. (2502.06042) for one model size, with the rate added.
 
   Their law is A D^beta / ((1 + B p) N)^alpha + E with the replay share p: replay acts like a larger model. Where their constant E
-  stands is not verified here; it is f0, an offset that neither rate nor tokens change."""
+  stands is not verified here; it is f0, an offset that neither rate nor tokens change.
+  """
 
   name: ClassVar[str] = "replay_power"
   linear: ClassVar = {"f0": ANY, "A": POSITIVE}
@@ -78,7 +79,8 @@ class Power(Separable):
 class Balance(Separable):
   """F = f0 + A e^k t^m (1 + rho (e t)^j / rho0)^-alpha: `Power`, in which replay, too, is learnt by rate times tokens.
 
-  The extension is ours, from runs of a small model: at a low rate only a large share helps, at a high one a few percent do."""
+  The extension is ours, from runs of a small model: at a low rate only a large share helps, at a high one a few percent do.
+  """
 
   name: ClassVar[str] = "replay_balance"
   linear: ClassVar = {"f0": ANY, "A": POSITIVE}
@@ -94,7 +96,8 @@ class Balance(Separable):
 class Surface(Separable):
   """Quadratic in ln e and r = ln(rho + rho0), straight in ln t: no theory; what a law must beat to be worth having.
 
-  A quadratic in rate and replay is what Sailor (2404.03608) fits to its losses. It serves sources of either role."""
+  A quadratic in rate and replay is what Sailor (2404.03608) fits to its losses. It serves sources of either role.
+  """
 
   name: ClassVar[str] = "surface"
   linear: ClassVar = dict.fromkeys(("1", "e", "t", "r", "ee", "rr", "er"), ANY)

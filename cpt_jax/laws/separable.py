@@ -29,7 +29,8 @@ class Separable:
   """What laws build on that give `_terms`; parameters are name -> (low, high), of shapes and their starts.
 
   `_terms` are the K columns, of numpy functions that take complex numbers too: the imaginary part of a column at shape + i h
-  is h times its derivative, to the last digit (Squire and Trapp 1998)."""
+  is h times its derivative, to the last digit (Squire and Trapp 1998).
+  """
 
   rate0: float = 1e-3
   tokens0: float = 1e6

@@ -93,7 +93,8 @@ def candidates(role: str, inputs: dict[str, np.ndarray]) -> list[Any]:
 def folds(cells: Sequence[Cell], *, seed: int = 0) -> list[Fold]:
   """What is held out in turn; a scheme that the grid is too small for is left out.
 
-  So is what no fit could predict: runs that alone have another rate, share or length than all the others."""
+  So is what no fit could predict: runs that alone have another rate, share or length than all the others.
+  """
   number_n = cells_lib.cell_numbers(cells)
   order = np.random.default_rng(seed).permutation(int(number_n.max()) + 1)
   groups = [group for group in np.array_split(order, _NUM_FOLDS) if group.size]
@@ -169,7 +170,8 @@ class Choice:
     The interval is CV+ (Barber et al. 1905.02928, sec. 1.2) on the scale of laws.change: each held-out run's error about the
     prediction of the fit that did not see it, so it holds noise, the parameters' freedom and the law's own error. Beyond the
     measured range it widens by `growth` for each doubling; beyond FARTHEST, along an axis that was never varied, or where rate
-    and replay are at least as harsh as in a run that diverged, the prediction is refused."""
+    and replay are at least as harsh as in a run that diverged, the prediction is refused.
+    """
     u_n = np.log(self.fit.predict(inputs))
     was_held = np.isfinite(self.held_out_n)
     base_i = self.fit.inputs["base"]
@@ -208,7 +210,8 @@ def choose(
 ) -> Choice:
   """The law for `source` with the lowest error on held-out runs; runs whose loss is not finite are left out and remembered.
 
-  Raises ConfigError: too few cells, or no law can be fitted to them."""
+  Raises ConfigError: too few cells, or no law can be fitted to them.
+  """
   diverged = tuple(cell for cell in cells if not math.isfinite(cell.losses[source]))
   cells = [cell for cell in cells if math.isfinite(cell.losses[source])]
   if len({(cell.rate, cell.replay, cell.tokens) for cell in cells}) < 4:

@@ -68,7 +68,8 @@ class Design(NamedTuple):
   def _long(self, rates: Sequence[float], times: int) -> list[Trial]:
     """A few cells of the grid's inner rates, at `times` the steps, with its own replay share and with the least.
 
-    The least, since forgetting without replay grows with the tokens when that with replay has levelled off."""
+    The least, since forgetting without replay grows with the tokens when that with replay has levelled off.
+    """
     shares = dict.fromkeys((self.own_replay, min(self.replays), *_inner(self.replays)))
     cells = [(rate, replay) for rate in reversed(_inner(rates)) for replay in list(shares)[:2]]
     return [Trial(rate, replay, self.steps * times, self.seeds[0]) for rate, replay in cells[: NUM_LONGER.get(times, 1)]]
@@ -82,7 +83,8 @@ def make(
 
   The tokens of a trial follow from `probe_budget`, or are given and the probe costs what it costs.
   Raises ConfigError: no replay or no domain source, values out of range, a probe too small for its trials or for the run's
-  length."""
+  length.
+  """
   per_step = config_lib.tokens_per_step(config)
   budget_tokens = _tokens("budget", budget or f"{config_lib.num_steps(config)} steps", per_step)
   _check(config, rates, replays, seeds, longer)

@@ -42,7 +42,8 @@ _MEMORY_FRAC = 0.7  # of a device's memory that a stack may take by this arithme
 def state_of(path: pathlib.Path, config: Any) -> str:
   """`missing`, `begun`, `complete` or `diverged`: what the directory holds of the trial that `config` describes.
 
-  Raises ConfigError: it holds another run; a line for each key that differs."""
+  Raises ConfigError: it holds another run; a line for each key that differs.
+  """
   if not (path / "config.json").is_file():
     return "missing"
   found = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -80,7 +81,8 @@ def _is_close(a: Any, b: Any) -> bool:
 def found_trials(config: Any, folder: pathlib.Path) -> list[Trial]:
   """Every trial of this run that the folder has, by its config, also those that no design asked for.
 
-  Raises ConfigError: a run there is not a trial of this run; names it and the keys."""
+  Raises ConfigError: a run there is not a trial of this run; names it and the keys.
+  """
   problems, trials = Problems(), []
   for file in sorted(folder.glob("*/config.json")):
     record = config_lib.completed(json.loads(file.read_text(encoding="utf-8")))
@@ -108,7 +110,8 @@ def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, ba
   """Makes the trials that are not there yet; returns the exit code of loop.run: done, or stopped by a signal.
 
   Up to `stack` trials of one length are trained at once, which begin again if they are stopped.
-  Raises ConfigError: of a trial, or a directory that holds something else. OSError: the disk."""
+  Raises ConfigError: of a trial, or a directory that holds something else. OSError: the disk.
+  """
   configs = {trial: trial_config(config, trial) for trial in wanted}
   states = {trial: state_of(folder / trial.name, configs[trial]) for trial in wanted}
   for trial in wanted:
@@ -138,7 +141,8 @@ def how_many(config: Any) -> int:
   """Trials of this config that one device holds at once: as many as its memory has room for; 1 on a CPU, which gains little.
 
   By arithmetic: parameters, moments, gradients and updates in float32, and the activations that preview.memory counts, in
-  _MEMORY_FRAC of the memory that the device says it has."""
+  _MEMORY_FRAC of the memory that the device says it has.
+  """
   has = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
   if not has or "bytes_limit" not in has:
     return 1
@@ -198,7 +202,8 @@ def is_swept(found: Sequence[FinishedTrial], ladder: Sequence[Trial]) -> bool:
 def write_commands(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, slurm: bool) -> list[pathlib.Path]:
   """Command lines for the trials that are not over, one each, and their config files; returns the files to use.
 
-  With `slurm` also a script for `sbatch`, an array with one task a line. They are run from the directory where the plan is."""
+  With `slurm` also a script for `sbatch`, an array with one task a line. They are run from the directory where the plan is.
+  """
   lines = []
   for trial in wanted:
     made, path = trial_config(config, trial), folder / trial.name
@@ -225,7 +230,8 @@ def write_commands(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *
 class TrialsBar:
   """How far all trials are: one bar on a terminal, a line for each finished trial, with the time left.
 
-  Time is counted in steps. It has the methods of console.TrainProgress, for the trial that is running."""
+  Time is counted in steps. It has the methods of console.TrainProgress, for the trial that is running.
+  """
 
   def __init__(self, wanted: Sequence[Trial]):
     self._left = sum(trial.steps for trial in wanted)

@@ -73,7 +73,8 @@ def cells_of(found: Sequence[FinishedTrial]) -> list[Cell]:
   """Trials as the laws take them.
 
   Replay shares and tokens are what was really read, as means over all trials with the same share and steps: a share of 1% of 256
-  rows is 3 rows. Seeds differ in it by a few tokens, and are one cell all the same."""
+  rows is 3 rows. Seeds differ in it by a few tokens, and are one cell all the same.
+  """
   replays, tokens = {}, {}
   for finished in found:
     if not finished.diverged:

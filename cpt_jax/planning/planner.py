@@ -130,7 +130,8 @@ def _read(config: Any) -> Any:
 def _make_trials(designed: Design, how: _Settings) -> list[FinishedTrial]:
   """The trials of the sweep and the grid, and every other that is there, finished.
 
-  Raises ConfigError: no rate is stable, or what a run refuses. _UnfinishedError: trials are still to be made."""
+  Raises ConfigError: no rate is stable, or what a run refuses. _UnfinishedError: trials are still to be made.
+  """
   highest = 0.0
   if designed.ladder:
     swept = _sweep(designed, how)

@@ -180,7 +180,8 @@ def _useful(cells: list[Cell]) -> tuple[list[Cell], tuple[float, ...]]:
   """The cells without rates past the next one above that of the lowest domain loss, and these rates.
 
   Beyond it both losses rise, so nothing is recommended there, and runs that fall apart would bend every law. Rates are compared
-  by their best runs of the most frequent budget."""
+  by their best runs of the most frequent budget.
+  """
   domain = cells_lib.sources_of(cells, role=cells_lib.DOMAIN)
   budgets = [cell.tokens for cell in cells]
   at_budget = [cell for cell in cells if cell.tokens == max(set(budgets), key=lambda tokens: (budgets.count(tokens), -tokens))]

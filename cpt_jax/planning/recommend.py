@@ -88,7 +88,8 @@ def recommend(
 ) -> Recommendation:
   """The best setting: most domain learning within a general loss rise in nats, or the least weighted sum of losses.
 
-  Raises ConfigError: not exactly one objective; weights that name no source; no measured setting that keeps the limit."""
+  Raises ConfigError: not exactly one objective; weights that name no source; no measured setting that keeps the limit.
+  """
   if (general_loss_rise is None) == (weights is None):
     raise ConfigError("give either general_loss_rise (nats over the base) or weights (source -> weight), not both or none")
   if weights is not None:

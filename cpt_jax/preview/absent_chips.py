@@ -59,7 +59,8 @@ class Target(NamedTuple):
 def open_target(config: Any, topology: Topology) -> Target:
   """The mesh and the model of a config, whose sources and weights need not exist.
 
-  Raises ConfigError: what a run would refuse, or a compiler that is not installed."""
+  Raises ConfigError: what a run would refuse, or a compiler that is not installed.
+  """
   config = config_lib.resolve(config, needs_data=False)
   spec, _ = start.load_spec(start.choose_base(config))
   problems = Problems()
@@ -109,7 +110,8 @@ def _is_installed(module: str) -> bool:
 def held(target: Target) -> dict[str, int]:
   """Bytes of each chip that a run takes all the time: the state, and the copy of the base from which drift is measured.
 
-  The copy is in bfloat16, as bases are stored; of one that is stored in float32 it takes twice that."""
+  The copy is in bfloat16, as bases are stored; of one that is stored in float32 it takes twice that.
+  """
   with jax.set_mesh(target.mesh):
     abstract = state.abstract(target.spec, optimizer.from_config(target.config, target.spec))
   params, moments = (sum(map(memory.shard_bytes, jax.tree.leaves(tree))) for tree in (abstract.params, abstract.opt_state))

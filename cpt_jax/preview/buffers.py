@@ -46,7 +46,8 @@ def _peak_of(computations: dict, name: str, parameters: dict[int, Any], elsewher
   """The buffers at the peak of one computation and of what it calls, without those of its parameters.
 
   A value is a Buffer, None where it has no memory of this program, or a list of values. `elsewhere`: which parts of the result
-  lie in memory that is there already; None = all."""
+  lie in memory that is there already; None = all.
+  """
   instructions: list[Instruction] = list(computations[name].values())
   values: dict[str, Any] = {}
   made: list[Buffer] = []

@@ -114,7 +114,8 @@ def _transposed_iota(dims: list[int], order: list[int], n: int) -> int:
 def _mesh_group(attributes: str) -> tuple[int, ...]:
   """`mesh['a'=4,'b'=2] {'a'}`: devices 0, 2, 4 and 6; `{'a':(2)2}` is the second factor of a = 2 x 2.
 
-  With `device_ids=([2,4]T(1,0))` behind the mesh, its places hold these devices instead of 0, 1, 2, ..."""
+  With `device_ids=([2,4]T(1,0))` behind the mesh, its places hold these devices instead of 0, 1, 2, ...
+  """
   match = re.search(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes
   )

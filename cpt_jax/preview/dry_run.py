@@ -26,7 +26,8 @@ from cpt_jax.training import inputs as inputs_lib
 def describe(config: Any, workdir: pathlib.Path) -> int:
   """Prints what a run would do; returns exit code 0. Writes nothing: a text that is not prepared yet is not read.
 
-  Raises ConfigError: what the run itself would refuse."""
+  Raises ConfigError: what the run itself would refuse.
+  """
   resolved = inputs_lib.resolve(config)
   config, spec = resolved.config, resolved.spec
   sizes, assumed = mesh_sizes(config)

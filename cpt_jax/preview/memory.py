@@ -130,7 +130,8 @@ def abstract_batch(config: Any, mesh: Any) -> Batch:
 def of_step_elsewhere(config: Any, spec: ModelSpec, *, source_weights: Sequence[float], sizes: Mapping[str, int]) -> Memory:
   """As `of_step` on a mesh of these sizes of CPU devices, which another process makes: this one cannot have more than it has.
 
-  Raises subprocess.CalledProcessError: it failed; its `stderr` says why."""
+  Raises subprocess.CalledProcessError: it failed; its `stderr` says why.
+  """
   environ = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(math.prod(sizes.values()))}
   job = pickle.dumps((config, spec, tuple(source_weights), dict(sizes)))
   done = subprocess.run([sys.executable, "-m", __spec__.name], input=job, env=environ, capture_output=True, check=True)
@@ -177,7 +178,8 @@ def shard_bytes(leaf: Any) -> int:
 def kept_bytes(config: Any, spec: ModelSpec, sizes: Mapping[str, int], itemsize: int) -> int:
   """By arithmetic: what the layers keep for the backward pass, per microbatch and device; `itemsize` of the compute dtype.
 
-  The "plain" attention keeps its probabilities, too, [rows, heads, row, row], unless model.remat makes them again."""
+  The "plain" attention keeps its probabilities, too, [rows, heads, row, row], unless model.remat makes them again.
+  """
   rows = config.train.batch_rows // config.train.microbatches / (sizes["data"] * sizes["fsdp"])
   positions = rows * config.data.row_len / sizes["context"]
   of_position = transformer.kept_bytes(spec, config.model.remat, itemsize=itemsize, tensor=sizes["tensor"])

@@ -58,7 +58,8 @@ class Program:
     """How often a while loop of the computation `within` turns.
 
     The compiler says it, or it follows from the counters that the condition compares. Else it depends on data: in this package
-    that is blockwise attention, whose inner loop meets, where rows hold one document, half of the key blocks on average."""
+    that is blockwise attention, whose inner loop meets, where rows hold one document, half of the key blocks on average.
+    """
     match = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes)
     if match:
       return float(match.group(1))
@@ -144,7 +145,8 @@ class Program:
   def hbm_bytes_of(self, computation: str, name: str) -> float:
     """Bytes of main memory that one run of an instruction reads and writes.
 
-    Each operand once and the result once; where a fusion takes a slice of an operand, or puts one into its result, that alone."""
+    Each operand once and the result once; where a fusion takes a slice of an operand, or puts one into its result, that alone.
+    """
     body = self.computations[computation]
     instruction = body[name]
     if instruction.op in _FREE or instruction.op.endswith("-done") or collective_op(instruction):

@@ -84,7 +84,8 @@ def transfer(collective: Collective, places: Sequence[Place], topology: Topology
   """The time of a collective, the network's part and the links' part one after the other, each at its full rate.
 
   A group of g chips in h domains has m = g / h in each. A gather of S bytes brings every chip (h - 1) / h of its S / m over its
-  own part of the network and (m - 1) / m of S over the links; a scatter of sums is the same backwards, an all-reduce both."""
+  own part of the network and (m - 1) / m of S over the links; a scatter of sums is the same backwards, an all-reduce both.
+  """
   members = [places[position] for position in collective.group]
   num_domains = len({place.domain for place in members})
   per_domain = len(members) / num_domains
@@ -108,7 +109,8 @@ def link_rate(members: Sequence[Place], topology: Topology) -> float:
   """Bytes a second that each of these chips of one domain can take in at once.
 
   On a torus they come along every dimension in which the chips differ: over two links where it is a closed ring, over one at its
-  ends where it is not. Chips that make no box have the links of one dimension. A GPU's links all lead to the switch."""
+  ends where it is not. Chips that make no box have the links of one dimension. A GPU's links all lead to the switch.
+  """
   chip = topology.chip
   if not members[0].coords:
     return chip.link_bytes_per_sec

@@ -100,7 +100,8 @@ def measure(compiled: hlo.Module, job: Job, places: Sequence[roofline.Place]) ->
 def _attention_product_flops(job: Job) -> float:
   """Of one product of queries and keys in one layer on one chip, of a microbatch: what causality and windows leave to do.
 
-  All layers share a kernel, so windows that differ count with their mean."""
+  All layers share a kernel, so windows that differ count with their mean.
+  """
   windows = job.spec.windows or (0,)
   visible = sum(visible_keys(window, job.row_len) for window in windows) / len(windows)
   heads = job.spec.num_heads / (job.mesh["tensor"] * job.mesh["context"])

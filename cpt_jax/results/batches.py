@@ -16,7 +16,8 @@ from cpt_jax.stream import pipeline
 def rows_of(run: pathlib.Path, step: int, chosen: list[int]) -> list[dict[str, Any]]:
   """What the rows of a step's batch hold; `chosen` are rows of the batch, () = all.
 
-  Raises ConfigError: no such run, step or row, or a store that is not what it was."""
+  Raises ConfigError: no such run, step or row, or a store that is not what it was.
+  """
   try:
     periods = json.loads((run / "periods.json").read_text(encoding="utf-8"))
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))

@@ -57,7 +57,8 @@ def export(
 def origin(run: pathlib.Path) -> tuple[str, dict[str, Any] | None]:
   """Where a run's tokenizer files and config.json come from, through the runs that it went on from: (directory, config.json).
 
-  Raises ConfigError: a run in the chain has no config.json."""
+  Raises ConfigError: a run in the chain has no config.json.
+  """
   file = run / "config.json"
   if not file.is_file():
     raise ConfigError(f"{run}: not a run (no config.json); name the --workdir of a run")

@@ -92,7 +92,8 @@ class Comparison(NamedTuple):
 def met_from(x_base: np.ndarray, y_base: np.ndarray, x: np.ndarray, y: np.ndarray, *, within: float = 0.0) -> Met:
   """The least x from which on the curve `y` stays at or below `y_base` + `within`, to the end of the shorter one.
 
-  Both x rise; between their points the curves are straight. [4, 2, 0] at [0, 1, 2] meets the constant 1 at 1.5."""
+  Both x rise; between their points the curves are straight. [4, 2, 0] at [0, 1, 2] meets the constant 1 at 1.5.
+  """
   at, above = _difference(x_base, y_base, x, y)
   above = above - within
   start, end = float(at[0]), float(at[-1])
@@ -118,7 +119,8 @@ def _difference(x_base: np.ndarray, y_base: np.ndarray, x: np.ndarray, y: np.nda
 def read_evaluated(path: str | pathlib.Path) -> EvaluatedRun:
   """Reads the evaluations of a run, as far as it is.
 
-  Raises ConfigError: no run there, one without an evaluation before its first step, or one whose held-out documents changed."""
+  Raises ConfigError: no run there, one without an evaluation before its first step, or one whose held-out documents changed.
+  """
   path = pathlib.Path(path)
   if not (path / "config.json").is_file():
     raise ConfigError(f"{path}: not a run (no config.json); name the --workdir of a run")
@@ -170,7 +172,8 @@ def _bytes_read(entry: dict, evaluated: dict, estimated: set[str]) -> float:
 def compare_runs(base: str | pathlib.Path, grown: Sequence[str | pathlib.Path]) -> list[Comparison]:
   """Every source of the run directories `grown` beside the run with the old vocabulary.
 
-  Raises ConfigError: no such run, or runs that cannot be compared."""
+  Raises ConfigError: no such run, or runs that cannot be compared.
+  """
   if not base or not grown:
     raise ConfigError("--base and --grown: name the --workdir of a run with the old vocabulary and of one or more with others")
   with_old, runs = read_evaluated(base), [read_evaluated(path) for path in grown]
@@ -182,7 +185,8 @@ def compare_runs(base: str | pathlib.Path, grown: Sequence[str | pathlib.Path]) 
 def compare(base: EvaluatedRun, grown: EvaluatedRun) -> list[Comparison]:
   """The sources that both runs evaluated.
 
-  Raises ConfigError: it is one run, they have no source in common, or evaluated other documents: all of these, a line each."""
+  Raises ConfigError: it is one run, they have no source in common, or evaluated other documents: all of these, a line each.
+  """
   if base.path.resolve() == grown.path.resolve():
     raise ConfigError(f"{base.path}: is compared with itself; name another run as --grown")
   names = [name for name in base.sources if name in grown.sources]
@@ -229,7 +233,8 @@ def labels(comparisons: Sequence[Comparison]) -> dict[pathlib.Path, str]:
 def figure(comparisons: Sequence[Comparison], labels: dict[pathlib.Path, str], path: str | pathlib.Path) -> None:
   """Bits per byte over bytes and over FLOPs, a row for each source; needs the extra [plots].
 
-  Raises ConfigError: matplotlib is not installed."""
+  Raises ConfigError: matplotlib is not installed.
+  """
   sources = list(dict.fromkeys(one.source for one in comparisons))
   axes = [axis for axis in ("bytes", "flops") if all(axis in one.base_curves for one in comparisons)] or ["tokens"]
   made, grid = panels(len(sources), len(axes), size=(6.0 * len(axes), 4.0 * len(sources)))

@@ -134,7 +134,8 @@ def colours(names: Iterable[str]) -> dict[str, str]:
 def visible_range(run: Run, table: list[Row]) -> tuple[float, float]:
   """What the panel of losses shows, nats less the base's: all curves and predictions, and half as much again for intervals.
 
-  An interval that is far wider than everything measured would press the curves flat; it is cut, and the legend says its ends."""
+  An interval that is far wider than everything measured would press the curves flat; it is cut, and the legend says its ends.
+  """
   shown = [0.0]
   for row in table:
     shown += [*(run.losses[row.source] - row.base), row.predicted - row.base]
@@ -161,7 +162,8 @@ def _frontier(ax: Any, table: list[Row], plan: Prediction) -> None:
 def panels(rows: int = 1, columns: int = 1, *, size: tuple[float, float], layout: str = "constrained") -> tuple[Any, Any]:
   """A figure of so many inches and its axes [rows, columns], of no global state: a caller's own figures are left alone.
 
-  Raises ConfigError: matplotlib is not installed."""
+  Raises ConfigError: matplotlib is not installed.
+  """
   try:
     from matplotlib.backends import backend_agg
     from matplotlib.figure import Figure

@@ -155,7 +155,8 @@ def fit(tokenizer: tokenization.Tokenizer, counts_V: np.ndarray, text: corpus.Te
 def distance(domain_2V: np.ndarray, general_2V: np.ndarray) -> tuple[float, float]:
   """Jensen-Shannon bits between the texts, and the larger one between the halves of either.
 
-  Of each text how often either half of it has each id, [2, V]."""
+  Of each text how often either half of it has each id, [2, V].
+  """
   noises = [corpus.jensen_shannon_bits(*side_2V) for side_2V in (domain_2V, general_2V) if side_2V.sum(axis=1).all()]
   return corpus.jensen_shannon_bits(domain_2V.sum(axis=0), general_2V.sum(axis=0)), max(noises, default=0.0)
 

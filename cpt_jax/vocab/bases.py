@@ -132,7 +132,8 @@ class Base(abc.ABC):
   def with_characters(self, ids: np.ndarray) -> np.ndarray:
     """Ids of a text [n] as symbols, at most as many.
 
-    Runs of byte pieces become characters, as far as they spell whole ones; the rest is closed."""
+    Runs of byte pieces become characters, as far as they spell whole ones; the rest is closed.
+    """
     symbols = np.where(self.closed_V[ids], -1, ids).astype(np.int32)
     if not self._byte_pieces:
       return symbols
@@ -159,7 +160,8 @@ class Base(abc.ABC):
   def with_unknown(self, symbols: np.ndarray, surfaces: Mapping[int, str]) -> np.ndarray:
     """Unknown tokens among symbols [n], which may stand for several characters, as symbols of these.
 
-    `surfaces` is place among the symbols -> text."""
+    `surfaces` is place among the symbols -> text.
+    """
     parts, done = [], 0
     for place, surface in surfaces.items():
       characters = [self.extra_symbol(character) for character in surface if not character.isspace() and character != SPACE]
@@ -171,7 +173,8 @@ class Base(abc.ABC):
     """Word starts among symbols [n] of models without splitting rules, bool [n].
 
     They are before the mark of a space, and where letters, digits and the rest meet.
-    So SentencePiece's own trainer splits its text; scripts that are mixed within words in Japanese count as one."""
+    So SentencePiece's own trainer splits its text; scripts that are mixed within words in Japanese count as one.
+    """
     head, tail = self._classes()[:, symbols]
     is_start = head == _SPACE
     is_start[1:] |= (head[1:] != tail[:-1]) & (head[1:] != _ANY) & (tail[:-1] != _ANY)

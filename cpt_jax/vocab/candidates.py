@@ -70,7 +70,8 @@ def times_made(model: tokenizers.Tokenizer, merges: Sequence[tuple[str, str]], t
   """How often each merge's string is made while `texts` are tokenised.
 
   Merges are never undone: a string is made as often as it is a token in the end, plus as often as what it is a part of is made.
-  A string with two rules is taken to be made by the first."""
+  A string with two rules is taken to be made by the first.
+  """
   counts_V = np.zeros(model.get_vocab_size(), np.int64)
   for encoded in model.encode_batch_fast(list(texts), add_special_tokens=False):
     counts_V += np.bincount(encoded.ids, minlength=len(counts_V))

@@ -43,7 +43,8 @@ def compare(texts: list[str], old: Iterable[list[int]], new: Iterable[list[int]]
 def num_lost(old: np.ndarray, new: np.ndarray, *, lengths_W: np.ndarray) -> int:
   """Tokens of `old`, ids of a text as one model cuts it, that stand at no place of `new` with the same id.
 
-  Where an id has no length of its own (the unknown token), places cannot be told: the old ids that are fewer in `new` count."""
+  Where an id has no length of its own (the unknown token), places cannot be told: the old ids that are fewer in `new` count.
+  """
   if (lengths_W[np.concatenate([old, new])] == 0).any():
     counts = [np.bincount(ids, minlength=len(lengths_W)) for ids in (old, new)]
     return int(np.maximum(counts[0] - counts[1], 0).sum())

@@ -104,7 +104,8 @@ def grow(
   stands in the text that `general_counts_V` counts; (0, 0.5) takes pieces all of whose old pieces are used rarely there. "count":
   how often the candidate itself stands in `train`. `saving`: no more pieces once they save this share of `train`'s tokens.
   `protect` gives texts whose tokenisation must not change.
-  Raises ConfigError: too little text; a band without general text; no piece is left."""
+  Raises ConfigError: too little text; a band without general text; no piece is left.
+  """
   num_bytes = sum(len(text.encode()) for text in train)
   if num_bytes < MIN_BYTES:
     raise ConfigError(

@@ -37,7 +37,8 @@ class Neighbours(NamedTuple):
 def sparsemax(scores_NK: np.ndarray) -> np.ndarray:
   """The point of the simplex nearest to each row (Martins and Astudillo, 1602.02068): most weights are exactly 0.
 
-  `[1.0, 0.5, 0.0]` -> `[0.75, 0.25, 0.0]`."""
+  `[1.0, 0.5, 0.0]` -> `[0.75, 0.25, 0.0]`.
+  """
   sorted_NK = -np.sort(-scores_NK, axis=1)
   sums_NK = np.cumsum(sorted_NK, axis=1) - 1
   ranks_K = np.arange(1, scores_NK.shape[1] + 1)
