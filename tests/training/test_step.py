@@ -40,12 +40,7 @@ def gradient(spec, batch, *, params=None, settings=SETTINGS, source_weights=(1.0
   tx = optax.trace(0.0)  # keeps the newest gradient
   now = state.create(transformer.init(spec, jax.random.key(0)) if params is None else params, tx)
   update = factory.train_step(
-    spec,
-    tx,
-    settings=settings,
-    source_weights=source_weights,
-    microbatches=microbatches,
-    z_loss=z_loss,
+    spec, tx, settings=settings, source_weights=source_weights, microbatches=microbatches, z_loss=z_loss
   )
   now, metrics = jax.jit(update)(now, batch, 1.0)
   return jax.device_get(now.opt_state.trace), jax.device_get(metrics)
