@@ -118,15 +118,11 @@ class Decoder(nnx.Module):
       self.head = _normal(rngs, (spec.width, spec.vocab_size), spec.init_std, "embed", "vocab")
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init(spec: ModelSpec, key: jax.Array) -> dict[str, Any]:
   """Random float32 parameters, each device making its own part when a mesh is set. The same key gives the same values to
   rounding on any mesh."""
-
-  @jax.jit
-  def make(key):
-    return nnx.to_pure_dict(nnx.state(Decoder(spec, rngs=nnx.Rngs(params=key)), nnx.Param))
-
-  return make(key)
+  return nnx.to_pure_dict(nnx.state(Decoder(spec, rngs=nnx.Rngs(params=key)), nnx.Param))
 
 
 def abstract_params(spec: ModelSpec) -> dict[str, Any]:
