@@ -16,7 +16,7 @@ Practice that it starts from:
 - General text most of all in the first tenth: without it a 7B model's in-context learning was gone within 100 to 1000 steps
   (2506.00288, Llama 2 to Basque). So the new language's share rises from 5%. Others jumped to their shares and saw a transient
   only (2403.08763, 2404.17790); no controlled comparison of ramp and jump is known.
-- A guard (docs/guards.md): where the general loss is more than 0.3 nats above the base's, about what 10% replay cost above, the
+- A guard (docs/guide/guards.md): where the general loss is more than 0.3 nats above the base's, about what 10% replay cost above, the
   run goes back to the last evaluation that was within and takes the ramp at half its speed.
 """  # noqa: E501 - a command that can be copied
 

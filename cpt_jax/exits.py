@@ -3,6 +3,7 @@
 Invariant: what is not listed here is our own mistake and keeps its traceback. Imports nothing heavy, so that all may use it.
 """
 
+# By sysexits.h where it has one: 65 data, 74 input and output, 78 configuration.
 DONE, TOO_LARGE, BAD_TEXT, DISK, STOPPED, CONFIG, NOT_FINITE, LOST, GUARD = 0, 1, 65, 74, 75, 78, 86, 87, 88
 INTERRUPTED = 130  # as shells say it of a program that Ctrl-C has ended
 

@@ -54,8 +54,7 @@ def train(
     FloatingPointError: loss or gradient were not finite for guard.nonfinite_steps.
     OSError: the disk.
   """
-  config = config_lib.load_file(shipped.find(config)) if isinstance(config, str) else config.copy_and_resolve_references()
-  config = shipped.complete(config)
+  config = config_lib.load(config) if isinstance(config, str) else shipped.complete(config.copy_and_resolve_references())
   workdir = pathlib.Path(workdir)
   try:
     hosts.connect(coordinator=coordinator, num_processes=num_processes, process_id=process_id, wait_secs=wait_secs)

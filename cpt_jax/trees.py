@@ -32,10 +32,8 @@ def map_with_path(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 def match_rules(tree: Any, rules: Sequence[tuple[str, Any]], *, key: str) -> Any:
   """A tree of the same shape that holds, for each leaf, the value of the first rule whose pattern matches its whole path.
-
-  Raises:
-    ConfigError: a pattern that is no regular expression, or leaves that no pattern matches; `key` is the config key of the rules.
-  """
+  Raises ConfigError: a pattern that is no regular expression, or leaves that no pattern matches; `key` is the config key of the
+  rules."""
   compiled = []
   for pattern, value in rules:
     try:

@@ -4,8 +4,8 @@ import json
 
 import factory
 import numpy as np
+from store_writer import StoreWriter
 
-from cpt_jax.store.token_files import StoreWriter
 from cpt_jax.store.token_store import open_store
 from cpt_jax.stream import pipeline
 from cpt_jax.stream.batch import Batch

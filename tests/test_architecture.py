@@ -40,7 +40,7 @@ LAYERS = [
   + ["planning.trials", "planning.design", "planning.config_files", "planning.outcome", "planning.execute", "planning.tables"]
   + ["planning.planner"],
   ["library"],
-  ["cli.manual", "cli.overrides", "cli.launching"],
+  ["cli.manual", "cli.launching"],
   [f"cli.{name}" for name in ("prepare", "diagnose", "vocab_assess", "vocab_grow", "vocab_compare", "plan", "train", "report")]
   + [f"cli.{name}" for name in ("export", "show", "fit_laws", "compile", "quickstart")]
   + [f"cli.launch_{name}" for name in ("slurm", "ssh", "tpu_vm", "xpk")],

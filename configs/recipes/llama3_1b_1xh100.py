@@ -4,10 +4,10 @@ Compile, without a chip:  cpt compile --config=configs/recipes/llama3_1b_1xh100.
 It ends with:             verdict       fits: 62.91 of 71.20 GiB a chip (12% free); bound by
                           compute; at most 73.4% MFU causal (80.6% palm), 88,291 tokens/s a chip
 
-Nothing is computed again and the layers stand one by one (model.scan=False): the fastest of docs/gpu.md, where an H200 made
+Nothing is computed again and the layers stand one by one (model.scan=False): the fastest of docs/results/gpu.md: an H200 made
 64,627 tokens/s with 8 rows. 8 parts of 8 rows make 262,144 tokens a step. An H200 (h200:1x1) has room for parts of 16.
 
-A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
+A run needs a base and texts besides: see docs/guide/compile.md, "From a recipe to a run".
 """
 
 from cpt_jax import config as config_lib

@@ -7,7 +7,7 @@ It ends with:             verdict       fits: 34.23 of 71.20 GiB a chip (52% fre
 One row a GPU, of the mlp alone the products are computed again: 1,048,576 tokens a step in one part. The state is divided over
 all hosts, since no host's eight GPUs hold it; every layer's gather crosses the network, all ports at once.
 
-A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
+A run needs a base and texts besides: see docs/guide/compile.md, "From a recipe to a run".
 """
 
 from cpt_jax import config as config_lib

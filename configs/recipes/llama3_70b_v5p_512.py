@@ -7,7 +7,7 @@ It ends with:             verdict       fits: 81.84 of 95.74 GiB a chip (15% fre
 One row a chip, of which only norms, rotations and gates are computed again: 2,097,152 tokens a step in one
 part. The state is divided over a plane of 8 x 8 chips, 8 planes have a copy each: see llama3_8b_v5p_64.
 
-A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
+A run needs a base and texts besides: see docs/guide/compile.md, "From a recipe to a run".
 """
 
 from cpt_jax import config as config_lib

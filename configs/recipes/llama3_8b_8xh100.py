@@ -7,7 +7,7 @@ It ends with:             verdict       fits: 48.77 of 71.20 GiB a chip (32% fre
 One row a GPU and part, 16 parts: 524,288 tokens a step. With two rows XLA finds memory short and computes layers again by itself
 (1.18 times the model's FLOPs instead of 1.03, which costs more than the gathers of 16 parts instead of 8).
 
-A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
+A run needs a base and texts besides: see docs/guide/compile.md, "From a recipe to a run".
 """
 
 from cpt_jax import config as config_lib

@@ -7,7 +7,7 @@ It ends with:             verdict       fits: 14.08 of 15.75 GiB a chip (11% fre
 A chip of 16 GB holds its part of the state and of the base's copy and little else: one row a chip, each layer again, small chunks
 of the loss and no accumulation, so 65,536 tokens a step.
 
-A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
+A run needs a base and texts besides: see docs/guide/compile.md, "From a recipe to a run".
 """
 
 from cpt_jax import config as config_lib

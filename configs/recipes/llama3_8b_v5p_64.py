@@ -8,7 +8,7 @@ Two rows a chip, of which only norms, rotations and gates are computed again: 52
 The state is divided over a plane of 4 x 4 chips, 4 planes have a copy each: over all 64 chips (mesh.fsdp=64) libtpu 0.0.42 makes
 an all-reduce of every gather, with twice the bytes.
 
-A run needs a base and texts besides: see docs/scaling.md, "From a recipe to a run".
+A run needs a base and texts besides: see docs/guide/compile.md, "From a recipe to a run".
 """
 
 from cpt_jax import config as config_lib

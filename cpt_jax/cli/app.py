@@ -108,10 +108,7 @@ def _main(argv: list[str], environ: MutableMapping[str, str]) -> int:
 
 def find(argv: list[str]) -> tuple[Command | None, list[str]]:
   """The command that a line begins with, and its arguments; None for a group that is named alone or with --help.
-
-  Raises:
-    ConfigError: there is none of that name.
-  """
+  Raises ConfigError: there is none of that name."""
   from cpt_jax.config import ConfigError, did_you_mean
 
   for command in COMMANDS:

@@ -10,52 +10,28 @@ def parser() -> manual.Parser:
   """The flags."""
   p = manual.Parser(
     "diagnose",
-    description="""
-    Measures a base on text like its own and on the texts that it is to learn: its loss, how its vocabulary fits, how long the
-    documents are. Rules with printed thresholds say of each text whether it is domain knowledge, another language or longer than
-    the base's context, what to do about the vocabulary, and which rate and replay share published runs began with. Nothing is
-    trained.
+    description="""Measures a base on text like its own and on the texts that it is to learn: its loss, how its vocabulary fits,
+    how long the documents are. Rules with printed thresholds say of each text whether it is domain knowledge, another language or
+    longer than the base's context, what to do about the vocabulary, and which rate and replay share published runs began with.
+    Nothing is trained.
 
-    Ends with the command that says what the run would do, and writes all figures into diagnosis.json.
-    """,
-    example="""
-    cpt diagnose --hf=models/base --sources=general=texts/en.jsonl.gz,law=texts/law.jsonl.gz
+    Ends with the command that says what the run would do, and writes all figures into diagnosis.json.""",
+    example="""cpt diagnose --hf=models/base --sources=general=texts/en.jsonl.gz,law=texts/law.jsonl.gz
 
-    Prepares both texts with the base's tokenizer, evaluates the base on each, and says what learning the second one takes.
-    """,
+    Prepares both texts with the base's tokenizer, evaluates the base on each, and says what learning the second one takes.""",
     exit_codes=(exits.BAD_TEXT,),
   )
-  p.add_argument("--hf", default="", metavar="DIR", help="The base: a Hugging Face directory.")
-  p.add_argument(
-    "--sources", action="append", default=[], metavar="NAME=PATH,...",
-    help="Token stores, or texts to make stores of; repeatable.",
-  )  # fmt: skip
-  p.add_argument(
-    "--general", default="", metavar="NAME",
-    help="The source that is like the base's own text; by default the one named general, else the first.",
-  )  # fmt: skip
-  p.add_argument(
-    "--tokens", type=manual.at_least(100), default=50_000,
-    help="Tokens of each source that the base is evaluated on, at most; 50000 by default.",
-  )  # fmt: skip
-  p.add_argument("--budget", default="", metavar="TOKENS", help="Tokens of the run that is planned, e.g. '2B tokens'.")
-  p.add_argument(
-    "--base_peak_lr", type=float, metavar="RATE", help="The peak rate of the base's own pretraining, where it is known."
-  )
-  p.add_argument(
-    "--heldout_frac", type=float, metavar="SHARE",
-    help="Share of documents that the run holds out; by default that of data.heldout_frac.",
-  )  # fmt: skip
-  p.add_argument(
-    "--row_len", type=manual.at_least(0), default=0, metavar="POSITIONS",
-    help="Positions of an evaluation row (data.row_len); 0, the default: as a run has them, within the base's context.",
-  )  # fmt: skip
-  p.add_argument(
-    "--output",
-    default="",
-    metavar="DIR",
-    help="Where the result goes; by default diagnosis, or the first diagnosis_N that is free.",
-  )
+  p.flag("--hf=DIR", "The base: a Hugging Face directory.")
+  p.repeated("--sources=NAME=PATH,...", "Token stores, or texts to make stores of; repeatable.")
+  p.flag("--general=NAME", "The source that is like the base's own text; by default the one named general, else the first.")
+  p.flag("--tokens", "Tokens of each source that the base is evaluated on, at most; 50000 by default.", 50_000, low=100)
+  p.flag("--budget=TOKENS", "Tokens of the run that is planned, e.g. '2B tokens'.")
+  p.flag("--base_peak_lr=RATE", "The peak rate of the base's own pretraining, where it is known.", None, type=float)
+  held_out = "Share of documents that the run holds out; by default that of data.heldout_frac."
+  p.flag("--heldout_frac=SHARE", held_out, None, type=float)
+  row = "Positions of an evaluation row (data.row_len); 0, the default: as a run has them, within the base's context."
+  p.flag("--row_len=POSITIONS", row, 0, low=0)
+  p.flag("--output=DIR", "Where the result goes; by default diagnosis, or the first diagnosis_N that is free.")
   return p
 
 

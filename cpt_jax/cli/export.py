@@ -10,25 +10,19 @@ def parser() -> manual.Parser:
   """The flags."""
   p = manual.Parser(
     "export",
-    description="""
-    Writes a checkpoint of a run as a Hugging Face directory that transformers loads, with the tokenizer and the other files of
-    the base. The run is only read, on the CPU, and may go on training meanwhile. At its end a run writes one by itself, into its
-    hf/.""",
-    example="""
-    cpt export --run=runs/quickstart --output=exported/quickstart --dtype=bfloat16
+    description="""Writes a checkpoint of a run as a Hugging Face directory that transformers loads, with the tokenizer and
+    the other files of the base. The run is only read, on the CPU, and may go on training meanwhile. At its end a run writes
+    one by itself, into its hf/.""",
+    example="""cpt export --run=runs/quickstart --output=exported/quickstart --dtype=bfloat16
 
     Writes the newest checkpoint in half the bytes.""",
   )
-  p.add_argument("--run", required=True, metavar="DIR", help="The --workdir of a run.")
-  p.add_argument("--output", required=True, metavar="DIR", help="Directory to make; one that an export made earlier is replaced.")
-  p.add_argument("--step", type=int, default=-1, metavar="N", help="Step of the checkpoint; -1, the default, is the newest.")
-  p.add_argument(
-    "--dtype", default="", choices=("", "float32", "bfloat16", "float16"), help="Stored as; by default as the base, else float32."
-  )
-  p.add_argument("--source", default="", metavar="DIR", help="The base or tokenizer, if it has moved since the run.")
-  p.add_argument(
-    "--verbosity", default="-1", metavar="N", help="0 shows the diaries of the libraries too; -1, the default, none."
-  )
+  p.flag("--run=DIR", "The --workdir of a run.", required=True)
+  p.flag("--output=DIR", "Directory to make; one that an export made earlier is replaced.", required=True)
+  p.flag("--step=N", "Step of the checkpoint; -1, the default, is the newest.", -1)
+  p.flag("--dtype", "Stored as; by default as the base, else float32.", choices=("", "float32", "bfloat16", "float16"))
+  p.flag("--source=DIR", "The base or tokenizer, if it has moved since the run.")
+  p.flag("--verbosity=N", "0 shows the diaries of the libraries too; -1, the default, none.", "-1")
   return p
 
 

@@ -12,42 +12,25 @@ def parser() -> manual.Parser:
 
   p = manual.Parser(
     "fit-laws",
-    description="""
-    Fits laws of learning-rate schedules and of continual pretraining to whole loss curves, and says how well each predicts
-    curves that it has not seen: those of --score, or without any each fitted curve from the others. Curves are CSV files with the
-    columns step, lr, loss, or runs of this package, of which --source names the held-out losses. Parameters come with 90%
-    intervals.
-    """,
-    example="""
-    cpt fit-laws --law=all --runs=plan/trials --source=general --plot=laws.png
+    description="""Fits laws of learning-rate schedules and of continual pretraining to whole loss curves, and says how well
+    each predicts curves that it has not seen: those of --score, or without any each fitted curve from the others. Curves are
+    CSV files with the columns step, lr, loss, or runs of this package, of which --source names the held-out losses.
+    Parameters come with 90% intervals.""",
+    example="""cpt fit-laws --law=all --runs=plan/trials --source=general --plot=laws.png
 
-    Compares all laws on the trials of a plan, each predicted from the others.
-    """,
+    Compares all laws on the trials of a plan, each predicted from the others.""",
   )
-  for name, what in (
-    ("fit", "CSV files, runs or folders of runs to fit: one or more; repeatable."),
-    ("score", "Such to predict; without any, each fitted curve is predicted from the others."),
-  ):
-    p.add_argument(f"--{name}", nargs="+", action="extend", default=[], metavar="FILE", help=what)
-  p.add_argument("--runs", default="", metavar="DIR", help="A folder of runs to fit, beside those of --fit.")
-  p.add_argument("--source", default="", metavar="NAME", help="Whose held-out losses are taken from runs, e.g. general.")
-  p.add_argument(
-    "--law", default="multi_power", metavar="NAME", help=f"{', '.join(LAWS)}; or all, to compare those that fit the curves' kind."
-  )
-  p.add_argument("--json", default="", metavar="FILE", help="File to write the figures into.")
-  p.add_argument(
-    "--plot", default="", metavar="FILE", help="PNG of all curves with the laws' predictions (needs the extra [plots])."
-  )
-  p.add_argument(
-    "--warmup_steps", type=int, default=-1, metavar="N",
-    help="Of the CSV files; -1, the default = until the first row, or while the rate rises.",
-  )  # fmt: skip
-  p.add_argument(
-    "--resamples", type=int, default=100, metavar="N",
-    help="Resampled data sets for the intervals of parameters, 100 by default; 0 = no intervals.",
-  )  # fmt: skip
-  p.add_argument("--starts", type=int, default=48, metavar="N", help="Points from which each fit is searched; 48 by default.")
-  p.add_argument("--seed", type=int, default=0, help="Of starts and resamples.")
+  p.repeated("--fit=FILE", "CSV files, runs or folders of runs to fit: one or more; repeatable.", nargs="+")
+  p.repeated("--score=FILE", "Such to predict; without any, each fitted curve is predicted from the others.", nargs="+")
+  p.flag("--runs=DIR", "A folder of runs to fit, beside those of --fit.")
+  p.flag("--source=NAME", "Whose held-out losses are taken from runs, e.g. general.")
+  p.flag("--law=NAME", f"{', '.join(LAWS)}; or all, to compare those that fit the curves' kind.", "multi_power")
+  p.flag("--json=FILE", "File to write the figures into.")
+  p.flag("--plot=FILE", "PNG of all curves with the laws' predictions (needs the extra [plots]).")
+  p.flag("--warmup_steps=N", "Of the CSV files; -1, the default = until the first row, or while the rate rises.", -1)
+  p.flag("--resamples=N", "Resampled data sets for the intervals of parameters, 100 by default; 0 = no intervals.", 100)
+  p.flag("--starts=N", "Points from which each fit is searched; 48 by default.", 48)
+  p.flag("--seed", "Of starts and resamples.", 0)
   return p
 
 

@@ -13,41 +13,22 @@ from cpt_jax.devices import launch, ssh
 
 def parser() -> manual.Parser:
   """The flags."""
-  p = manual.Parser(
+  p = launching.parser(
     "launch ssh",
-    description="""
-    Starts a run on all hosts at once and shows what they say, each line behind its host's name. When one ends badly,
-    at Ctrl-C, and when this program is gone, all are told to save and end. The exit code is that of the first that
-    failed."""
-    + launching.ABOUT,
-    example="""
-    cpt launch ssh --hosts=me@a,me@b --print -- --config=configs/domain.py --workdir=/shared/runs/domain
+    """Starts a run on all hosts at once and shows what they say, each line behind its host's name. When one ends
+    badly, at Ctrl-C, and when this program is gone, all are told to save and end. The exit code is that of the first that
+    failed.""",
+    example="""cpt launch ssh --hosts=me@a,me@b --print -- --config=configs/domain.py --workdir=/shared/runs/domain
 
     Shows the two commands.""",
-    rest=launching.REST,
     exit_codes=(exits.STOPPED, exits.NOT_FINITE, exits.LOST, exits.GUARD),
   )
-  p.add_argument(
-    "--hosts", type=manual.words, default=[], metavar="A,B", help="Hosts as ssh knows them, the first one is process 0."
-  )
-  p.add_argument("--hosts_file", metavar="FILE", help="A file with a host a line instead; # begins a comment.")
-  p.add_argument(
-    "--coordinator", metavar="HOST:PORT", help="Where the others find the first host, if not at its name and --port."
-  )
-  p.add_argument(
-    "--port", type=manual.at_least(1, 65535), default=8476, metavar="N", help="A port that is free on the first host."
-  )
-  p.add_argument(
-    "--ssh_option",
-    action="append",
-    default=[],
-    metavar="NAME=VALUE",
-    help="Another of ssh's -o options, e.g. Port=2222; repeatable.",
-  )
-  p.add_argument(
-    "--grace_secs", type=manual.at_least(0), default=120, metavar="N",
-    help="So long the others may take to save and end, after one has ended badly. 120 by default.",
-  )  # fmt: skip
+  p.flag("--hosts=A,B", "Hosts as ssh knows them, the first one is process 0.", [])
+  p.flag("--hosts_file=FILE", "A file with a host a line instead; # begins a comment.", None)
+  p.flag("--coordinator=HOST:PORT", "Where the others find the first host, if not at its name and --port.", None)
+  p.flag("--port=N", "A port that is free on the first host.", 8476, low=1, high=65535)
+  p.repeated("--ssh_option=NAME=VALUE", "Another of ssh's -o options, e.g. Port=2222; repeatable.")
+  p.flag("--grace_secs=N", "So long the others may take to save and end, after one has ended badly. 120 by default.", 120, low=0)
   launching.add_flags(p, directory=launch.home(), python=sys.executable)
   return p
 

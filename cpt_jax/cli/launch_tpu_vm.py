@@ -1,31 +1,25 @@
 """`cpt launch tpu-vm`: one gcloud command, whose output is all workers'."""
 
-import shlex
 from argparse import Namespace
 
-from cpt_jax import exits
 from cpt_jax.cli import launching, manual
 from cpt_jax.devices import launch
 
 
 def parser() -> manual.Parser:
   """The flags."""
-  p = manual.Parser(
+  p = launching.parser(
     "launch tpu-vm",
-    description="""
-    Runs the same command on every worker of a TPU VM, or of all slices of a queued resource, by gcloud; jax finds the
-    pod and its slices by itself. The exit code is gcloud's."""
-    + launching.ABOUT,
-    example="""
-    cpt launch tpu-vm --tpu=mine --zone=us-east5-a --print -- --config=configs/domain.py --workdir=/gcs/runs/domain
+    """Runs the same command on every worker of a TPU VM, or of all slices of a queued resource, by gcloud; jax
+    finds the pod and its slices by itself. The exit code is gcloud's.""",
+    example="""cpt launch tpu-vm --tpu=mine --zone=us-east5-a --print -- --config=configs/domain.py --workdir=/gcs/runs/domain
 
     Shows the command for one slice.""",
-    rest=launching.REST,
   )
-  p.add_argument("--tpu", default="", metavar="NAME", help="A TPU VM, one slice.")
-  p.add_argument("--queued_resource", default="", metavar="NAME", help="A queued resource instead: a run over all of its slices.")
-  p.add_argument("--zone", default="", help="Its zone, e.g. us-east5-a; gcloud's configured one by default.")
-  p.add_argument("--project", default="", help="Its project; gcloud's configured one by default.")
+  p.flag("--tpu=NAME", "A TPU VM, one slice.")
+  p.flag("--queued_resource=NAME", "A queued resource instead: a run over all of its slices.")
+  p.flag("--zone", "Its zone, e.g. us-east5-a; gcloud's configured one by default.")
+  p.flag("--project", "Its project; gcloud's configured one by default.")
   launching.add_flags(p, directory="cpt_jax", python="python3")
   return p
 
@@ -35,7 +29,4 @@ def run(args: Namespace) -> int:
   of_hosts = launching.run_of(args, sees_our_disk=False)
   where = {"tpu": args.tpu, "queued_resource": args.queued_resource, "zone": args.zone, "project": args.project}
   gcloud = launch.on_tpu_vm(of_hosts, **where)
-  if args.print:
-    launch.print_plan([shlex.join(gcloud)], kind="tpu")
-    return exits.DONE
-  return launch.call(gcloud, why="it is part of the Google Cloud CLI (https://cloud.google.com/sdk)")
+  return launching.run_or_print(args, gcloud, kind="tpu", why="it is part of the Google Cloud CLI (https://cloud.google.com/sdk)")

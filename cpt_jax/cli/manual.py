@@ -20,42 +20,42 @@ class Parser(argparse.ArgumentParser):
 
   def __init__(
     self,
-    name: str,
+    name: str,  # of the command, as typed after `cpt`
     *,
-    description: str,
-    example: str,
-    exit_codes: Sequence[int] = (),
-    rest: str = "",
-    overrides: bool = False,
-    more: Callable[[], dict[str, str]] = dict,
+    description: str,  # paragraphs, with an empty line between them
+    example: str,  # a command that works, and behind an empty line what it does
+    exit_codes: Sequence[int] = (),  # those beside 0, 78 and 74
+    rest: str = "",  # what stands behind `--`, for commands that hand it on (`args.rest`)
+    overrides: bool = False,  # takes --config.key=value, all of which read() puts into `args.overrides`
+    more: Callable[[], dict[str, str]] = dict,  # sections at the end of the page, title -> text as it is
   ):
-    """Begins a page.
-
-    Args:
-      name: of the command, as typed after `cpt`.
-      description: paragraphs, with an empty line between them.
-      example: a command that works, and behind an empty line what it does.
-      exit_codes: those beside 0, 78 and 74.
-      rest: what stands behind `--`, for commands that hand it on (`args.rest`); empty for the others.
-      overrides: takes --config.key=value, all of which read() puts into `args.overrides`.
-      more: sections at the end of the page, title -> text as it is.
-    """
     super().__init__(prog=f"cpt {name}", add_help=False, allow_abbrev=False)
     self.name, self.summary, self.about, self.example, self.rest = name, "", description, example, rest
     self.overrides, self.more = overrides, more
     self.exit_codes = sorted({exits.DONE, exits.DISK, exits.CONFIG, *exit_codes})
     self.add_argument("--help", "-h", action="store_true", help="Shows this page.")
 
+  def flag(
+    self, form: str, help: str, default: Any = "", *, low: int | None = None, high: int | None = None, **more: Any
+  ) -> None:
+    """A flag in the form --name=VALUE, of the default's type: text, a number, or a list of words; `more` is argparse's own.
+
+    `low` and `high`: it is a whole number, at least and at most.
+    """
+    name, _, value = form.partition("=")
+    kind = {int: int, float: float, list: words}.get(type(default)) if low is None else at_least(low, high)
+    self.add_argument(name, metavar=value or None, help=help, default=default, **{"type": kind, **more})
+
+  def repeated(self, form: str, help: str, *, nargs: str | None = None) -> None:
+    """A flag that may be given again: the list of its values."""
+    self.flag(form, help, [], type=None, action="extend" if nargs else "append", nargs=nargs)
+
   def switch(self, name: str, *, default: bool, help: str) -> None:
     """A flag without a value: --name, and --noname for the contrary."""
     self.add_argument(f"--{name}", f"--no{name}", action=_Switch, default=default, help=help)
 
   def read(self, argv: Sequence[str]) -> argparse.Namespace:
-    """The flags of a command line.
-
-    Raises:
-      ConfigError: what is wrong with it, and what was probably meant.
-    """
+    """The flags of a command line. Raises ConfigError: what is wrong with it, and what was probably meant."""
     ours, rest = list(argv), []
     if "--" in ours:
       cut = ours.index("--")
@@ -97,11 +97,8 @@ class Parser(argparse.ArgumentParser):
 
   def format_help(self) -> str:
     """The manual page."""
-    options = [
-      f"{name}\n{_wrap((action.help or '').replace('%%', '%'), 4)}"
-      for action in self._actions
-      for name in [", ".join(_invocations(action))]
-    ]
+    helps = {", ".join(_invocations(action)): (action.help or "").replace("%%", "%") for action in self._actions}
+    options = [f"{name}\n{_wrap(text, 4)}" for name, text in helps.items()]
     command, _, meaning = self.example.strip().partition("\n\n")
     example = textwrap.dedent(command) + (f"\n\n{_paragraphs(meaning)}" if meaning else "")
     codes = [f"{code:<4}{exits.MEANINGS[code]}" for code in self.exit_codes]

@@ -87,7 +87,7 @@ def run(args: Namespace) -> int:
   try:
     if uses_datatrove:
       of_machines: dict[str, Any] = {name: getattr(args, name) for name in machines.Asked._fields}
-      asked = machines.Asked(**of_machines | {"executor": args.executor or "local"})
+      asked = machines.Asked(**of_machines)._replace(executor=args.executor or "local")
       lines = machines.prepare(inputs, asked, task=machines.Task(**how), contamination=contamination, dry_run=args.dry_run)
     else:
       import cpt_jax

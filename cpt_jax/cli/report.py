@@ -11,19 +11,17 @@ def parser() -> manual.Parser:
   """The flags."""
   p = manual.Parser(
     "report",
-    description="""
-    Says for each source of a run how its held-out loss has changed from the base's, and draws it over the tokens trained on.
-    Where a plan predicted the run's losses, measured and predicted stand beside each other.
+    description="""Says for each source of a run how its held-out loss has changed from the base's, and draws it over the tokens
+    trained on. Where a plan predicted the run's losses, measured and predicted stand beside each other.
 
     A run that is still going is reported as far as it is. The figure needs matplotlib: pip install 'cpt_jax[plots]'.""",
-    example="""
-    cpt report --run=runs/quickstart
+    example="""cpt report --run=runs/quickstart
 
     Prints the table, and writes runs/quickstart/report.png.""",
   )
-  p.add_argument("--run", required=True, metavar="DIR", help="The --workdir of the run.")
-  p.add_argument("--plan", default="", metavar="DIR", help="Its plan; without it, the prediction that the run's config records.")
-  p.add_argument("--output", default="", metavar="FILE", help="The figure; report.png in the run's directory by default.")
+  p.flag("--run=DIR", "The --workdir of the run.", required=True)
+  p.flag("--plan=DIR", "Its plan; without it, the prediction that the run's config records.")
+  p.flag("--output=FILE", "The figure; report.png in the run's directory by default.")
   p.switch("figure", default=True, help="Draw the figure.")
   return p
 

@@ -13,23 +13,16 @@ def parser() -> manual.Parser:
   """The flags."""
   p = manual.Parser(
     "show",
-    description="""
-    Says which documents stand in the rows of one batch of a run, from which token to which, and shows their text. It reads the
-    record that the run keeps of its data, and the stores; no model and no device is needed.""",
-    example="""
-    cpt show --run=runs/quickstart --step=17 --rows=0,5
+    description="""Says which documents stand in the rows of one batch of a run, from which token to which, and shows their
+    text. It reads the record that the run keeps of its data, and the stores; no model and no device is needed.""",
+    example="""cpt show --run=runs/quickstart --step=17 --rows=0,5
 
     Shows two of the sixteen rows that made the update from step 17 to step 18.""",
   )
-  p.add_argument("--run", required=True, metavar="DIR", help="The --workdir of the run.")
-  p.add_argument(
-    "--step", type=int, required=True, metavar="N", help="The step, from 0: its batch makes the update to the next one."
-  )
-  p.add_argument("--rows", type=manual.words, default=[], metavar="N,N", help="Rows of the batch, e.g. 0,5; all by default.")
-  p.add_argument(
-    "--chars", type=manual.at_least(0), default=300, metavar="N",
-    help="Characters of each document's text, from both ends; 0 = all. 300 by default.",
-  )  # fmt: skip
+  p.flag("--run=DIR", "The --workdir of the run.", required=True)
+  p.flag("--step=N", "The step, from 0: its batch makes the update to the next one.", type=int, required=True)
+  p.flag("--rows=N,N", "Rows of the batch, e.g. 0,5; all by default.", [])
+  p.flag("--chars=N", "Characters of each document's text, from both ends; 0 = all. 300 by default.", 300, low=0)
   p.switch("json", default=False, help="One JSON object a row, with the whole text, instead of text for people.")
   return p
 

@@ -10,38 +10,21 @@ def parser() -> manual.Parser:
   """The flags."""
   p = manual.Parser(
     "vocab assess",
-    description="""
-    Measures how well the vocabulary of a base, and those of others, spell the text that is to be learnt: bytes a token, tokens
-    that are single bytes, how far the text is from general text, and what more pieces would save on documents that they were not
-    chosen from. Rules with printed thresholds then say whether to keep the vocabulary, to grow it (cpt vocab grow), or to take
-    another base. Nothing is trained.
-    """,
-    example="""
-    cpt vocab assess --tokenizers=models/base,models/other --domain='texts/zh/*.jsonl.gz' --general=texts/en.jsonl.gz
+    description="""Measures how well the vocabulary of a base, and those of others, spell the text that is to be learnt: bytes
+    a token, tokens that are single bytes, how far the text is from general text, and what more pieces would save on documents
+    that they were not chosen from. Rules with printed thresholds then say whether to keep the vocabulary, to grow it (cpt
+    vocab grow), or to take another base. Nothing is trained.""",
+    example="""cpt vocab assess --tokenizers=models/base,models/other --domain='texts/zh/*.jsonl.gz' --general=texts/en.jsonl.gz
 
-    Compares two bases on Chinese text, and says which to take.
-    """,
+    Compares two bases on Chinese text, and says which to take.""",
     exit_codes=(exits.BAD_TEXT,),
   )
-  p.add_argument(
-    "--tokenizers", type=manual.words, default=[], metavar="PATH,...",
-    help="Hugging Face directories, tokenizer.json or *.model files; your base first.",
-  )  # fmt: skip
-  p.add_argument(
-    "--domain", action="append", default=[], metavar="FILES", help="Text files or globs of what is to be learnt; repeatable."
-  )
-  p.add_argument(
-    "--general", action="append", default=[], metavar="FILES", help="Text files or globs of text like the base's own; repeatable."
-  )
-  p.add_argument(
-    "--domain_gb", type=float, metavar="GB", help="Domain text that exists in all, 10^9 bytes, where --domain is a part of it."
-  )
-  p.add_argument(
-    "--budget", default="", metavar="TOKENS", help="Tokens of domain text that the run would read, e.g. '2B tokens'."
-  )
-  p.add_argument(
-    "--output", default="", metavar="FILE", help="A file for all figures, e.g. assessment.json; by default they are only printed."
-  )
+  p.flag("--tokenizers=PATH,...", "Hugging Face directories, tokenizer.json or *.model files; your base first.", [])
+  p.repeated("--domain=FILES", "Text files or globs of what is to be learnt; repeatable.")
+  p.repeated("--general=FILES", "Text files or globs of text like the base's own; repeatable.")
+  p.flag("--domain_gb=GB", "Domain text that exists in all, 10^9 bytes, where --domain is a part of it.", None, type=float)
+  p.flag("--budget=TOKENS", "Tokens of domain text that the run would read, e.g. '2B tokens'.")
+  p.flag("--output=FILE", "A file for all figures, e.g. assessment.json; by default they are only printed.")
   return p
 
 

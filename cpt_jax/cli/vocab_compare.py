@@ -11,28 +11,17 @@ def parser() -> manual.Parser:
   """The flags."""
   p = manual.Parser(
     "vocab compare",
-    description="""
-    Puts runs with a grown vocabulary beside one without, in held-out bits per byte of the same text: what the new pieces cost at
-    first, and after how many tokens, bytes and FLOPs that was made up for. Reads records alone; runs that are still going are
-    compared as far as they are.
-    """,
-    example="""
-    cpt vocab compare --base=runs/plain --grown=runs/grown
+    description="""Puts runs with a grown vocabulary beside one without, in held-out bits per byte of the same text: what the
+    new pieces cost at first, and after how many tokens, bytes and FLOPs that was made up for. Reads records alone; runs that
+    are still going are compared as far as they are.""",
+    example="""cpt vocab compare --base=runs/plain --grown=runs/grown
 
-    Prints the tables and draws runs/grown/vocabulary.png.
-    """,
+    Prints the tables and draws runs/grown/vocabulary.png.""",
   )
-  p.add_argument("--base", default="", metavar="DIR", help="Directory of the run with the vocabulary as it was.")
-  p.add_argument(
-    "--grown", type=manual.words, default=[], metavar="DIR,...", help="Directories of the runs with other vocabularies."
-  )
-  p.add_argument(
-    "--within", type=float, default=0.01, metavar="BITS",
-    help="Bits per byte above the unexpanded run that count as met too; 0.01 by default.",
-  )  # fmt: skip
-  p.add_argument(
-    "--output", default="", metavar="FILE", help="The figure; vocabulary.png in the first grown run's directory by default."
-  )
+  p.flag("--base=DIR", "Directory of the run with the vocabulary as it was.")
+  p.flag("--grown=DIR,...", "Directories of the runs with other vocabularies.", [])
+  p.flag("--within=BITS", "Bits per byte above the unexpanded run that count as met too; 0.01 by default.", 0.01)
+  p.flag("--output=FILE", "The figure; vocabulary.png in the first grown run's directory by default.")
   p.switch("figure", default=True, help="Draw the figure (needs the extra [plots]).")
   return p
 

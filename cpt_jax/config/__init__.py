@@ -4,43 +4,14 @@ Invariant: nothing else holds the default of a key, and a key that is not in the
 Files in configs/ return `default()` with changes; a run begins with `resolve()`.
 """
 
+# ruff: noqa: F401 - what is imported here is what the others call
+
 from cpt_jax.config.check import leaf_keys, resolve
 from cpt_jax.config.describe import describe_keys, reference
 from cpt_jax.config.durations import Duration, parse_tokens
 from cpt_jax.config.errors import ConfigError, Problems, did_you_mean
-from cpt_jax.config.files import changes, check_overrides, completed, load_file
+from cpt_jax.config.files import changes, check_overrides, completed, load, load_file
 from cpt_jax.config.keys import FIELDS, KEYS, default, source
 from cpt_jax.config.shares import Share
 from cpt_jax.config.stages import NEW_ROWS, STAGES, Stage, of_stage, stages
 from cpt_jax.config.times import get, num_steps, steps_at, steps_of, tokens_per_step
-
-__all__ = [
-  "FIELDS",
-  "KEYS",
-  "NEW_ROWS",
-  "STAGES",
-  "ConfigError",
-  "Duration",
-  "Problems",
-  "Share",
-  "Stage",
-  "changes",
-  "check_overrides",
-  "completed",
-  "default",
-  "describe_keys",
-  "did_you_mean",
-  "get",
-  "leaf_keys",
-  "load_file",
-  "num_steps",
-  "of_stage",
-  "parse_tokens",
-  "reference",
-  "resolve",
-  "source",
-  "stages",
-  "steps_at",
-  "steps_of",
-  "tokens_per_step",
-]

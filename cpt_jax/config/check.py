@@ -20,10 +20,7 @@ from cpt_jax.config.times import get, num_steps, steps_at
 def resolve(config: Any, *, needs_data: bool = True) -> ConfigDict:
   """Checks every key that needs no file and no device; returns a locked copy in which durations are parsed.
 
-  Without `needs_data` there need be no sources.
-
-  Raises:
-    ConfigError: with a line for each problem.
+  Without `needs_data` there need be no sources. Raises ConfigError: with a line for each problem.
   """
   problems = Problems()
   config = config.copy_and_resolve_references()
@@ -189,10 +186,11 @@ def _check_stages(config: Any, problems: Problems) -> None:
 
 def _check_together(config: Any, problems: Problems) -> None:
   """Keys that must fit each other."""
-  if config.train.batch_rows % max(config.train.microbatches, 1):
+  rows, parts = config.train.batch_rows, config.train.microbatches
+  if rows % max(parts, 1):
     problems.add(
-      f"train.microbatches={config.train.microbatches} does not divide train.batch_rows={config.train.batch_rows}; "
-      f"use {_divisors(config.train.batch_rows)}"
+      f"train.microbatches={parts} does not divide train.batch_rows={rows}; "
+      f"use {', '.join(str(n) for n in range(1, rows + 1) if rows % n == 0)}"
     )
   starts = [k for k in ("start.resume", "start.hf", "start.weights") if get(config, k)]
   if not starts and not config.model.scratch:
@@ -277,7 +275,3 @@ def _check_predictions(config: Any, problems: Problems) -> None:
       problems.add(f"plan.losses: {entry!r} is no prediction; write (source, loss, low, high), e.g. ('law', 2.91, 2.88, 2.95)")
     elif entry[0] not in config.data.sources:
       problems.add(f"plan.losses: there is no source {entry[0]}.{did_you_mean(entry[0], config.data.sources)}")
-
-
-def _divisors(n: int) -> str:
-  return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

@@ -17,9 +17,7 @@ class Duration(str):
   """A length of training: `amount` of `unit` ("steps", "tokens" or "%" of the run), written as it was given.
 
   `bare` is the unit of a number alone, where a name says it (--budget is in tokens). Without it only 0 needs none.
-
-  Raises:
-    ValueError: what is no duration, with the forms that are understood.
+  Raises ValueError: what is no duration, with the forms that are understood.
   """
 
   amount: float
@@ -56,10 +54,7 @@ class Duration(str):
 
   def steps(self, *, tokens_per_step: int, run_steps: int | None = None) -> float:
     """The length in steps, not rounded. `run_steps` is needed by "%" alone.
-
-    Raises:
-      ValueError: a "%" without `run_steps`: the run's own length cannot be a share of itself.
-    """
+    Raises ValueError: a "%" without `run_steps`: the run's own length cannot be a share of itself."""
     if self.unit == "steps":
       return self.amount
     if self.unit == "tokens":
@@ -84,10 +79,7 @@ yaml.add_representer(Duration, lambda dumper, duration: dumper.represent_str(str
 
 def parse_tokens(text: str) -> float:
   """Reads a number of tokens above 0, whose unit may be left out: "2B", "2e9", "300M tokens".
-
-  Raises:
-    ValueError: anything else, with the form that is understood.
-  """
+  Raises ValueError: anything else, with the form that is understood."""
   found = Duration(text, bare="tokens")
   if found.unit != "tokens" or found.amount <= 0:
     raise ValueError(f"{text!r}: give tokens above 0, e.g. '2B tokens'")

@@ -7,11 +7,13 @@ import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
 
+from cpt_jax import exits
+
 
 class ConfigError(ValueError):
   """One or more mistakes that a person can mend; the message is a line for each, with key, value and fix."""
 
-  exit_code = 78  # of a program that ends with it (sysexits.h: configuration)
+  exit_code = exits.CONFIG  # of a program that ends with it
 
   def __init__(self, text: str):
     super().__init__(text)

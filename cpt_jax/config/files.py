@@ -4,16 +4,19 @@ Invariant: a mistake in a file is named with its line, a key that does not exist
 """
 
 import difflib
-import itertools
 import json
 import pathlib
 import re
 import runpy
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
+from absl import flags
 from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
 
+from cpt_jax import shipped
 from cpt_jax.config import keys
 from cpt_jax.config.check import leaf_keys, parse_times, unknown_key
 from cpt_jax.config.errors import ConfigError, Problems, did_you_mean
@@ -22,27 +25,35 @@ from cpt_jax.config.times import get
 _RENAMED = {"stages": "shares"}  # of `data`, in records of older versions
 
 
-def check_overrides(argv: list[str]) -> None:
-  """Looks at `--config=FILE --config.key=value ...` before the flags are parsed.
+def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+  """The config of FILE or FILE:ARGUMENT, here or shipped with the package, with the changes `--config.key=value` of `overrides`.
 
-  Raises:
-    ConfigError: the file cannot be read or run, or keys do not exist: all of them, with what was probably meant.
+  It is not yet resolved.
+  Raises ConfigError: no such file, a mistake in it, or changes of keys that do not exist or to values that are of another type.
   """
-  overrides = [m.group(1) for arg in argv if (m := re.match(r"--?(?:no)?config\.([\w.]+)", arg))]
-  files = [m.group(1) for arg in argv if (m := re.match(r"--?config=([^:]*)", arg))]
-  files += [after for arg, after in itertools.pairwise(argv) if arg in ("--config", "-config")]
-  if not files:
-    return
-  known = leaf_keys(load_file(files[-1]))
-  problems = Problems()
-  for key in overrides:
+  file, colon, argument = path.partition(":")
+  config = load_file(shipped.find(file), *([argument] if colon else []))
+  check_overrides(config, overrides)
+  values, argv = flags.FlagValues(), ["cpt", *overrides]  # of this call alone
+  config_flags.DEFINE_config_dict("config", config, "", flag_values=values, sys_argv=argv)
+  try:
+    values(argv)
+  except flags.Error as error:
+    raise ConfigError(str(error)) from None
+  return shipped.complete(values["config"].value)
+
+
+def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
+  """Raises ConfigError where a `--config.key` of `argv` does not exist: all of them, with what was probably meant."""
+  problems, known = Problems(), leaf_keys(config)
+  for key in [m.group(1) for arg in argv if (m := re.match(r"--?(?:no)?config\.([\w.]+)", arg))]:
     if key not in known:
       problems.add(unknown_key(key, known))
   problems.raise_if_any()
 
 
-def load_file(path: str) -> ConfigDict:
-  """Runs a config file; its mistakes become ConfigErrors that name the line."""
+def load_file(path: str, *argument: str) -> ConfigDict:
+  """Runs a config file's get_config, with its `argument` if there is one; a mistake becomes a ConfigError that names the line."""
   form = "a config file is Python: it defines get_config(), which returns cpt_jax.config.default() with changes"
   if not pathlib.Path(path).is_file():
     here = sorted(str(p) for p in pathlib.Path(path).parent.glob("*.py"))
@@ -52,7 +63,7 @@ def load_file(path: str) -> ConfigDict:
   if pathlib.Path(path).suffix != ".py":
     raise ConfigError(f"--config={path}: {form}, as configs/quickstart.py does")
   try:
-    config = runpy.run_path(path)["get_config"]()
+    config = runpy.run_path(path)["get_config"](*argument)
   except KeyError as error:
     if error.args == ("get_config",):
       raise ConfigError(f"{path}: {form}") from None

@@ -67,7 +67,7 @@ _REMAT += ("dots_offload", "attention_dots_offload", "attended_offload", "full_o
 SECTIONS = {  # what stands above a group of keys
   "start": "What the run starts from. The first that applies: the run's own checkpoint in workdir, resume, hf, weights, scratch.",
   "optimizer": "AdamW.",
-  "guard": "What ends or changes a run that goes wrong; the rules stand in docs/guards.md.",
+  "guard": "What ends or changes a run that goes wrong; the rules stand in docs/guide/guards.md.",
   "mesh": "Devices along each axis; -1 (one axis at most) = the rest.",
   "plan": "What cpt plan writes into the config that it recommends; no run depends on it.",
 }

@@ -28,10 +28,7 @@ class Share(tuple):
 
   def __new__(cls, value: Any, *, bare: str = "") -> "Share":
     """From a number, knots, or the text of either; `bare` as of Duration.
-
-    Raises:
-      ValueError: what is none of them, or a knot's time that is no duration.
-    """
+    Raises ValueError: what is none of them, or a knot's time that is no duration."""
     if isinstance(value, str):
       try:
         value = ast.literal_eval(value)

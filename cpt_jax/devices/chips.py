@@ -85,10 +85,7 @@ class Topology(NamedTuple):
 
 def parse_topology(text: str) -> Topology:
   """`v5p:4x4x4` (one slice), `2*v5e:16x16` (two), `h100:32x8` (hosts x GPUs).
-
-  Raises:
-    ConfigError: another form, or a chip that is not in the table.
-  """
+  Raises ConfigError: another form, or a chip that is not in the table."""
   match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)", text.strip().lower())
   known = {chip.name: chip for chip in CHIPS if chip.usable_bytes}
   examples = "e.g. v5p:4x4x4 (a slice), 2*v5e:16x16 (two slices), h100:32x8 (hosts x GPUs)"

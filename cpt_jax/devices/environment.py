@@ -29,30 +29,17 @@ class Setting(NamedTuple):
   other_name: str = ""  # another variable that says the same
 
 
-def _cache_dir() -> str:
-  return str(pathlib.Path.home() / ".cache" / "cpt_jax" / "jax")
-
-
 def settings(kind: str, *, gpu_model: str = "") -> list[Setting]:
   """All that is set on a machine of this kind, whatever is set there already; `gpu_model` as the driver names it."""
-  found = [
-    Setting(
-      "JAX_COMPILATION_CACHE_DIR", _cache_dir(), "compiled programs are kept: the next start of a run does not wait for them"
-    ),
-    Setting(
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0", "a start has a hundred small programs; together they take seconds"
-    ),
-  ]
+  cache = str(pathlib.Path.home() / ".cache" / "cpt_jax" / "jax")
+  kept = "compiled programs are kept: the next start of a run does not wait for them"
+  small = "a start has a hundred small programs; together they take seconds"
+  found = [Setting("JAX_COMPILATION_CACHE_DIR", cache, kept), Setting("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0", small)]
   if kind == "gpu":
     # NVIDIA/JAX-Toolbox docs/GPU_performance.md (2026-07), openxla.org/xla/gpu_optimization_levels. The combiners of O1 fill
     # the free memory, so that no thresholds are set here; NVLS is used by NCCL where there is any without being told.
-    found.append(
-      Setting(
-        "JAX_OPTIMIZATION_LEVEL",
-        "O1",
-        "latency-hiding scheduler, pipelined collectives, double-buffered loops: the collectives of fsdp run beside the layers",
-      )
-    )
+    hides = "latency-hiding scheduler, pipelined collectives, double-buffered loops"
+    found.append(Setting("JAX_OPTIMIZATION_LEVEL", "O1", f"{hides}: the collectives of fsdp run beside the layers"))
     # The default of 0.75 leaves a quarter of the card empty; cuBLAS, cuDNN and NCCL need the tenth that is left.
     # jax refuses to start where both names are set.
     older = "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -63,14 +50,9 @@ def settings(kind: str, *, gpu_model: str = "") -> list[Setting]:
   if kind == "tpu":
     # AI-Hypercomputer/maxtext benchmarks/xla_flags_library.py, DATA_PARALLEL_OVERLAP. What else is listed there is libtpu's
     # default by now, or the tuning of one chip and model. Only for LIBTPU_INIT_ARGS: in XLA_FLAGS they end the process.
-    found.append(
-      Setting(
-        "LIBTPU_INIT_ARGS",
-        "--xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true",
-        "gradients of replicas are added up over the slow network between slices while other layers are computed",
-        is_flags=True,
-      )
-    )
+    options = "--xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true"
+    overlap = "gradients of replicas are added up over the slow network between slices while other layers are computed"
+    found.append(Setting("LIBTPU_INIT_ARGS", options, overlap, is_flags=True))
   return found
 
 
@@ -140,9 +122,7 @@ def prepare(environ: MutableMapping[str, str]) -> None:
   """Sets what is missing in this process's environment, before jax is imported; nothing where CPT_JAX_ENVIRONMENT is "off".
 
   That is the way out where a version of XLA or libtpu refuses to start with one of its options.
-
-  Raises:
-    ConfigError: as `check`.
+  Raises ConfigError: as `check`.
   """
   if environ.get("CPT_JAX_ENVIRONMENT") != "off":
     check(environ)
@@ -156,13 +136,12 @@ def prepare_ahead(environ: MutableMapping[str, str], kind: str, *, gpu_model: st
   """
   environ["JAX_PLATFORMS"] = "cpu"
   wanted = [setting for setting in settings(kind, gpu_model=gpu_model) if not setting.name.startswith("JAX_COMPILATION_CACHE")]
+  no_chip = "there is no chip that they could quarrel over"
   wanted += [
     Setting("TPU_SKIP_MDS_QUERY", "1", "libtpu does not ask Google's cloud which machine this is, and wait for an answer"),
     Setting("TPU_WORKER_HOSTNAMES", "localhost", "nor complain that nobody told it"),
     Setting("TPU_ACCELERATOR_TYPE", "v5p-8", "the same; the topology that is compiled for is named elsewhere"),
-    Setting(
-      "ALLOW_MULTIPLE_LIBTPU_LOAD", "1", "two processes may compile at once: there is no chip that they could quarrel over"
-    ),
+    Setting("ALLOW_MULTIPLE_LIBTPU_LOAD", "1", f"two processes may compile at once: {no_chip}"),
     Setting("TPU_MIN_LOG_LEVEL", "3", "libtpu's diary of chips that it does not find"),
     Setting("TF_CPP_MIN_LOG_LEVEL", "3", "the same of XLA"),
   ]

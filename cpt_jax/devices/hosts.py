@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 import jax
 from jax.experimental import multihost_utils
 
+from cpt_jax import exits
 from cpt_jax.config import ConfigError
 
-EXIT_LOST = 87  # the other processes did not come, or are gone
 # Chosen by hand: a look a second costs the coordinator little even for a thousand hosts, and nobody waits long for bad news.
 _LISTEN_SECS, _REMIND_SECS, _FAREWELL_SECS = 1.0, 60.0, 10.0
 _FAILURE = "cpt_jax/failure"
@@ -40,9 +40,7 @@ def join_arguments(
   """The arguments of `jax.distributed.initialize`, from the flags or from what started this process; None = run alone.
 
   Flags win. Slurm, Open MPI and TPU machines are known by their environment alone, so that a laptop never waits for anybody.
-
-  Raises:
-    ConfigError: flags that do not fit together, or a launcher that does not say enough.
+  Raises ConfigError: flags that do not fit together, or a launcher that does not say enough.
   """
   given = {"--coordinator": coordinator or None, "--num_processes": num_processes, "--process_id": process_id}
   if any(value is not None for value in given.values()):
@@ -95,10 +93,8 @@ def _devices(environ: Mapping[str, str], *, alone_here: bool) -> dict[str, Any]:
 def connect(*, coordinator: str, num_processes: int | None, process_id: int | None, wait_secs: int) -> None:
   """Joins the run's other processes, if there are any; before anything touches a device.
 
-  Ends this process with EXIT_LOST where they have not all come after `wait_secs`.
-
-  Raises:
-    ConfigError: as `join_arguments`; a coordinator that cannot listen at its port.
+  Ends this process with exits.LOST where they have not all come after `wait_secs`.
+  Raises ConfigError: as `join_arguments`; a coordinator that cannot listen at its port.
   """
   global _listener
   arguments = join_arguments(os.environ, coordinator=coordinator, num_processes=num_processes, process_id=process_id)
@@ -115,7 +111,7 @@ def connect(*, coordinator: str, num_processes: int | None, process_id: int | No
       f"{name} on {socket.gethostname()}: not all processes came to {address} within {wait_secs} s. Look at the output of the "
       "others; is the address reachable, and was every --process_id started? --wait_secs=N waits longer."
     )
-    os._exit(EXIT_LOST)
+    os._exit(exits.LOST)
 
   timers = [threading.Timer(min(10, wait_secs / 2), remind), threading.Timer(wait_secs, give_up)]
   for timer in timers:
@@ -174,10 +170,7 @@ def main_first(name: str) -> Iterator[None]:
 
 def agree(record: Mapping[str, str]) -> None:
   """Goes on only if every process's `record` is the same; each calls it equally often.
-
-  Raises:
-    ConfigError: on process 0, and so the end of all: each key in which a process differs from it, with both values.
-  """
+  Raises ConfigError: on process 0, and so the end of all: each key in which a process differs from it, with both values."""
   if num_processes_connected() == 1:
     return
   index, nth = jax.process_index(), _nth_use("agree")
@@ -229,7 +222,7 @@ def explain(error: BaseException) -> tuple[str, int]:
   is_broken = re.search(r"gloo|nccl|socket|connection|unavailable", str(error), re.IGNORECASE)
   if isinstance(error, jax.errors.JaxRuntimeError) and is_broken:
     cause = str(error).splitlines()[0]
-    return f"lost another process: {cause}. The same command on every host goes on from the newest checkpoint.", EXIT_LOST
+    return f"lost another process: {cause}. The same command on every host goes on from the newest checkpoint.", exits.LOST
   return "".join(traceback.format_exception(error)), 1
 
 

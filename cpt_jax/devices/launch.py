@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cpt_jax import config as config_lib
-from cpt_jax import shipped
+from cpt_jax import exits, shipped
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.devices import environment
 
@@ -51,9 +51,7 @@ def check(run: Run, *, sees_our_disk: bool) -> None:
   """Finds here what a thousand hosts would find.
 
   `sees_our_disk`: the hosts have this machine's files, so that a config that is not here is nowhere.
-
-  Raises:
-    ConfigError: options that the launcher sees to itself, variables that are none, a config with a mistake: a line each.
+  Raises ConfigError: options that the launcher sees to itself, variables that are none, a config with a mistake: a line each.
   """
   problems = Problems()
   for option in run.options:
@@ -77,8 +75,8 @@ def _check_config(options: list[str], *, sees_our_disk: bool) -> None:
     return
   # Relative ones are looked for in the clone, where the hosts start.
   there = pathlib.Path(home()) / path
-  here = f"--config={there if there.exists() else shipped.find(path)}" + (f":{argument}" if argument else "")
-  config_lib.check_overrides([here if re.match(r"--?config=", option) else option for option in options])
+  config = config_lib.load_file(str(there) if there.exists() else shipped.find(path), *([argument] if argument else []))
+  config_lib.check_overrides(config, options)
 
 
 def on_tpu_vm(run: Run, *, tpu: str = "", queued_resource: str = "", zone: str = "", project: str = "") -> list[str]:
@@ -112,17 +110,14 @@ def slurm_script(run: Run, options: Mapping[str, Any], more: Sequence[str], *, n
   # The signal goes to the processes, not to this script: each of them tells the others, and all save the same step.
   known = {**options, "signal": f"TERM@{stop_secs}", "requeue": "", "open-mode": "append"}
   known |= {option.partition("=")[0]: option.partition("=")[2] for option in more}
-  lines = [
-    f"#SBATCH --{name}" + (f"={shlex.quote(str(value))}" if value != "" else "")
-    for name, value in known.items()
-    if value is not None
-  ]
+  given = {name: f"={shlex.quote(str(value))}" if value != "" else "" for name, value in known.items() if value is not None}
+  lines = [f"#SBATCH --{name}{value}" for name, value in given.items()]
   srun = ["srun", "--kill-on-bad-exit=1", *(["--label"] if nodes > 1 else []), *run.arguments()]
   return "\n".join(
     [
       "#!/bin/bash",
       *lines,
-      f"cd {shlex.quote(run.directory)} || exit 78",
+      f"cd {shlex.quote(run.directory)} || exit {exits.CONFIG}",
       shlex.join(srun),
       "code=$?",
       "# 75: stopped by the signal, with everything saved. The job goes back into the queue and on from there.",
@@ -144,10 +139,7 @@ def print_plan(commands: Sequence[str], *, kind: str) -> None:
 
 def call(arguments: Sequence[str], *, why: str, stdin: str | None = None) -> int:
   """Runs a program of the cloud or cluster to its end; its exit code.
-
-  Raises:
-    ConfigError: the program is not there; `why` says what it is and where it comes from.
-  """
+  Raises ConfigError: the program is not there; `why` says what it is and where it comes from."""
   if shutil.which(arguments[0]) is None:
     raise ConfigError(f"{arguments[0]} is not on the PATH: {why}; --print shows the command")
   return subprocess.run(arguments, input=stdin, text=True, check=False).returncode

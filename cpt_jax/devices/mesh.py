@@ -37,10 +37,7 @@ LOGICAL_RULES: Mapping[str, str | tuple[str, ...] | None] = {
 
 def axis_sizes(*, data: int, fsdp: int, context: int, tensor: int, num_devices: int) -> dict[str, int]:
   """Devices along each axis, with -1 (one axis at most) replaced by what is left of `num_devices`.
-
-  Raises:
-    ConfigError: sizes that do not make up `num_devices`.
-  """
+  Raises ConfigError: sizes that do not make up `num_devices`."""
   sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
   given = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
   wrong = [f"mesh.{name}={size}" for name, size in sizes.items() if size < 1 and size != -1]
@@ -60,10 +57,7 @@ def axis_sizes(*, data: int, fsdp: int, context: int, tensor: int, num_devices: 
 
 def make_mesh(*, data: int, fsdp: int, context: int, tensor: int, devices: Any = None) -> Mesh:
   """A mesh of Explicit axes over `devices` (default: all of them), placed by `arrange`; -1 takes the rest.
-
-  Raises:
-    ConfigError: as `axis_sizes` and `arrange`.
-  """
+  Raises ConfigError: as `axis_sizes` and `arrange`."""
   devices = jax.devices() if devices is None else devices
   sizes = axis_sizes(data=data, fsdp=fsdp, context=context, tensor=tensor, num_devices=len(devices))
   return Mesh(arrange(devices, sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
@@ -76,9 +70,7 @@ def arrange(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:
   the next. Slices of TPUs share nothing else. The hosts of GPUs may share `fsdp` too, since a model that fills several hosts
   has no other place, but never `context` and `tensor`, which talk in every layer's middle. Inside a slice the axes lie along
   the wires of its torus. Without several networks, and on the CPU, the order is that of `devices`.
-
-  Raises:
-    ConfigError: axes that would cross the slow network.
+  Raises ConfigError: axes that would cross the slow network.
   """
   networks = _networks(devices)
   shape, num_networks = tuple(sizes[axis] for axis in AXES), len(networks)
@@ -254,14 +246,7 @@ def to_global(mesh: Mesh, batch: Any, *, num_rows: int | None = None) -> Any:
 
 
 def check(
-  sizes: Mapping[str, int],
-  model: Any,
-  *,
-  batch_rows: int,
-  microbatches: int,
-  row_len: int,
-  eval_rows: int,
-  problems: Problems,
+  sizes: Mapping[str, int], model: Any, *, batch_rows: int, microbatches: int, row_len: int, eval_rows: int, problems: Problems
 ) -> None:
   """Adds a line for everything that the mesh does not divide evenly; `model` is a ModelSpec, `sizes` the devices by axis.
 

@@ -14,6 +14,7 @@ import sys
 import threading
 from typing import IO
 
+from cpt_jax import exits
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.devices.launch import Run
 
@@ -24,10 +25,7 @@ _TIED = "exec 3<&0; {{ {run}; }} & child=$!; (cat <&3; kill -TERM $child) >/dev/
 
 def hosts(names: list[str], file: str | None) -> list[str]:
   """The hosts, of a list or of a file with one a line.
-
-  Raises:
-    ConfigError: none, or names that ssh would take for something else, or one twice.
-  """
+  Raises ConfigError: none, or names that ssh would take for something else, or one twice."""
   if bool(names) == bool(file):
     raise ConfigError("name the hosts: either --hosts=a,b or --hosts_file=FILE with one a line")
   found = [name.strip() for name in names]
@@ -62,18 +60,8 @@ def commands(run: Run, names: list[str], *, coordinator: str | None, port: int, 
 
 def run_all(names: list[str], started: list[list[str]], *, grace_secs: float) -> int:
   """Runs the commands together to their end; the exit code of the first that failed, or 0."""
-  processes = [
-    subprocess.Popen(
-      each,
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-      errors="replace",
-      start_new_session=True,
-    )
-    for each in started
-  ]
+  pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+  processes = [subprocess.Popen(each, **pipes, start_new_session=True) for each in started]
   ends: queue.SimpleQueue[int] = queue.SimpleQueue()  # who has ended, in that order; -1 at ctrl-c or SIGTERM
   speaking = threading.Lock()
   readers = [
@@ -92,7 +80,7 @@ def run_all(names: list[str], started: list[list[str]], *, grace_secs: float) ->
         _say(f"no end after {grace_secs} s on {', '.join(names[i] for i in sorted(running))}: ended from here", speaking)
         break
       running.discard(who)
-      found = processes[who].wait() if who >= 0 else 75
+      found = processes[who].wait() if who >= 0 else exits.STOPPED
       if found and not code:
         code = found
         reason = f"{names[who]} ended with {found}" if who >= 0 else "stopping"

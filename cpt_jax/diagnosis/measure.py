@@ -26,7 +26,7 @@ from cpt_jax.stream import excerpts, heldout, sources
 from cpt_jax.stream.excerpts import Excerpts
 from cpt_jax.training import perplexity, step
 
-# Of each source for what needs no model: enough that chance moves the distance by less than 0.01 bits (docs/diagnose.md).
+# Of each source for what needs no model: enough that chance moves the distance by less than 0.01 bits (docs/guide/diagnose.md).
 TEXT_TOKENS = 1_000_000
 # What the base is evaluated on (chosen by hand): few documents say little of a source, short parts give the base little context.
 MIN_DOCUMENTS, PART_TOKENS = 16, 512
@@ -158,13 +158,7 @@ def evaluate(base: Base, held: dict[str, Held], *, config: Any, progress: Progre
       sums, tokens = zip(*[(float(part.loss), float(part.tokens)) for part in jax.device_get(parts)], strict=True)
       error = corpus.ratio_error(sums, tokens)
       found[name] = verdict.Loss(
-        loss.loss,
-        error,
-        loss.bits_per_byte,
-        error * loss.bits_per_byte / loss.loss,
-        loss.tokens,
-        loss.documents,
-        sample,
+        loss.loss, error, loss.bits_per_byte, error * loss.bits_per_byte / loss.loss, loss.tokens, loss.documents, sample
       )
     return found
 
@@ -197,24 +191,19 @@ def describe(store: token_store.TokenStore, base: Base, *, max_tokens: int = TEX
   num_bytes = store.num_bytes
   return Sample(
     verdict.Store(
-      str(store.path),
-      store.num_documents,
-      store.num_tokens,
-      num_bytes,
+      str(store.path), store.num_documents, store.num_tokens, num_bytes,
       store.num_tokens / num_bytes if num_bytes else drawn.num_tokens / max(text.bytes, 1),
     ),
     verdict.Vocabulary(
-      sample_tokens=drawn.num_tokens,
-      byte_frac=float(counts_V[sorted(tokenizer.byte_ids)].sum() / num_content),
+      sample_tokens=drawn.num_tokens, byte_frac=float(counts_V[sorted(tokenizer.byte_ids)].sum() / num_content),
       unknown_frac=0.0 if tokenizer.unk_id is None else float(counts_V[tokenizer.unk_id] / num_content),
-      used_frac=float((counts_V > 0).sum() / tokenizer.vocab_size),
-      own_saving_frac=saving,
+      used_frac=float((counts_V > 0).sum() / tokenizer.vocab_size), own_saving_frac=saving,
     ),
     corpus.describe_lengths(store.lengths, context=base.spec.max_positions),
     text,
     corpus.beginnings(texts),
     parts,
-  )
+  )  # fmt: skip
 
 
 def distance(parts: Sequence[np.ndarray], general: Sequence[np.ndarray], *, vocab_size: int) -> verdict.Distance:

@@ -140,7 +140,7 @@ class MultiPower:
 
   B, C, beta and gamma lie on a ridge that a few short curves cannot cut: left alone, the best fit to them has beta near 0,
   where a fall never ends to have effect, and misses runs that are longer. Hence the priors, chosen by hand on the curves
-  that docs/laws.md scores: beta about 2 within a factor of 1.65, gamma about 1/2.
+  that docs/guide/fit_laws.md scores: beta about 2 within a factor of 1.65, gamma about 1/2.
   """
 
   name: str = "multi_power"

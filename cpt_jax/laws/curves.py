@@ -40,15 +40,13 @@ class Falls(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Curve:
-  """Losses of one run on one validation set, the rate of each of its updates, and what its base went through."""
+  """Losses of one run on one validation set, and the rate of each of its updates."""
 
   name: str
   rates_S: np.ndarray
   step_n: np.ndarray  # updates finished at each loss, rising
   loss_n: np.ndarray
   warmup_steps: int = 0  # updates before this one count in the sum of rates, but their rise is no (negative) fall
-  base_area: float = 0.0  # sum of the rates of the base's own training; 0 where it is unknown
-  base_annealing: float = 0.0  # and its annealing area
   replay_frac: float = 0.0  # share of old data in the tokens of this run
 
   @functools.cached_property
@@ -137,9 +135,7 @@ def from_log(step_n: np.ndarray, *, lr_n: np.ndarray, loss_n: np.ndarray, name: 
   - Before the first row it rises in a straight line from 0, over `warmup_steps` steps if they are given, then holds.
   - Rows at whose start the rate still rises belong to the warm-up (or those before `warmup_steps`): their rates are counted,
     their losses are left out, since no law here describes them.
-
-  Raises:
-    ConfigError: rows that are no curve, all problems at once.
+  Raises ConfigError: rows that are no curve, all problems at once.
   """
   step_n, lr_n, loss_n = np.asarray(step_n), np.asarray(lr_n, np.float64), np.asarray(loss_n, np.float64)
   problems = []
@@ -184,8 +180,7 @@ def _knots(step_n: np.ndarray, lr_n: np.ndarray, rise_steps: int) -> tuple[np.nd
 def read_csv(path: str | pathlib.Path, *, warmup_steps: int | None = None) -> Curve:
   """The Curve of a file with columns step, lr and loss, others being ignored; named by the file.
 
-  Raises:
-    ConfigError: what is wrong with the file, with its lines, all problems at once.
+  Raises ConfigError: what is wrong with the file, with its lines, all problems at once.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -234,8 +229,7 @@ def _number(text: str) -> float | None:
 def from_run(run: Run, *, source: str) -> Curve:
   """The Curve of one source's held-out losses in a run of this project; the losses before and in the warm-up are left out.
 
-  Raises:
-    ConfigError: the run does not measure the source, or has fewer than two losses of it after the warm-up.
+  Raises ConfigError: the run does not measure the source, or has fewer than two losses of it after the warm-up.
   """
   if source not in run.losses:
     raise ConfigError(f"{run.path}: measures no source {source!r}; it has {', '.join(run.losses)}")
@@ -245,13 +239,9 @@ def from_run(run: Run, *, source: str) -> Curve:
   if is_kept_n.sum() < 2:
     raise ConfigError(f"{run.path}: {is_kept_n.sum()} loss(es) of {source} after the warm-up; a curve needs 2 (see eval.every)")
   return Curve(
-    str(run.path),
-    run.rates_S,
-    run.eval_steps_E[is_kept_n],
-    loss_n[is_kept_n],
-    warmup_steps=warmup_steps,
+    str(run.path), run.rates_S, run.eval_steps_E[is_kept_n], loss_n[is_kept_n], warmup_steps=warmup_steps,
     replay_frac=run.replay if run.num_tokens else 0.0,
-  )
+  )  # fmt: skip
 
 
 class CurveLaw(Law, Protocol):
@@ -260,27 +250,16 @@ class CurveLaw(Law, Protocol):
   @property
   def priors(self) -> Mapping[str, Prior]:
     """For what a few curves cannot fix."""
-    ...
 
 
 def fit(law: CurveLaw, curves: Sequence[Curve], *, num_starts: int = 48, seed: int = 0) -> Fit:
-  """`law` fitted to the curves, each counting the same.
-
-  Raises:
-    ConfigError: no curve, or see laws.fit.fit.
-  """
+  """`law` fitted to the curves, each counting the same. Raises ConfigError: no curve, or see laws.fit.fit."""
   if not curves:
     raise ConfigError(f"{law.name}: no curve to fit")
   return fit_lib.fit(
-    law,
-    curves,
-    losses(curves),
-    weights_n=weights(curves),
-    priors=law.priors,
-    num_independent=NUM_STRETCHES * len(curves),
-    num_starts=num_starts,
-    seed=seed,
-  )
+    law, curves, losses(curves), weights_n=weights(curves), priors=law.priors, num_independent=NUM_STRETCHES * len(curves),
+    num_starts=num_starts, seed=seed,
+  )  # fmt: skip
 
 
 def bootstrap(fitted: Fit, *, num: int = 100, seed: int = 0) -> Fit:

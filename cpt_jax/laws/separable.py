@@ -1,14 +1,15 @@
 """A law that is linear in some parameters -> its prediction, exact gradient and good starting points.
 
-Invariant: loss_n = offset_n + columns_nK(shape_Q) @ linear_K, the offset being the base's loss; theta_P = linear_K, shape_Q.
+Invariant: loss_n = offset_n + columns_nK(shape_Q) @ linear_K, the offset being the base's loss; theta_P = linear_K, shape_Q;
+e = rate / rate0 and t = tokens / tokens0.
 
 Where the shape parameters are given, the best linear ones follow by least squares (variable projection, Golub and Pereyra 1973).
 So starting points are drawn for the few shape parameters only, and a fit rarely needs more than a handful of them.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.optimize
@@ -20,24 +21,37 @@ ANY = (-np.inf, np.inf)
 POSITIVE = (0.0, np.inf)
 
 
+_TINY = 1e-30  # an imaginary step whose square is nothing beside 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Separable:
-  """What laws build on that give `columns` and `slopes`; parameters are name -> (low, high), of shapes and their starts."""
+  """What laws build on that give `_terms`; parameters are name -> (low, high), of shapes and their starts.
 
+  `_terms` are the K columns, of numpy functions that take complex numbers too: the imaginary part of a column at shape + i h
+  is h times its derivative, to the last digit (Squire and Trapp 1998).
+  """
+
+  rate0: float = 1e-3
+  tokens0: float = 1e6
   linear: ClassVar[dict[str, tuple[float, float]]] = {}
   shape: ClassVar[dict[str, tuple[float, float]]] = {}
+  knows_base: ClassVar[bool] = True
+
+  def _terms(self, shape_Q: np.ndarray, inputs: Inputs) -> Sequence[Any]:
+    raise NotImplementedError
+
+  def logs(self, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """ln e and ln t of every row."""
+    return np.log(inputs["rate"] / self.rate0), np.log(inputs["tokens"] / self.tokens0)
 
   def offset(self, inputs: Inputs) -> np.ndarray:
     """(n,) what is known beforehand: the base's loss, or 0 for the laws that do not know it."""
-    return inputs["base"]
+    return inputs["base"] * self.knows_base
 
   def columns(self, shape_Q: np.ndarray, inputs: Inputs) -> np.ndarray:
     """(n, K) columns that the linear parameters weigh."""
-    raise NotImplementedError
-
-  def slopes(self, shape_Q: np.ndarray, inputs: Inputs) -> np.ndarray:
-    """(n, K, Q) derivatives of the columns with respect to the shape parameters."""
-    raise NotImplementedError
+    return np.stack(np.broadcast_arrays(*self._terms(shape_Q, inputs), inputs["base"])[:-1], axis=-1)
 
   @property
   def parameters(self) -> tuple[str, ...]:
@@ -57,11 +71,13 @@ class Separable:
   def gradient(self, theta_P: np.ndarray, inputs: Inputs) -> np.ndarray:
     """Derivatives of the loss with respect to the parameters, (n, P)."""
     num_linear = len(self.linear)
-    columns_nK = self.columns(theta_P[num_linear:], inputs)
-    if not self.shape:
+    shape_Q, num_shapes = theta_P[num_linear:], len(self.shape)
+    columns_nK = self.columns(shape_Q, inputs)
+    if not num_shapes:
       return columns_nK
-    by_shape_nQ = np.einsum("nkq,k->nq", self.slopes(theta_P[num_linear:], inputs), theta_P[:num_linear])
-    return np.concatenate([columns_nK, by_shape_nQ], axis=1)
+    moved_QQ1 = (shape_Q[:, None] + 1j * _TINY * np.eye(num_shapes))[:, :, None]  # column q has only parameter q moved
+    slopes_QnK = self.columns(moved_QQ1, inputs).imag / _TINY
+    return np.concatenate([columns_nK, (slopes_QnK @ theta_P[:num_linear]).T], axis=1)
 
   def starts(self, inputs: Inputs, loss_n: np.ndarray, *, num: int, rng: np.random.Generator) -> np.ndarray:
     """(num, P): shapes drawn evenly from their ranges, the rest by bounded least squares; without shapes one suffices."""

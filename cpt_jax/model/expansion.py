@@ -48,10 +48,7 @@ class Model:
 
 def open_model(directory: str | os.PathLike, *, vocab_size: int) -> Model:
   """The model of a Hugging Face directory, checked against its tokenizer's `vocab_size`.
-
-  Raises:
-    ConfigError: no embedding, tables of different sizes, or a tokenizer with ids that the model has no row for.
-  """
+  Raises ConfigError: no embedding, tables of different sizes, or a tokenizer with ids that the model has no row for."""
   path = pathlib.Path(directory)
   hf_config, files = hf_files.load_json(path / "config.json"), hf_files.TensorFiles(path)
   tables = tuple(name for name in (EMBEDDING, HEAD) if name in files.entries)

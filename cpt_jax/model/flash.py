@@ -38,7 +38,7 @@ class Tuning(NamedTuple):
 
 
 def tuning(head_dim: int) -> Tuning:
-  """Fast on an H200, and compared with float32 there; tools/bench/bench_gpu.py --parts=tiles:... tries others (docs/gpu.md)."""
+  """Fast on an H200, and compared with float32 there (docs/results/gpu.md); bench_gpu.py --parts=tiles:... tries others."""
   if head_dim <= 64:
     return Tuning(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3))
   return Tuning(Tiles(128, 128, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2))

@@ -56,10 +56,7 @@ class Entry:
 
 class TensorFiles:
   """The tensors of a Hugging Face directory (`model.safetensors`, or the shards of `model.safetensors.index.json`).
-
-  Raises:
-    ConfigError: no such files, files that are damaged, an index that disagrees with them or points outside the directory.
-  """
+  Raises ConfigError: no such files, files that are damaged, an index that disagrees with them or points outside the directory."""
 
   def __init__(self, directory: str | os.PathLike):
     self.directory = pathlib.Path(directory)
@@ -104,10 +101,7 @@ def indent(lines: Iterable[str]) -> list[str]:
 
 def load_json(path: pathlib.Path) -> dict:
   """A JSON object of a Hugging Face directory.
-
-  Raises:
-    ConfigError: missing, larger than 64 MB, not JSON, not an object, or a key twice.
-  """
+  Raises ConfigError: missing, larger than 64 MB, not JSON, not an object, or a key twice."""
   if not path.is_file():
     raise ConfigError(f"{path}: no such file")
   if path.stat().st_size > _JSON_BYTES:
@@ -259,9 +253,7 @@ def atomic_directory(output: pathlib.Path, *, num_bytes: int) -> Iterator[pathli
   """A directory to fill, which becomes `output` when the block ends well and vanishes when it does not.
 
   An empty directory is replaced, and one that an export made and nobody has added to. `num_bytes` is the space needed.
-
-  Raises:
-    ConfigError: `output` holds something else, or the disk has not the space.
+  Raises ConfigError: `output` holds something else, or the disk has not the space.
   """
   output = output.absolute()
   output.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from rich import console, progress
 from cpt_jax import trees
 from cpt_jax.config import ConfigError
 from cpt_jax.model import hf_files
-from cpt_jax.model.spec import ModelSpec, from_hf, scaling_to_hf
+from cpt_jax.model.spec import ARCHITECTURES, ModelSpec, from_hf, scaling_to_hf
 
 Entries = dict[str, tuple[str, tuple[int, ...]]]  # tensor name -> (safetensors dtype, shape)
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -105,10 +105,7 @@ def _shape(layout: _Layout, sizes: dict[str, int]) -> tuple[int, ...]:
 
 def check_files(hf_dir: str | os.PathLike, spec: ModelSpec) -> int:
   """Bytes of the tensors that `load_params` would read; looks at the files' headers alone and needs no device.
-
-  Raises:
-    ConfigError: a line for each tensor that is missing, unknown, of another shape, or in a dtype that is not read.
-  """
+  Raises ConfigError: a line for each tensor that is missing, unknown, of another shape, or in a dtype that is not read."""
   files = hf_files.TensorFiles(hf_dir)
   return sum(files.entries[name].num_bytes for name in _match(files, spec).values())
 
@@ -117,9 +114,7 @@ def load_params(hf_dir: str | os.PathLike, spec: ModelSpec, abstract_params: Any
   """Reads float32, bfloat16 or float16 safetensors into arrays of the shapes, dtypes and shardings of `abstract_params`.
 
   Each process reads the parts that its own devices hold. Beside those, the host holds one stacked tensor's local part at a time.
-
-  Raises:
-    ConfigError: as `check_files`; also tensors that hold NaN or infinity, all of them by name.
+  Raises ConfigError: as `check_files`; also tensors that hold NaN or infinity, all of them by name.
   """
   files = hf_files.TensorFiles(hf_dir)
   names = _match(files, spec)
@@ -146,13 +141,10 @@ def load_params(hf_dir: str | os.PathLike, spec: ModelSpec, abstract_params: Any
   with _progress(f"reading {files.directory}", total) as advance:
     params = trees.map_with_path(place, abstract_params)
   if bad:
-    heading = f"{files.directory}: tensors with NaN or infinity (as {_dtype_names(abstract_params)}); download them again:"
+    dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(abstract_params)}))
+    heading = f"{files.directory}: tensors with NaN or infinity (as {dtypes}); download them again:"
     raise ConfigError("\n".join([heading, *hf_files.indent(bad)]))
   return params
-
-
-def _dtype_names(abstract_params: Any) -> str:
-  return ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(abstract_params)}))
 
 
 def _sharding(leaf: jax.ShapeDtypeStruct) -> Any:
@@ -261,9 +253,7 @@ def save_params(
   are carried along. `hf_config` is the config.json to write (default: that of `source_dir`); where it is not of this model, one
   is made from the spec. `dtype`: float32, bfloat16 or float16; by default each tensor's own in `source_dir`, float32 if the model
   is not from there. The directory appears whole or not at all, and replaces none but an earlier export.
-
-  Raises:
-    ConfigError: `output_dir` holds something else, no space, NaN or infinity in a tensor, or no such `source_dir`.
+  Raises ConfigError: `output_dir` holds something else, no space, NaN or infinity in a tensor, or no such `source_dir`.
   """
   if dtype is not None and dtype not in hf_files.DTYPE_NAMES:
     raise ConfigError(f"dtype={dtype!r}: choose one of {', '.join(hf_files.DTYPE_NAMES)}")
@@ -319,9 +309,8 @@ def _describes(config: dict[str, Any], spec: ModelSpec) -> bool:
 
 def to_hf(spec: ModelSpec) -> dict[str, Any]:
   """The config.json of a spec: `from_hf(to_hf(spec)) == spec`."""
-  family = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[spec.family]
   config = {
-    "architectures": [f"{family}ForCausalLM"],
+    "architectures": [f"{ARCHITECTURES[spec.family]}ForCausalLM"],
     "model_type": spec.family,
     "hidden_act": "silu",
     "vocab_size": spec.vocab_size,

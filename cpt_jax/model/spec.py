@@ -114,30 +114,10 @@ _COMMON_DEFAULTS = {
   "base_vocab_size": 0,  # unknown to it, too
 }
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_PARSED = {
-  *_REQUIRED,
-  "model_type",
-  "architectures",
-  "num_key_value_heads",
-  "head_dim",
-  "max_position_embeddings",
-  "rms_norm_eps",
-  "tie_word_embeddings",
-  "initializer_range",
-  "hidden_act",
-  "rope_theta",
-  "rope_scaling",
-  "rope_parameters",
-  "original_max_position_embeddings",
-  "partial_rotary_factor",
-  "sliding_window",
-  "use_sliding_window",
-  "max_window_layers",
-  "layer_types",
-  "attention_bias",
-  "true_vocab_size",
-  "base_vocab_size",
-}
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "partial_rotary_factor")
+_WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+_OTHERS = ("model_type", "architectures", "num_key_value_heads", "head_dim", "max_position_embeddings", "attention_bias")
+_PARSED = {*_REQUIRED, *_COMMON_DEFAULTS, *_ROPE, *_WINDOWS, *_OTHERS}
 # Keys that would change the mathematics: accepted only with the values that leave it as it is.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
   "mlp_bias": (False,),
@@ -169,15 +149,12 @@ _HARMLESS = frozenset(
   exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
   """.split()  # noqa: SIM905
 )
-_ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
 def load_hf_config(path: str | Path) -> dict[str, Any]:
   """Reads config.json from a Hugging Face directory or from the file itself.
-
-  Raises:
-    ConfigError: no such file, or one that is no JSON object.
-  """
+  Raises ConfigError: no such file, or one that is no JSON object."""
   file = Path(path)
   file = file / "config.json" if file.is_dir() else file
   if not file.is_file():
@@ -194,10 +171,7 @@ def load_hf_config(path: str | Path) -> dict[str, Any]:
 
 def from_hf(hf_config: Mapping[str, Any], *, where: str = "config.json") -> ModelSpec:
   """The spec of a Hugging Face configuration; `where` opens every line of an error.
-
-  Raises:
-    ConfigError: a line for each key that is missing, wrong, unsupported or unknown.
-  """
+  Raises ConfigError: a line for each key that is missing, wrong, unsupported or unknown."""
   problems = Problems()
   family = hf_config.get("model_type")
   if family not in _DEFAULTS:
@@ -342,9 +316,9 @@ def _check_keys(hf_config: Mapping[str, Any], family: str, read: _Reader) -> Non
       if value not in _NEUTRAL[key]:
         reason = "code that comes with a model is never run" if key == "auto_map" else "not supported"
         read.problem(key, f"{reason}; cpt_jax reads this key only as {' or '.join(map(repr, _NEUTRAL[key]))}")
-    elif key not in _PARSED and key not in _HARMLESS:
+    elif key not in _PARSED | _HARMLESS:
       read.problem(key, f"not known to cpt_jax, so it might change what a {family} model computes; remove it if it does not")
-  expected = _ARCHITECTURES[family] + "ForCausalLM"
+  expected = ARCHITECTURES[family] + "ForCausalLM"
   if hf_config.get("architectures") not in (None, [], [expected]):
     read.problem("architectures", f"a {family} model must be [{expected!r}]")
   if read.value("hidden_act") not in ("silu", "swish"):

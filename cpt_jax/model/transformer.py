@@ -46,10 +46,7 @@ def _policy(remat: str) -> Callable[..., Any]:
   if not remat.endswith(_OFFLOAD):
     return policies.save_only_these_names(*kept)
   return policies.save_and_offload_only_these_names(
-    names_which_can_be_saved=[],
-    names_which_can_be_offloaded=["input", *kept],
-    offload_src="device",
-    offload_dst="pinned_host",
+    names_which_can_be_saved=[], names_which_can_be_offloaded=["input", *kept], offload_src="device", offload_dst="pinned_host"
   )
 
 
@@ -168,11 +165,7 @@ def apply(
   windows = [window or tokens_BT.shape[1] for window in spec.windows_at(tokens_BT.shape[1])]
   different = tuple(sorted(set(windows)))
   in_window = functools.partial(
-    attend,
-    segments_BT=segments_BT,
-    kind=settings.attention,
-    windows=different,
-    max_documents=settings.max_documents,
+    attend, segments_BT=segments_BT, kind=settings.attention, windows=different, max_documents=settings.max_documents
   )
 
   def layer(x_BTD, stacked):

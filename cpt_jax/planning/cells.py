@@ -31,8 +31,7 @@ class Cell(NamedTuple):
 def checked(cells: Sequence[Cell]) -> list[Cell]:
   """The cells, when they describe one base and the same sources.
 
-  Raises:
-    ConfigError: with a line for each cell that does not fit the first one, or whose numbers are out of range.
+  Raises ConfigError: with a line for each cell that does not fit the first one, or whose numbers are out of range.
   """
   if not cells:
     raise ConfigError("no finished runs to fit; run the grid first")

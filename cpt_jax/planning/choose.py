@@ -76,11 +76,12 @@ class Fold(NamedTuple):
 def candidates(role: str, inputs: dict[str, np.ndarray]) -> list[Any]:
   """The laws for sources of a role, their units those of the median run."""
   units = {"rate0": float(np.median(inputs["rate"])), "tokens0": float(np.median(inputs["tokens"]))}
+  shares = [name for name in inputs if name.startswith("share:")]
   shared = [
     replay.Surface(**units),
-    dcpt.DCpt(role=role, tokens0=units["tokens0"]),
+    dcpt.DCpt(role=role, **units),
     dcpt.DCptRate(role=role, **units),
-    mixing.MixingRate(names=_mixture_names(inputs), **units),
+    mixing.Mixing(names=tuple(shares[:-1]) if len(shares) > 2 else ("replay",), **units),
   ]
   if role == cells_lib.REPLAY:
     return [
@@ -209,8 +210,7 @@ def choose(
 ) -> Choice:
   """The law for `source` with the lowest error on held-out runs; runs whose loss is not finite are left out and remembered.
 
-  Raises:
-    ConfigError: too few cells, or no law can be fitted to them.
+  Raises ConfigError: too few cells, or no law can be fitted to them.
   """
   diverged = tuple(cell for cell in cells if not math.isfinite(cell.losses[source]))
   cells = [cell for cell in cells if math.isfinite(cell.losses[source])]
@@ -335,8 +335,3 @@ def _growth(held: Sequence[Fold], predicted: Sequence[np.ndarray], loss_n: np.nd
 def _position(axis: str, value_n: np.ndarray) -> np.ndarray:
   """Where values stand, in doublings."""
   return np.log2(value_n + REPLAY0) if axis == "replay" else np.log2(value_n)
-
-
-def _mixture_names(inputs: dict[str, np.ndarray]) -> tuple[str, ...]:
-  shares = [name for name in inputs if name.startswith("share:")]
-  return tuple(shares[:-1]) if len(shares) > 2 else ("replay",)

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from cpt_jax import config as config_lib
+from cpt_jax import exits
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.journal import write_atomically
 from cpt_jax.model import spec as spec_lib
@@ -41,8 +42,7 @@ _MEMORY_FRAC = 0.7  # of a device's memory that a stack may take by this arithme
 def state_of(path: pathlib.Path, config: Any) -> str:
   """`missing`, `begun`, `complete` or `diverged`: what the directory holds of the trial that `config` describes.
 
-  Raises:
-    ConfigError: it holds another run; a line for each key that differs.
+  Raises ConfigError: it holds another run; a line for each key that differs.
   """
   if not (path / "config.json").is_file():
     return "missing"
@@ -81,8 +81,7 @@ def _is_close(a: Any, b: Any) -> bool:
 def found_trials(config: Any, folder: pathlib.Path) -> list[Trial]:
   """Every trial of this run that the folder has, by its config, also those that no design asked for.
 
-  Raises:
-    ConfigError: a run there is not a trial of this run; names it and the keys.
+  Raises ConfigError: a run there is not a trial of this run; names it and the keys.
   """
   problems, trials = Problems(), []
   for file in sorted(folder.glob("*/config.json")):
@@ -111,10 +110,7 @@ def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, ba
   """Makes the trials that are not there yet; returns the exit code of loop.run: done, or stopped by a signal.
 
   Up to `stack` trials of one length are trained at once, which begin again if they are stopped.
-
-  Raises:
-    ConfigError: of a trial, or a directory that holds something else.
-    OSError: the disk.
+  Raises ConfigError: of a trial, or a directory that holds something else. OSError: the disk.
   """
   configs = {trial: trial_config(config, trial) for trial in wanted}
   states = {trial: state_of(folder / trial.name, configs[trial]) for trial in wanted}
@@ -129,8 +125,8 @@ def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, ba
       try:
         code, diverged = loop.run_stack([configs[trial] for trial in together], paths, bar=bar)
       except FloatingPointError as error:  # all of them
-        code, diverged = loop.EXIT_DONE, error.args
-      if code != loop.EXIT_DONE:
+        code, diverged = exits.DONE, error.args
+      if code != exits.DONE:
         return code
       for path, message in zip(paths, diverged, strict=True):
         if message:
@@ -138,7 +134,7 @@ def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, ba
         shutil.rmtree(path / "ckpt", ignore_errors=True)
     for trial, path in zip(together, paths, strict=True):
       bar.finished(trial, path)
-  return loop.EXIT_DONE
+  return exits.DONE
 
 
 def how_many(config: Any) -> int:
@@ -191,9 +187,9 @@ def sweep(
   for at in range(0, len(ladder), stack):
     code = run_trials(config, ladder[at : at + stack], folder, bar=bar, stack=stack)
     found = finished(config, ladder[: at + stack], folder)
-    if code != loop.EXIT_DONE or is_swept(found, ladder):
+    if code != exits.DONE or is_swept(found, ladder):
       return found, code
-  return found, loop.EXIT_DONE
+  return found, exits.DONE
 
 
 def is_swept(found: Sequence[FinishedTrial], ladder: Sequence[Trial]) -> bool:

@@ -115,7 +115,7 @@ class Predictor:
     """The least share of the runs whose length comes nearest to the budget from below, of those that the laws reproduce.
 
     Forgetting levels off with replay and goes on growing without it, so what short runs say of little replay does not hold for
-    long ones: a plan from longer runs with 5% and 25% alone missed a run without replay by 0.27 nats (docs/experiments.md, 1).
+    long ones: a plan from longer runs with 5% and 25% alone missed a run without replay by 0.27 nats (experiments.md, 1).
     """
     lengths = {cell.tokens for cell in self.cells if math.isfinite(max(cell.losses.values()))}
     # A quarter more: runs of one length differ by their padding.
@@ -149,14 +149,9 @@ class Predictor:
 
 
 def fit_sources(
-  cells: Sequence[Cell],
-  *,
-  tokens: float,
-  laws: Mapping[str, Sequence[Any]] | None = None,
-  level: float = 0.9,
-  confidence: float | None = None,
-  seed: int = 0,
-) -> Predictor:
+  cells: Sequence[Cell], *, tokens: float, laws: Mapping[str, Sequence[Any]] | None = None, level: float = 0.9,
+  confidence: float | None = None, seed: int = 0,
+) -> Predictor:  # fmt: skip
   """Chooses and fits a law for every source.
 
   Args:

@@ -35,8 +35,7 @@ def grid(rates: Sequence[float], replays: Sequence[float], *, steps: int, seeds:
 def trial_config(config: Any, trial: Trial) -> Any:
   """The config of a trial of the run that `config` describes; its phases are the same parts of its length.
 
-  Raises:
-    ConfigError: stages; a replay share above 0 in a run without replay sources, or below 1 without domain sources.
+  Raises ConfigError: stages; a replay share above 0 in a run without replay sources, or below 1 without domain sources.
   """
   if config.train.stages:
     raise ConfigError(
@@ -66,9 +65,7 @@ def at_point(config: Any, *, rate: float, replay: float) -> Any:
   """The config with another rate and replay share.
 
   Rates keep their ratio to the peak, and the sources of a role the ratio of their shares at the run's end; shares stand still.
-
-  Raises:
-    ConfigError: as `trial_config`.
+  Raises ConfigError: as `trial_config`.
   """
   c = config.copy_and_resolve_references()
   with c.unlocked():

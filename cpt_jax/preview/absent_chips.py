@@ -59,8 +59,7 @@ class Target(NamedTuple):
 def open_target(config: Any, topology: Topology) -> Target:
   """The mesh and the model of a config, whose sources and weights need not exist.
 
-  Raises:
-    ConfigError: what a run would refuse, or a compiler that is not installed.
+  Raises ConfigError: what a run would refuse, or a compiler that is not installed.
   """
   config = config_lib.resolve(config, needs_data=False)
   spec, _ = start.load_spec(start.choose_base(config))
@@ -81,11 +80,7 @@ def _place(device: Any, topology: Topology) -> Place:
 
 
 def topology_devices(topology: Topology) -> Sequence[Any]:
-  """Descriptions of the devices, in jax's order.
-
-  Raises:
-    ConfigError: the compiler is not installed, or knows no such topology.
-  """
+  """Descriptions of the devices, in jax's order. Raises ConfigError: the compiler is not installed, or knows no such topology."""
   from jax.experimental import topologies
 
   platform = topology.chip.platform

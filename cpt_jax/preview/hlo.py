@@ -86,13 +86,15 @@ class Instruction(NamedTuple):
   @property
   def op_name(self) -> str:
     """Where in the traced program it comes from."""
-    match = re.search(r'op_name="([^"]*)"', self.attributes)
-    return match.group(1) if match else ""
+    return self._quoted("op_name")
 
   @property
   def kernel(self) -> str:
     """What a custom call runs."""
-    match = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+    return self._quoted("custom_call_target")
+
+  def _quoted(self, name: str) -> str:
+    match = re.search(rf'{name}="([^"]*)"', self.attributes)
     return match.group(1) if match else ""
 
 
@@ -125,11 +127,7 @@ def parse(text: str) -> Module:
 
 
 def parse_instruction(line: str) -> Instruction:
-  """Reads one instruction.
-
-  Raises:
-    ValueError: it is none.
-  """
+  """Reads one instruction. Raises ValueError: it is none."""
   start = _START.match(line)
   shape, end = _shape(line, start.end()) if start else (None, 0)
   op = _OP.match(line, end)

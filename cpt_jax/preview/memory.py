@@ -130,8 +130,7 @@ def abstract_batch(config: Any, mesh: Any) -> Batch:
 def of_step_elsewhere(config: Any, spec: ModelSpec, *, source_weights: Sequence[float], sizes: Mapping[str, int]) -> Memory:
   """As `of_step` on a mesh of these sizes of CPU devices, which another process makes: this one cannot have more than it has.
 
-  Raises:
-    subprocess.CalledProcessError: it failed; its `stderr` says why.
+  Raises subprocess.CalledProcessError: it failed; its `stderr` says why.
   """
   environ = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(math.prod(sizes.values()))}
   job = pickle.dumps((config, spec, tuple(source_weights), dict(sizes)))

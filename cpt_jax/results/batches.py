@@ -16,8 +16,7 @@ from cpt_jax.stream import pipeline
 def rows_of(run: pathlib.Path, step: int, chosen: list[int]) -> list[dict[str, Any]]:
   """What the rows of a step's batch hold; `chosen` are rows of the batch, () = all.
 
-  Raises:
-    ConfigError: no such run, step or row, or a store that is not what it was.
+  Raises ConfigError: no such run, step or row, or a store that is not what it was.
   """
   try:
     periods = json.loads((run / "periods.json").read_text(encoding="utf-8"))
@@ -48,15 +47,9 @@ def _row(loader: pipeline.Loader, tokenizer: tokenization.Tokenizer, step: int, 
       | {"text": tokenizer.decode(tokens)}
     )
   return {
-    "step": step,
-    "row": b,
-    "source": source.name,
-    "source_row": nth,
-    "epoch": nth // layout.num_rows,
-    "filled": int((batch.segments_BT > 0).sum()),
-    "targets": int((batch.weights_BT > 0).sum()),
-    "documents": documents,
-  }
+    "step": step, "row": b, "source": source.name, "source_row": nth, "epoch": nth // layout.num_rows,
+    "filled": int((batch.segments_BT > 0).sum()), "targets": int((batch.weights_BT > 0).sum()), "documents": documents,
+  }  # fmt: skip
 
 
 def row_len_of(run: pathlib.Path) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from cpt_jax import journal
 from cpt_jax.config import ConfigError
-from cpt_jax.results.report import COLOURS, GREY, pyplot
+from cpt_jax.results.report import COLOURS, GREY, label, panels
 
 AXES = {"tokens": "tokens trained on", "bytes": "bytes of text trained on", "flops": "FLOPs of training"}
 
@@ -119,8 +119,7 @@ def _difference(x_base: np.ndarray, y_base: np.ndarray, x: np.ndarray, y: np.nda
 def read_evaluated(path: str | pathlib.Path) -> EvaluatedRun:
   """Reads the evaluations of a run, as far as it is.
 
-  Raises:
-    ConfigError: no run there, one without an evaluation before its first step, or one whose held-out documents changed.
+  Raises ConfigError: no run there, one without an evaluation before its first step, or one whose held-out documents changed.
   """
   path = pathlib.Path(path)
   if not (path / "config.json").is_file():
@@ -173,8 +172,7 @@ def _bytes_read(entry: dict, evaluated: dict, estimated: set[str]) -> float:
 def compare_runs(base: str | pathlib.Path, grown: Sequence[str | pathlib.Path]) -> list[Comparison]:
   """Every source of the run directories `grown` beside the run with the old vocabulary.
 
-  Raises:
-    ConfigError: no such run, or runs that cannot be compared.
+  Raises ConfigError: no such run, or runs that cannot be compared.
   """
   if not base or not grown:
     raise ConfigError("--base and --grown: name the --workdir of a run with the old vocabulary and of one or more with others")
@@ -187,8 +185,7 @@ def compare_runs(base: str | pathlib.Path, grown: Sequence[str | pathlib.Path]) 
 def compare(base: EvaluatedRun, grown: EvaluatedRun) -> list[Comparison]:
   """The sources that both runs evaluated.
 
-  Raises:
-    ConfigError: it is one run, they have no source in common, or evaluated other documents: all of these, a line each.
+  Raises ConfigError: it is one run, they have no source in common, or evaluated other documents: all of these, a line each.
   """
   if base.path.resolve() == grown.path.resolve():
     raise ConfigError(f"{base.path}: is compared with itself; name another run as --grown")
@@ -236,15 +233,11 @@ def labels(comparisons: Sequence[Comparison]) -> dict[pathlib.Path, str]:
 def figure(comparisons: Sequence[Comparison], labels: dict[pathlib.Path, str], path: str | pathlib.Path) -> None:
   """Bits per byte over bytes and over FLOPs, a row for each source; needs the extra [plots].
 
-  Raises:
-    ConfigError: matplotlib is not installed.
+  Raises ConfigError: matplotlib is not installed.
   """
-  plt = pyplot()
   sources = list(dict.fromkeys(one.source for one in comparisons))
   axes = [axis for axis in ("bytes", "flops") if all(axis in one.base_curves for one in comparisons)] or ["tokens"]
-  made, grid = plt.subplots(
-    len(sources), len(axes), figsize=(6.0 * len(axes), 4.0 * len(sources)), squeeze=False, layout="constrained"
-  )
+  made, grid = panels(len(sources), len(axes), size=(6.0 * len(axes), 4.0 * len(sources)))
   for row, source in zip(grid, sources, strict=True):
     of_source = [one for one in comparisons if one.source == source]
     for ax, axis in zip(row, axes, strict=True):
@@ -256,8 +249,5 @@ def figure(comparisons: Sequence[Comparison], labels: dict[pathlib.Path, str], p
         if met.at is not None and met.at > met.start:
           ax.axvline(met.at, color=colour, linestyle=":", linewidth=1.2)
       ax.axhline(base.before, color=GREY, linewidth=0.8)
-      ax.set_xlabel(AXES[axis])
-      ax.set_ylabel(f"{source}, bits per byte")
-      ax.legend(fontsize=8)
+      label(ax, AXES[axis], f"{source}, bits per byte")
   made.savefig(path, dpi=140)
-  plt.close(made)

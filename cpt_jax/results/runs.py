@@ -58,11 +58,7 @@ class Run(NamedTuple):
 
 
 def read_run(path: str | pathlib.Path) -> Run:
-  """Reads one run.
-
-  Raises:
-    ConfigError: no run there, or one without its first evaluation.
-  """
+  """Reads one run. Raises ConfigError: no run there, or one without its first evaluation."""
   path = pathlib.Path(path)
   if not (path / "config.json").is_file():
     raise ConfigError(f"{path}: not a run (no config.json); name the --workdir of a run")
@@ -76,23 +72,16 @@ def read_run(path: str | pathlib.Path) -> Run:
   read = {entry["source"]: entry["tokens"] for entry in ledger[-1]["sources"]} if ledger else {}
   missing = {"loss": float("nan")}
   return Run(
-    path,
-    config,
-    np.asarray(schedule.from_config(config)(np.arange(config_lib.num_steps(config))), np.float64),
+    path, config, np.asarray(schedule.from_config(config)(np.arange(config_lib.num_steps(config))), np.float64),
     np.array([record["step"] for record in evals]),
     {name: np.array([record["sources"].get(name, missing)["loss"] for record in evals]) for name in names},
-    {name: config.data.sources[name].role for name in names},
-    {name: read.get(name, 0) for name in names},
+    {name: config.data.sources[name].role for name in names}, {name: read.get(name, 0) for name in names},
     (path / "summary.json").is_file(),
-  )
+  )  # fmt: skip
 
 
 def read_runs(folder: str | pathlib.Path) -> list[Run]:
-  """All runs below a folder, or the one that it is, by path.
-
-  Raises:
-    ConfigError: there is none.
-  """
+  """All runs below a folder, or the one that it is, by path. Raises ConfigError: there is none."""
   found = sorted(file.parent for file in pathlib.Path(folder).rglob("config.json") if (file.parent / "metrics.jsonl").is_file())
   if not found:
     raise ConfigError(f"{folder}: no run there (a directory with config.json and metrics.jsonl)")

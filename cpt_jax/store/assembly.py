@@ -54,10 +54,7 @@ class _LeftOut(NamedTuple):
 
 def finish(job: Job, tokenizer: Tokenizer, markers: list[dict[str, Any]], files: list[InputFile]) -> dict[str, Any]:
   """Gathers the records that were left out, writes `store.json`, removes what is no longer needed; returns the manifest.
-
-  Raises:
-    DataError: no document is left.
-  """
+  Raises DataError: no document is left."""
   output, settings = Path(job.task.output), job.settings
   left_out = _gather(output, job, markers)
   if not any(m["info"]["num_documents"] for m in markers):

@@ -11,7 +11,6 @@ the answer), the difference is the answer with its end of turn, and both are pre
 import bisect
 import datetime
 import functools
-import hashlib
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -60,20 +59,12 @@ def canonical(messages: list[dict[str, str]]) -> bytes:
   return json.dumps(pairs, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
 
 
-def template_digest(source: str) -> str:
-  """Identifies a template; "" for none."""
-  return hashlib.blake2b(source.encode("utf-8"), digest_size=16).hexdigest() if source else ""
-
-
 class Template:
   """A compiled chat template: the settings, functions and tags are those of transformers 5 (utils/chat_template_utils.py)."""
 
   def __init__(self, source: str, *, tokens: dict[str, str], now: datetime.datetime):
     """`tokens`: what the template may use by name, such as bos_token; `now`: the time it is told.
-
-    Raises:
-      ConfigError: it is no jinja template.
-    """
+    Raises ConfigError: it is no jinja template."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
       trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -95,19 +86,12 @@ class Template:
     self.literals = "\0".join(literals)
 
   def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
-    """The conversation as text.
-
-    Raises:
-      RenderError: the template does not take it.
-    """
+    """The conversation as text. Raises RenderError: the template does not take it."""
     return self._render(messages, add_generation_prompt).text
 
   def render_answers(self, messages: list[dict[str, str]]) -> Rendered:
     """The conversation as text, and where the answers lie in it.
-
-    Raises:
-      RenderError: the template does not take it, or does not say where its answers are.
-    """
+    Raises RenderError: the template does not take it, or does not say where its answers are."""
     whole = self._render(messages, False)
     if not any(message["role"] == "assistant" for message in messages):
       raise RenderError(f"no answer: none of its {len(messages)} messages has the role assistant")
@@ -185,10 +169,7 @@ class Encoder:
 
   def __init__(self, tokenizer: Tokenizer, *, records: str, train_on: str, now: datetime.datetime):
     """`records`: "messages" or "prompt"; `train_on`: "all" or "answers"; `now`: the time that the template is told.
-
-    Raises:
-      ConfigError: the tokenizer has no chat template, or a broken one, or cannot say where its tokens are.
-    """
+    Raises ConfigError: the tokenizer has no chat template, or a broken one, or cannot say where its tokens are."""
     source, file = tokenizer.chat_template, tokenizer.path
     if not source and records == "messages":
       raise ConfigError(

@@ -33,7 +33,7 @@ from cpt_jax.store import decontaminate, documents, prepare, units, work
 from cpt_jax.store.prepare import PrepareReport
 from cpt_jax.store.records import Document
 from cpt_jax.store.units import InputFile
-from cpt_jax.store.work import Job, Task
+from cpt_jax.store.work import Asked, Job, Task
 
 FILTERS = {
   "gopher_repetition": GopherRepetitionFilter,
@@ -42,7 +42,6 @@ FILTERS = {
   "fineweb": FineWebQualityFilter,
 }
 NEAR_DUPLICATE = "near-duplicate"
-EXECUTORS = ("local", "slurm", "ray")
 
 
 class Words(WordTokenizer):
@@ -69,36 +68,17 @@ class Words(WordTokenizer):
 WORDS = Words()
 
 
-class Selection(NamedTuple):
-  """What decides which documents are in the store, apart from evaluation texts."""
-
-  filters: list[str]
-  dedup: bool
-  language: str  # datatrove's code, e.g. "eng" (needs the packages that it names); "" = `Words`
-
-  def settings(self) -> dict[str, Any] | None:
-    """As the store keeps it; None where every document is kept."""
-    if not self.filters and not self.dedup:
-      return None
-    return {"filters": self.filters, "minhash": str(minhash_config()) if self.dedup else "", "language": self.language}
-
-  def steps(self) -> list[tuple[str, PipelineStep]]:
-    """The filters by name."""
-    return [(name, FILTERS[name](language=self.language or WORDS)) for name in self.filters]
+def selection(asked: Asked) -> dict[str, Any] | None:
+  """What decides which documents are in the store, apart from evaluation texts; None where every document is kept."""
+  if not asked.filters and not asked.dedup:
+    return None
+  minhash_says = str(minhash_config()) if asked.dedup else ""
+  return {"filters": list(asked.filters), "minhash": minhash_says, "language": asked.language}
 
 
-class Machines(NamedTuple):
-  """Where the tasks run; what is below `workers` is for Slurm and Ray, what is below `mem_per_cpu_gb` for Slurm only."""
-
-  executor: str
-  workers: int  # tasks at a time; 0 = as many as there are cores (local), or no limit
-  cpus_per_task: int
-  mem_per_cpu_gb: int
-  partition: str
-  time: str
-  qos: str
-  env_command: str  # what a job does first; "" = activates the virtual environment of this process, where it has one
-  sbatch_args: dict[str, str]
+def filters(asked: Asked) -> list[tuple[str, PipelineStep]]:
+  """The filters by name."""
+  return [(name, FILTERS[name](language=asked.language or WORDS)) for name in asked.filters]
 
 
 def minhash_config() -> minhash.MinhashConfig:
@@ -220,60 +200,42 @@ def work_directory(output: str) -> Path:
   return Path(f"{output.rstrip(os.sep)}.work")
 
 
-def phases(job: Job, selection: Selection, *, num_threads: int) -> list[Phase]:
+def phases(job: Job, asked: Asked, *, num_threads: int) -> list[Phase]:
   """All phases up to the token files."""
-  found, steps, num_units = [], selection.steps(), len(job.units)
+  found, steps, num_units = [], filters(asked), len(job.units)
   folder = str(work_directory(job.task.output).absolute() / "minhash")
-  if selection.dedup:
+  if asked.dedup:
     config = minhash_config()
-    words: Any = selection.language or WORDS
+    words: Any = asked.language or WORDS
     signature = minhash.MinhashDedupSignature(f"{folder}/signatures", config=config, language=words)
     buckets = minhash.MinhashDedupBuckets(f"{folder}/signatures", f"{folder}/buckets", config=config)
     clusters = minhash.MinhashDedupCluster(f"{folder}/buckets", f"{folder}/remove", config=config)
     found.append(Phase("signatures", num_units, [Texts(job), *(step for _, step in steps), signature]))
     found += [Phase("buckets", config.num_buckets, [buckets]), Phase("clusters", 1, [clusters])]
-    steps = [*selection.steps(), (NEAR_DUPLICATE, minhash.MinhashDedupFilter(f"{folder}/remove"))]
+    steps = [*filters(asked), (NEAR_DUPLICATE, minhash.MinhashDedupFilter(f"{folder}/remove"))]
   return [*found, Phase("tokens", num_units, [Tokens(job, steps, num_threads=num_threads)])]
 
 
 def prepare_on(
-  machines: Machines,
-  inputs: list[str],
-  *,
-  task: Task,
-  contamination: decontaminate.Contamination | None,
-  selection: Selection,
-  max_units: int,
-  unit_bytes: int = 0,
+  asked: Asked, inputs: list[str], *, task: Task, contamination: decontaminate.Contamination | None, unit_bytes: int = 0
 ) -> PrepareReport | None:
   """`prepare.prepare` by datatrove's executors, or goes on with it; None where the work was handed to Slurm.
 
-  Args:
-    machines: where.
-    inputs: paths and globs, on a disk that all machines share, as is the output.
-    task: settings.
-    contamination: leave out documents that share words with these evaluation texts.
-    selection: filters and deduplication.
-    max_units: of work, and so of tasks in a phase.
-    unit_bytes: as of `units.cut`.
-
-  Raises:
-    ConfigError: as prepare.prepare, and units that could not be done.
-    DataError: as prepare.prepare.
-    OSError: the disk.
+  Inputs lie on a disk that all machines share, as does the output; a phase has as many tasks as there are units of work.
+  Raises as prepare.prepare; ConfigError: also units that could not be done.
   """
-  arguments = {"inputs": inputs, "task": task, "contamination": contamination, "selection": selection.settings()}
-  arguments |= {"unit_bytes": unit_bytes, "max_units": max_units}
+  arguments = {"inputs": inputs, "task": task, "contamination": contamination, "selection": selection(asked)}
+  arguments |= {"unit_bytes": unit_bytes, "max_units": asked.max_tasks}
   handed_in: list[PipelineExecutor] = []
 
   def run_units(job: Job, loaded: Any) -> bool:
     directory = work_directory(task.output)
     _forget(job, directory)
-    found = phases(job, selection, num_threads=_num_threads(machines))
-    if machines.executor == "slurm":
+    found = phases(job, asked, num_threads=_num_threads(asked))
+    if asked.executor == "slurm":
       found.append(Phase("store", 1, [Close(arguments)]))
-    executors = _executors(machines, found, directory, job_name=Path(task.output).name)
-    if machines.executor == "slurm":
+    executors = _executors(asked, found, directory, job_name=Path(task.output).name)
+    if asked.executor == "slurm":
       handed_in.append(executors[-1])
       return False
     for executor in executors:
@@ -286,28 +248,26 @@ def prepare_on(
   return report
 
 
-def describe(
-  machines: Machines, inputs: list[str], *, task: Task, contamination, selection: Selection, max_units: int
-) -> list[str]:
+def describe(asked: Asked, inputs: list[str], *, task: Task, contamination: decontaminate.Contamination | None) -> list[str]:
   """What `prepare_on` would do, for people; writes nothing."""
   files = [InputFile.of(path) for path in documents.find_files(inputs)]
-  job = Job(task, units.cut(files, unit_bytes=0, max_units=max_units), {})
-  found = phases(job, selection, num_threads=_num_threads(machines))
-  if machines.executor == "slurm":
+  job = Job(task, units.cut(files, unit_bytes=0, max_units=asked.max_tasks), {})
+  found = phases(job, asked, num_threads=_num_threads(asked))
+  if asked.executor == "slurm":
     found.append(Phase("store", 1, [Close({})]))
-  lines = [f"{len(files)} files, {sum(file.bytes for file in files):,} bytes -> {task.output}, by executor {machines.executor}"]
+  lines = [f"{len(files)} files, {sum(file.bytes for file in files):,} bytes -> {task.output}, by executor {asked.executor}"]
   if contamination:
     lines.append(f"  without documents that share words with {contamination.num_texts:,} evaluation texts")
   for number, phase in enumerate(found):
-    steps = [name for name, _ in selection.steps()] if phase.name in ("signatures", "tokens") else []
+    steps = [name for name, _ in filters(asked)] if phase.name in ("signatures", "tokens") else []
     if phase.name == "tokens":
-      steps += [NEAR_DUPLICATE] * selection.dedup + ["contamination"] * (contamination is not None)
+      steps += [NEAR_DUPLICATE] * asked.dedup + ["contamination"] * (contamination is not None)
     through = f" through {', '.join(steps)}" if steps else ""
     lines.append(f"  phase {number + 1}  {phase.name:<10} {phase.num_tasks:>5} tasks{through}")
   lines.append(f"  logs and finished tasks: {work_directory(task.output)}")
-  if machines.executor == "slurm":
+  if asked.executor == "slurm":
     with tempfile.TemporaryDirectory() as temporary:  # datatrove makes a directory for logs when it is asked for the script
-      executors = _executors(machines, found, Path(temporary), job_name=Path(task.output).name)
+      executors = _executors(asked, found, Path(temporary), job_name=Path(task.output).name)
       scripts = [_script(executor, phase) for executor, phase in zip(executors, found, strict=True)]
     lines += [script.replace(temporary, str(work_directory(task.output).absolute())) for script in scripts]
   return lines
@@ -332,29 +292,29 @@ def _forget(job: Job, directory: Path) -> None:
   shutil.rmtree(directory / "store", ignore_errors=True)
 
 
-def _num_threads(machines: Machines) -> int:
-  return machines.cpus_per_task if machines.executor != "local" else max(_cores() // _workers(machines), 1)
+def _num_threads(asked: Asked) -> int:
+  return asked.cpus_per_task if asked.executor != "local" else max(_cores() // _workers(asked), 1)
 
 
 def _cores() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _workers(machines: Machines) -> int:
-  return machines.workers or (_cores() if machines.executor == "local" else -1)
+def _workers(asked: Asked) -> int:
+  return asked.num_workers or (_cores() if asked.executor == "local" else -1)
 
 
-def _executors(machines: Machines, found: list[Phase], directory: Path, *, job_name: str) -> list[PipelineExecutor]:
+def _executors(asked: Asked, found: list[Phase], directory: Path, *, job_name: str) -> list[PipelineExecutor]:
   """An executor for each phase; those of Slurm depend on the one before."""
   root = str(Path(__file__).resolve().parents[2])  # for a clone that is not installed
   executors: list[Any] = []
   for phase in found:
     common = {"pipeline": phase.pipeline, "tasks": phase.num_tasks, "logging_dir": str(directory.absolute() / phase.name)}
-    if machines.executor == "local":
-      executors.append(LocalPipelineExecutor(**common, workers=min(_workers(machines), phase.num_tasks)))
+    if asked.executor == "local":
+      executors.append(LocalPipelineExecutor(**common, workers=min(_workers(asked), phase.num_tasks)))
       continue
-    common |= {"workers": _workers(machines), "cpus_per_task": machines.cpus_per_task, "mem_per_cpu_gb": machines.mem_per_cpu_gb}
-    if machines.executor == "ray":
+    common |= {"workers": _workers(asked), "cpus_per_task": asked.cpus_per_task, "mem_per_cpu_gb": asked.mem_per_cpu_gb}
+    if asked.executor == "ray":
       paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
       environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
       executors.append(RayPipelineExecutor(**common, ray_remote_kwargs={"runtime_env": environment}))
@@ -364,11 +324,11 @@ def _executors(machines: Machines, found: list[Phase], directory: Path, *, job_n
       SlurmPipelineExecutor(
         **common,
         job_name=f"{job_name}-{phase.name}",
-        partition=machines.partition,
-        time=machines.time,
-        qos=machines.qos,
-        env_command=f"{machines.env_command or activate}; export PYTHONPATH={root}:$PYTHONPATH",
-        sbatch_args=machines.sbatch_args,
+        partition=asked.partition,
+        time=asked.time,
+        qos=asked.qos,
+        env_command=f"{asked.env_command or activate}; export PYTHONPATH={root}:$PYTHONPATH",
+        sbatch_args=dict(option.split("=", 1) for option in asked.sbatch),
         depends=executors[-1] if executors else None,
       )
     )

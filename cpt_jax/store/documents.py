@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import Protocol
 
+from cpt_jax import exits
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.store import lines, parquet
 from cpt_jax.store.records import BadRecord, Document, Fields, Part, Rules
@@ -22,7 +23,7 @@ _READ_BYTES = 1 << 20
 class DataError(ConfigError):
   """The input texts are at fault, not the settings."""
 
-  exit_code = 65  # sysexits.h: data
+  exit_code = exits.BAD_TEXT
 
 
 class Reader(Protocol):
@@ -48,10 +49,7 @@ def open_part(part: Part, rules: Rules) -> Reader:
 
 def find_files(inputs: list[str], *, flag: str = "--input") -> list[str]:
   """The files of paths and globs (`**` too): in the order of the inputs, sorted within each glob, each file once.
-
-  Raises:
-    ConfigError: an input matches nothing, or something that is no text file.
-  """
+  Raises ConfigError: an input matches nothing, or something that is no text file."""
   problems, files, seen = Problems(), [], set()
   for pattern in inputs:
     matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))

@@ -9,10 +9,7 @@ from cpt_jax.store.token_store import open_store
 
 def verify(path: str) -> str:
   """A line for people.
-
-  Raises:
-    ConfigError: no whole store there, or one without digests.
-    DataError: files that are not what was written, a line each.
+  Raises ConfigError: no whole store there, or one without digests; DataError: files that are not what was written, a line each.
   """
   opened = open_store(path)
   damaged = opened.verify()

@@ -7,33 +7,15 @@ import importlib.util
 import os
 import pathlib
 import shutil
-from typing import Any, NamedTuple
+from typing import Any
 
 from cpt_jax.config import Problems, did_you_mean
 from cpt_jax.store import decontaminate
 from cpt_jax.store.prepare import PrepareReport
-from cpt_jax.store.work import Task
+from cpt_jax.store.work import Asked, Task
 
 FILTERS = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
 EXECUTORS = ("local", "slurm", "ray")
-
-
-class Asked(NamedTuple):
-  """Where the tasks of a preparation run, and which documents they leave out."""
-
-  executor: str = "local"
-  max_tasks: int = 256  # in a phase, and so token files; each has 8 MiB of input or more
-  filters: tuple[str, ...] = ()  # of FILTERS, in this order
-  dedup: bool = False  # keep one document of those that are nearly alike
-  language: str = ""  # datatrove's splitter of words; empty = our own
-  num_workers: int = 0
-  cpus_per_task: int = 1
-  mem_per_cpu_gb: int = 4
-  partition: str = ""
-  time: str = ""
-  qos: str = ""
-  env_command: str = ""
-  sbatch: tuple[str, ...] = ()
 
 
 def check(inputs: list[str], asked: Asked, task: Task, *, dry_run: bool) -> None:
@@ -66,37 +48,17 @@ def check(inputs: list[str], asked: Asked, task: Task, *, dry_run: bool) -> None
 
 
 def prepare(
-  inputs: list[str],
-  asked: Asked,
-  *,
-  task: Task,
-  contamination: decontaminate.Contamination | None = None,
-  dry_run: bool = False,
+  inputs: list[str], asked: Asked, *, task: Task, contamination: decontaminate.Contamination | None = None, dry_run: bool = False
 ) -> list[str]:
   """Prepares a store by datatrove's executors, or with `dry_run` only says how; returns lines for people.
-
-  Raises:
-    ConfigError: settings; DataError: bad records; OSError: the disk.
-  """
+  Raises ConfigError: settings; DataError: bad records; OSError: the disk."""
   check(inputs, asked, task, dry_run=dry_run)
   from cpt_jax.store import cluster
 
-  machines = cluster.Machines(
-    executor=asked.executor,
-    workers=asked.num_workers,
-    cpus_per_task=asked.cpus_per_task,
-    mem_per_cpu_gb=asked.mem_per_cpu_gb,
-    partition=asked.partition,
-    time=asked.time,
-    qos=asked.qos,
-    env_command=asked.env_command,
-    sbatch_args=dict(option.split("=", 1) for option in asked.sbatch),
-  )
-  selection = cluster.Selection(list(asked.filters), asked.dedup, asked.language)
-  work: dict[str, Any] = {"task": task, "contamination": contamination, "selection": selection, "max_units": asked.max_tasks}
+  work: dict[str, Any] = {"task": task, "contamination": contamination}
   if dry_run:
-    return cluster.describe(machines, inputs, **work)
-  report: PrepareReport | None = cluster.prepare_on(machines, inputs, **work)
+    return cluster.describe(asked, inputs, **work)
+  report: PrepareReport | None = cluster.prepare_on(asked, inputs, **work)
   if report is None:
     job = f"{pathlib.Path(task.output).name}-store"
     return [f"{task.output}: handed to Slurm; the job {job} finishes it. Logs: {task.output}.work"]

@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -146,19 +147,8 @@ def prepare_with(
 ) -> PrepareReport | None:
   """`prepare`, with the units done by `run_units`; None where that says that they are not done yet.
 
-  Args:
-    run_units: does the units that have no marker yet (`work.run_unit`), or hands them to others and returns False.
-    inputs: paths and globs.
-    task: settings.
-    contamination: leave out documents that share words with these evaluation texts.
-    selection: what else decides which documents are in the store, in values that JSON keeps.
-    unit_bytes: as of `units.cut`.
-    max_units: as of `units.cut`.
-
-  Raises:
-    ConfigError: as `prepare`.
-    DataError: as `prepare`.
-    OSError: as `prepare`.
+  `run_units` does the units that have no marker yet (`work.run_unit`), or hands them to others and returns False; `selection` is
+  what else decides which documents are in the store, in values that JSON keeps; sizes are as of `units.cut`. Raises as `prepare`.
   """
   _check(task)
   start_secs = time.monotonic()
@@ -221,6 +211,7 @@ def _check_kinds(files: list[InputFile], rules: Rules) -> None:
 def _settings(task: Task, tokenizer: tokenization.Tokenizer, files: list[InputFile]) -> dict[str, Any]:
   """What tells a store from one of the same files by other rules, in values that JSON keeps."""
   rules, has_fields = task.rules, any(documents.file_kind(file.path)[0] != "txt" for file in files)
+  template = "" if rules.records == "text" else tokenizer.chat_template
   return {
     "tokenizer_fingerprint": tokenizer.fingerprint,
     "eos_id": tokenizer.require_eos(),
@@ -228,17 +219,14 @@ def _settings(task: Task, tokenizer: tokenization.Tokenizer, files: list[InputFi
     "train_on": rules.train_on,
     "text_field": rules.fields[0] if has_fields else "",
     "answer_field": rules.answer_field if rules.records == "prompt" else "",
-    "chat_template": "" if rules.records == "text" else chat.template_digest(tokenizer.chat_template),
+    "chat_template": hashlib.blake2b(template.encode("utf-8"), digest_size=16).hexdigest() if template else "",
     "max_document_bytes": rules.max_document_bytes,
   }
 
 
 def _finished(output: str, settings: dict[str, Any], files: list[InputFile]) -> dict[str, Any] | None:
   """The manifest of a finished store of the same things, None where there is none.
-
-  Raises:
-    ConfigError: the store is of other things.
-  """
+  Raises ConfigError: the store is of other things."""
   manifest = token_files.read_manifest(output)
   if manifest is None:
     return None
@@ -323,12 +311,9 @@ def _report(output: str, manifest: dict[str, Any], *, seconds: float, was_finish
   bad = manifest["bad_records"]
   return PrepareReport(
     output=output,
-    num_documents=manifest["num_documents"],
-    num_tokens=manifest["num_tokens"],
-    num_bytes=manifest["num_bytes"],
+    **{key: manifest[key] for key in ("num_documents", "num_tokens", "num_bytes", "notes")},
     num_bad=bad["num"],
     bad_records=[BadRecord(**b) for b in bad["first"]],
-    notes=manifest["notes"],
     seconds=seconds,
     was_finished=was_finished,
     left_out=manifest.get("left_out", {}),  # not in stores of before there was a reason to leave documents out

@@ -115,10 +115,7 @@ class Fields:
 
   def document(self, values: list[Any], line: int, offset: int) -> Document | BadRecord:
     """The document of the fields' values, where strings may be given as UTF-8.
-
-    Raises:
-      RecordError: the values are not what the rules say.
-    """
+    Raises RecordError: the values are not what the rules say."""
     if self.hold_messages:
       return self._conversation(_messages(values[0], self.names[0]), line, offset)
     texts = [_string(value, f"field {name!r}") for value, name in zip(values, self.names, strict=True)]

@@ -81,10 +81,7 @@ class TokenStore:
   @property
   def lengths(self) -> np.ndarray:
     """Tokens of each document, int64 [num_documents]; 0 is possible only in a store made by datatrove.
-
-    Raises:
-      ConfigError: an index that falls.
-    """
+    Raises ConfigError: an index that falls."""
     if self._lengths is None:
       lengths = np.empty(self.num_documents, np.int64)
       for f, start in zip(self._files, self._starts[:-1], strict=True):
@@ -115,10 +112,7 @@ class TokenStore:
 
   def loss_mask(self, i: int, start: int, length: int) -> np.ndarray:
     """Whether tokens [start, start + length) of document `i` count in the loss, bool [length]; all do in an unmasked store.
-
-    Raises:
-      IndexError: the document does not have them.
-    """
+    Raises IndexError: the document does not have them."""
     if not self.has_loss_mask:
       return np.ones(self.tokens(i, start, length).size, bool)
     return _cut(self._of_document(i, "loss"), i, start, length) != 0
@@ -175,10 +169,7 @@ def _token_hashes(file: _TokenFile) -> np.ndarray:
 
 def open_store(path: str | os.PathLike) -> TokenStore:
   """Opens a store of ours or of datatrove's; reads no tokens.
-
-  Raises:
-    ConfigError: there is no store, it is unfinished, or a file is missing, truncated or inconsistent.
-  """
+  Raises ConfigError: there is no store, it is unfinished, or a file is missing, truncated or inconsistent."""
   path = Path(path)
   if not path.is_dir():
     raise ConfigError(f"{path}: there is no such token store; make it with cpt prepare --output {path}")

@@ -111,11 +111,7 @@ class Tokenizer:
     return 1 if is_byte_piece(piece) else len(piece.replace(SPACE, " ").encode())
 
   def require_eos(self) -> int:
-    """The id of EOS.
-
-    Raises:
-      ConfigError: none is known; the message says where it was looked for.
-    """
+    """The id of EOS. Raises ConfigError: none is known; the message says where it was looked for."""
     if self.eos_id is None:
       raise ConfigError(self._eos_problem)
     return self.eos_id
@@ -166,9 +162,7 @@ def load(path: str | os.PathLike, *, eos_token: str = "") -> Tokenizer:
 
   EOS is looked for in tokenizer_config.json, special_tokens_map.json, config.json and generation_config.json (the first
   of a list), then in the SentencePiece model; `eos_token` overrides them all and does not enter the fingerprint.
-
-  Raises:
-    ConfigError: no tokenizer file, a broken one, or special tokens that do not exist.
+  Raises ConfigError: no tokenizer file, a broken one, or special tokens that do not exist.
   """
   file = tokenizer_files.find(Path(path))
   size, most = file.stat().st_size, tokenizer_files.MAX_FILE_BYTES

@@ -49,6 +49,26 @@ class Task(NamedTuple):
     return chat.Encoder(tokenizer, records=self.rules.records, train_on=self.rules.train_on, now=now)
 
 
+class Asked(NamedTuple):
+  """Where the tasks of a preparation run, and which documents they leave out."""
+
+  executor: str = "local"
+  max_tasks: int = 256  # in a phase, and so token files; each has 8 MiB of input or more
+  filters: tuple[str, ...] = ()  # of FILTERS, in this order
+  dedup: bool = False  # keep one document of those that are nearly alike
+  language: str = ""  # datatrove's splitter of words, e.g. "eng" (needs the packages that it names); "" = our own
+  num_workers: int = 0  # tasks at a time; 0 = as many as there are cores (local), or no limit
+  # For Slurm and Ray:
+  cpus_per_task: int = 1
+  mem_per_cpu_gb: int = 4
+  # For Slurm:
+  partition: str = ""
+  time: str = ""
+  qos: str = ""
+  env_command: str = ""  # what a job does first; "" = activates the virtual environment of this process, where it has one
+  sbatch: tuple[str, ...] = ()  # other options, "name=value"
+
+
 class Job(NamedTuple):
   """All the work of a store."""
 

@@ -35,9 +35,7 @@ def rows_of_source(
 
   With `max_bytes` it is so many bytes of text instead: the same documents whatever the tokenizer. Whole documents only: one that
   does not fit in what is left is passed over; if none fits at all, the smallest is taken. `options` are of `evaluation_rows`.
-
-  Raises:
-    ConfigError: nothing says how many bytes the documents have, or their first tokens.
+  Raises ConfigError: nothing says how many bytes the documents have, or their first tokens.
   """
   store = source.store
   key, sizes = f"data.sources.{source.name}.store={str(store.path)!r}", store.doc_bytes() if max_bytes else None

@@ -49,9 +49,7 @@ class Mixture:
   whole cycle before a source ends.
 
   Rows do not depend on `num_steps`: a longer run begins with the rows of the shorter one, if the knots in steps are the same.
-
-  Raises:
-    ConfigError: see `quotas.Curves`; and a step of the run at which every share is 0.
+  Raises ConfigError: see `quotas.Curves`; and a step of the run at which every share is 0.
   """
 
   def __init__(

@@ -92,9 +92,7 @@ def continued(
   """The periods of a run that goes on at `step` with these sources: those of its past, and one more where something changed.
 
   `read`: what was read of each source before `step`. `skip`: how many of its next rows each source passes over at `step`.
-
-  Raises:
-    ConfigError: a line for each source whose rows would not be what they were.
+  Raises ConfigError: a line for each source whose rows would not be what they were.
   """
   wrong, known = [], {}
   for period in past:

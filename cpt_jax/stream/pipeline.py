@@ -68,9 +68,7 @@ class Loader:
 
   With `vocab_size` no batch holds an id that the model has no row for: an error names the store. Held-out rows need the
   tokenizer.
-
-  Raises:
-    ConfigError: the past cannot be continued with these sources and settings; names each that differs.
+  Raises ConfigError: the past cannot be continued with these sources and settings; names each that differs.
   """
 
   def __init__(
@@ -270,9 +268,7 @@ def from_config(
 ) -> Loader:
   """The loader of a resolved config; `vocab_size` of the model (None = not checked), `past` to `skip` as in Begin,
   `keep_layouts` as for Loader.
-
-  Raises:
-    ConfigError: a source that runs out where it must not, shares that are all 0 at some step, or a past that cannot go on.
+  Raises ConfigError: a source that runs out where it must not, shares that are all 0 at some step, or a past that cannot go on.
   """
   path = config.data.tokenizer or config.start.hf
   loader = Loader(
@@ -300,10 +296,7 @@ def changed_settings(config, past: dict) -> list[str]:
 
 def from_periods(kept: dict, step: int, *, tokenizer: tokenization.Tokenizer | None = None) -> Loader:
   """The loader that read the rows of `step` of a run, from its `Loader.periods` alone; with `tokenizer` it has held-out rows too.
-
-  Raises:
-    ConfigError: a store is not there any more, or holds something else now.
-  """
+  Raises ConfigError: a store is not there any more, or holds something else now."""
   check_formats(kept)
   periods = [order.from_json(period) for period in kept["periods"]]
   known = [period for period in periods if period.start_step <= step]

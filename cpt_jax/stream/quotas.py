@@ -70,9 +70,7 @@ class Curves:
   """The schedule that knots describe: constant before a source's first and after its last, two at one time are a jump.
 
   The share of step t is read at its middle, t + 0.5, so that the sum of a linear ramp is its integral.
-
-  Raises:
-    ConfigError: a share that is negative or not finite, knots out of order, a log ramp from or to 0.
+  Raises ConfigError: a share that is negative or not finite, knots out of order, a log ramp from or to 0.
   """
 
   def __init__(self, knots_M: Sequence[Sequence[tuple]], *, batch_rows: int):
@@ -219,9 +217,7 @@ class Quotas:
     """From the sums before `step` on: by how many whole rows they rise in each step of a block, and their parts after it.
 
     int64 [M, steps] each; fewer steps than a block's if the run ends.
-
-    Raises:
-      ConfigError: a step of the run at which every share is 0.
+    Raises ConfigError: a step of the run at which every share is 0.
     """
     stop, empty = step + BLOCK_STEPS, np.zeros((self.num_sources, 0), np.int64)
     rises, fracs = [empty], [empty]

@@ -43,7 +43,8 @@ def describe(loader: Loader) -> list[SourceSummary]:
   rows, last_step = loader.order.rows(loader.end_step), max(loader.end_step - 1, loader.start_step)
   steps = (loader.start_step, last_step) if loader.end_step > loader.start_step else ()
   first, last = [loader.order.shares(step) for step in steps] or ({}, {})
-  ends = {name: _end_words(step, action) for name, step, action in loader.order.ends}
+  words = {"renormalise": "others share what is left", "stop": "the run stops", "error": "refused"}
+  ends = {name: f"step {step}: {words[action]}" for name, step, action in loader.order.ends}
   summaries = []
   for source, layout, chosen in zip(loader.sources, loader.layouts, loader.selections, strict=True):
     epochs = rows[source.name] / layout.num_rows if rows[source.name] else 0.0
@@ -104,7 +105,3 @@ def _notes(source: Source, chosen: Selection, epochs: float) -> Iterator[str]:
       f"{source.name}: documents from {bracket.from_tokens:,} tokens are {bracket.share:.1%} of its tokens (asked for "
       f"{bracket.share_wanted:.1%}), each read {bracket.copies:.3g} times an epoch"
     )
-
-
-def _end_words(step: int, action: str) -> str:
-  return f"step {step}: " + {"renormalise": "others share what is left", "stop": "the run stops", "error": "refused"}[action]

@@ -93,10 +93,7 @@ class Checkpoints:
 
   def restore(self, step: int, abstract_state: TrainState) -> TrainState:
     """The state of a step, sharded as `abstract_state` says.
-
-    Raises:
-      ConfigError: the checkpoint is of another model or optimizer; lists missing, extra and reshaped leaves.
-    """
+    Raises ConfigError: the checkpoint is of another model or optimizer; lists missing, extra and reshaped leaves."""
     wanted = trees.paths(abstract_state)
     self._check(step, wanted)
     flat = self._checkpointer.load_checkpointables(step, {_STATE: wanted})[_STATE]
@@ -115,10 +112,7 @@ class Checkpoints:
   def restore_moments(self, step: int, abstract_opt_state: Any) -> Any:
     """Moments and counts alone, for a model whose tables may have more or fewer rows.
 
-    Rows that were not there, and leaves that had no moments, have zeros.
-
-    Raises:
-      ConfigError: another leaf has another shape.
+    Rows that were not there, and leaves that had no moments, have zeros. Raises ConfigError: another leaf has another shape.
     """
     wanted = {f"opt_state.{path}": leaf for path, leaf in trees.paths(abstract_opt_state).items()}
     saved = trees.paths(self._checkpointer.checkpointables_metadata(step).metadata[_STATE])
@@ -199,10 +193,7 @@ def _difference_lines(difference: trees.Diff) -> list[str]:
 def load_params(run_dir: str | pathlib.Path, *, step: int | None = None) -> tuple[Any, ModelSpec, int]:
   """Parameters of a run on this process's devices, with the model's shape: `(params, spec, step)`. The newest step by default.
 
-  Needs a mesh to be set.
-
-  Raises:
-    ConfigError: no such run, no checkpoint, no such step.
+  Needs a mesh to be set. Raises ConfigError: no such run, no checkpoint, no such step.
   """
   run_dir = pathlib.Path(run_dir)
   if not (run_dir / "config.json").exists():
@@ -259,10 +250,7 @@ def from_config(config: Any, run_dir: pathlib.Path) -> Checkpoints:
 @contextmanager
 def claim(run_dir: pathlib.Path, config: Any) -> Iterator[None]:
   """Makes the run directory this run's own, with config.json and versions.json in it; of several processes the first does.
-
-  Raises:
-    ConfigError: another process trains there, or it holds a run with another config.
-  """
+  Raises ConfigError: another process trains there, or it holds a run with another config."""
   if not hosts.is_main():
     yield
     return
@@ -316,9 +304,7 @@ def check_same_run(saved: dict, config: dict) -> None:
   """Refuses to continue a run under a config that would have changed its past.
 
   What lies ahead may change: stream.order keeps the past as it was, or refuses.
-
-  Raises:
-    ConfigError: a line for each key that differs and matters.
+  Raises ConfigError: a line for each key that differs and matters.
   """
   changed = config_lib.changes(saved, config, allowed=("nothing", "ahead"))
   if changed:

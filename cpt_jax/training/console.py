@@ -72,32 +72,27 @@ def size(num_bytes: float) -> str:
   return f"{num_bytes:.0f} B"
 
 
+def _bar(what: str, *columns: rich.progress.ProgressColumn, on: rich.console.Console) -> rich.progress.Progress:
+  """A bar that has begun, with `columns` between its name and the time; one that is never seen where there is no terminal."""
+  text, bar, left = rich.progress.TextColumn, rich.progress.BarColumn(bar_width=24), rich.progress.TimeRemainingColumn()
+  times = rich.progress.TimeElapsedColumn(), text("left"), left
+  made = rich.progress.Progress(text(f"[bold]{what}"), bar, *columns, *times, console=on, disable=not console.is_terminal)
+  made.start()
+  return made
+
+
 class TrainProgress:
   """The bar of a run (a terminal) or a line at each `show` (a file or a pipe)."""
 
   def __init__(self, *, start_step: int, num_steps: int):
-    self._num_steps = num_steps
-    self._started = time.monotonic()
-    self._start_step = start_step
-    self._bar = None
-    if console.is_terminal:
-      self._bar = rich.progress.Progress(
-        rich.progress.TextColumn("[bold]{task.fields[phase]}"),
-        rich.progress.BarColumn(bar_width=24),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TextColumn("{task.fields[figures]}"),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("left"),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-      )
-      self._task = self._bar.add_task("", total=num_steps, completed=start_step, phase="train", figures="")
-      self._bar.start()
+    self._num_steps, self._start_step, self._started = num_steps, start_step, time.monotonic()
+    columns = rich.progress.MofNCompleteColumn(), rich.progress.TextColumn("{task.fields[figures]}")
+    self._bar = _bar("{task.fields[phase]}", *columns, on=console)
+    self._task = self._bar.add_task("", total=num_steps, completed=start_step, phase="train", figures="")
 
   def advance(self, step: int) -> None:
     """`step` updates are finished."""
-    if self._bar is not None:
-      self._bar.update(self._task, completed=step)
+    self._bar.update(self._task, completed=step)
 
   def show(self, reading: Any) -> None:
     """A training.metrics.Reading: loss of each source, rate and speed."""
@@ -106,7 +101,7 @@ class TrainProgress:
     figures = f"{losses}  rate {values['rate']:.2e}  {count(reading.tokens_per_sec)} tok/s"
     if reading.mfu is not None:
       figures += f"  MFU {reading.mfu['causal']:.1%}"
-    if self._bar is not None:
+    if console.is_terminal:
       self._bar.update(self._task, figures=figures)
       return
     elapsed = time.monotonic() - self._started
@@ -122,16 +117,13 @@ class TrainProgress:
   @contextmanager
   def phase(self, name: str) -> Iterator[None]:
     """Names what is going on instead of training."""
-    if self._bar is not None:
-      self._bar.update(self._task, phase=name)
+    self._bar.update(self._task, phase=name)
     yield
-    if self._bar is not None:
-      self._bar.update(self._task, phase="train")
+    self._bar.update(self._task, phase="train")
 
   def close(self) -> None:
     """Ends the bar."""
-    if self._bar is not None:
-      self._bar.stop()
+    self._bar.stop()
 
 
 class Bar:
@@ -141,34 +133,20 @@ class Bar:
   """
 
   def __init__(self, total: int):
-    self._bar = None
-    if console.is_terminal:
-      self._bar = rich.progress.Progress(
-        rich.progress.TextColumn("[bold]{task.description}"),
-        rich.progress.BarColumn(bar_width=24),
-        rich.progress.TaskProgressColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("left"),
-        rich.progress.TimeRemainingColumn(),
-        console=_Console(highlight=False),
-      )
-      self._task = self._bar.add_task("", total=total)
-      self._bar.start()
+    self._bar = _bar("{task.description}", rich.progress.TaskProgressColumn(), on=_Console(highlight=False))
+    self._task = self._bar.add_task("", total=total)
 
   def describe(self, text: str) -> None:
     """What is being worked at."""
-    if self._bar is not None:
-      self._bar.update(self._task, description=text)
+    self._bar.update(self._task, description=text)
 
   def advance(self, parts: int) -> None:
     """So many more are done."""
-    if self._bar is not None:
-      self._bar.update(self._task, advance=parts)
+    self._bar.update(self._task, advance=parts)
 
   def stop(self) -> None:
     """Ends the bar."""
-    if self._bar is not None:
-      self._bar.stop()
+    self._bar.stop()
 
 
 def clock(seconds: float) -> str:

@@ -3,7 +3,7 @@
 Invariant: a decision follows from the settings, numbers that all hosts share, and the decisions before it, so every host and
 every resume comes to the same; it is in guard.jsonl before it is acted upon.
 
-The rules are written out for users in docs/guards.md.
+The rules are written out for users in docs/guide/guards.md.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ def from_config(
   """The guards of a run whose `loader` (stream.pipeline) follows the `decisions`; the rest as for `Watch`."""
   return Watch(
     settings_from_config(config),
-    protected=_protected(loader),
+    protected=[source.name for source in loader.sources if source.role == "replay"],
     asked=asked,
     knots={source.name: source.share for source in loader.sources},
     decisions=decisions,
@@ -91,10 +91,6 @@ def describe(config: Any, knots: Mapping[str, Knots], *, start_step: int) -> lis
   """A line for each guard that is on; `knots` are the shares of the sources from `start_step` on."""
   protected = [name for name, entry in config.data.sources.items() if entry.role == "replay"]
   return settings_from_config(config).describe(protected, moves=moves(knots, start_step))
-
-
-def _protected(loader: Any) -> list[str]:
-  return [source.name for source in loader.sources if source.role == "replay"]
 
 
 class Watch:

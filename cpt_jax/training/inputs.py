@@ -51,10 +51,7 @@ def open_inputs(config: Any, workdir: pathlib.Path | None = None) -> Inputs:
 
 def resolve(config: Any) -> Resolved:
   """Reads the model's config and makes schedule and optimizer.
-
-  Raises:
-    ConfigError: everything that is wrong with them, a line each.
-  """
+  Raises ConfigError: everything that is wrong with them, a line each."""
   config = config_lib.resolve(config)
   base = start.choose_base(config)
   with config.unlocked():
@@ -76,15 +73,8 @@ def resolve(config: Any) -> Resolved:
 def check_mesh(sizes: Mapping[str, int], spec: spec_lib.ModelSpec, config: Any) -> None:
   """Raises ConfigError with every size that the mesh does not divide."""
   problems = Problems()
-  mesh_lib.check(
-    sizes,
-    spec,
-    batch_rows=config.train.batch_rows,
-    microbatches=config.train.microbatches,
-    row_len=config.data.row_len,
-    eval_rows=config.eval.batch_rows,
-    problems=problems,
-  )
+  rows = {"batch_rows": config.train.batch_rows, "microbatches": config.train.microbatches, "eval_rows": config.eval.batch_rows}
+  mesh_lib.check(sizes, spec, **rows, row_len=config.data.row_len, problems=problems)
   problems.raise_if_any()
 
 
@@ -93,9 +83,7 @@ def open_texts(resolved: Resolved, workdir: pathlib.Path | None = None, *, write
 
   A run that has saved steps in `workdir` goes on from them; without one it is a new run. Without `writes` nothing is written,
   and there must be no `unprepared` stores.
-
-  Raises:
-    ConfigError: everything that is wrong with them, a line each.
+  Raises ConfigError: everything that is wrong with them, a line each.
   """
   config, problems = resolved.config, Problems()
   with hosts.main_first("data"):  # the others find its stores and the layouts of rows, or make their own on their own disks
@@ -135,15 +123,8 @@ def unprepared(config: Any) -> dict[str, Any]:
 def _prepare_missing_stores(config: Any) -> None:
   for name, entry in unprepared(config).items():
     console.say(f"data.sources.{name}: preparing {entry.text} into {entry.store}")
-    report = prepare.prepare(
-      [entry.text],
-      tokenizer=config.data.tokenizer,
-      output=entry.store,
-      rules=Rules(
-        on_bad=config.data.on_bad,
-        max_bad=config.data.max_bad,
-        **{key: entry[key] for key in ("records", "text_field", "answer_field", "train_on")},
-      ),
-    )
+    of_entry = {key: entry[key] for key in ("records", "text_field", "answer_field", "train_on")}
+    rules = Rules(on_bad=config.data.on_bad, max_bad=config.data.max_bad, **of_entry)
+    report = prepare.prepare([entry.text], tokenizer=config.data.tokenizer, output=entry.store, rules=rules)
     for line in report.lines():
       console.say(line)

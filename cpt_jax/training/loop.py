@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from cpt_jax import config as config_lib
+from cpt_jax import exits
 from cpt_jax.config import ConfigError
 from cpt_jax.devices import hosts, signals
 from cpt_jax.devices import mesh as mesh_lib
@@ -24,7 +25,6 @@ from cpt_jax.training import checkpoint, console, guard, metrics, perplexity, re
 from cpt_jax.training import inputs as inputs_lib
 from cpt_jax.training.stack import Stack
 
-EXIT_DONE, EXIT_PREEMPTED, EXIT_GUARD = 0, 75, 88
 _AGAIN = -1  # a guard has changed what lies ahead: start again, from the checkpoint that it names
 
 
@@ -43,9 +43,7 @@ def run_stack(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: 
   """`run` for R runs at once on the first device, which differ in rates, shares and seed alone; stopped, they begin again.
 
   Returns the exit code, and for each run "" or how it diverged.
-
-  Raises:
-    FloatingPointError: all have diverged; an argument for each.
+  Raises FloatingPointError: all have diverged; an argument for each.
   """
   # A guard writes down what it decides, and the run starts again: so it is the same whether it was killed there or not.
   while (result := _run(configs, workdirs, bar=bar))[0] == _AGAIN:
@@ -70,7 +68,7 @@ def _run(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: Any) 
     if len(summaries) == len(workdirs):
       console.say(f"{workdirs[0]} is complete at step {num_steps}; nothing to do")
       console.summary(summaries[0])
-      return EXIT_DONE, [""] * len(workdirs)
+      return exits.DONE, [""] * len(workdirs)
 
     # ---- 2. mesh ----
     mesh = stack.make_mesh(config)
@@ -182,12 +180,12 @@ def _run(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: Any) 
     diverged = [run.diverged for run in runs]
     if stopping:
       console.say(f"stopped by a signal at step {now}, which is saved; the same command goes on from here")
-      return EXIT_PREEMPTED, diverged
+      return exits.STOPPED, diverged
     if decision is not None:
       return _after(decision), diverged
     for r, run in enumerate(runs):
       run.finish(now, stack.part(train_state.params, r))
-    return EXIT_DONE, diverged
+    return exits.DONE, diverged
 
 
 def _agree(inputs: inputs_lib.Inputs, workdir: pathlib.Path) -> None:
@@ -219,4 +217,4 @@ def _after(decision: dict) -> int:
   if decision["act"] != "stop":
     return _AGAIN
   console.say(guard.advice(decision))
-  return EXIT_GUARD
+  return exits.GUARD

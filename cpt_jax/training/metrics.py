@@ -146,20 +146,15 @@ class Meter:
     peak_flops: float | None,
     state: dict | None = None,
   ):
-    self._names = names
-    self._log_every = log_every
-    self._flops_per_token = flops_per_token
-    self._peak_flops = peak_flops
+    self._names, self._log_every, self._flops_per_token, self._peak_flops = names, log_every, flops_per_token, peak_flops
     begun = state or {"sums": {}, "grad_norm": math.nan, "skipped": 0}
     rows = [begun["sums"].get(name, (0.0, 0.0, 0)) for name in names]
     # Wider than on the device: the steps of one record may hold more tokens than int32 counts.
     columns: list[Any] = [np.array([row[i] for row in rows], dtype) for i, dtype in enumerate((np.float64, np.float64, np.int64))]
     self._sums: Any = Sums(*columns)
     self._grad_norm, self._skipped = float(begun["grad_norm"]), begun["skipped"]
-    self._is_warm = False
+    self._is_warm, self._elapsed_secs, self._timed_positions = False, 0.0, 0
     self._start_secs: float | None = None
-    self._elapsed_secs = 0.0
-    self._timed_positions = 0
 
   def enters_stage(self, flops_per_token: tuple[float, float]) -> None:
     """From here on a token takes so many operations: causal, palm; the next step may hold a compilation."""
@@ -231,14 +226,9 @@ def summary(
   return {"step": step, "sources": sources, "checkpoint": checkpoint, "exported": exported, "guard": guard}
 
 
-def write_periods(run_dir: pathlib.Path, periods: dict) -> None:
-  """Keeps which rows the run reads, period by period, as `stream.pipeline.from_periods` takes it."""
-  write_atomically(run_dir / "periods.json", json.dumps(periods, indent=1).encode())
-
-
-def write_summary(run_dir: pathlib.Path, result: dict[str, Any]) -> None:
-  """Keeps the summary; a run that has one for its last step is complete."""
-  write_atomically(run_dir / "summary.json", json.dumps(result, indent=1).encode())
+def keep(path: pathlib.Path, record: dict[str, Any]) -> None:
+  """Writes periods.json, which rows the run reads (`Loader.periods`), or summary.json; a run with one for its end is complete."""
+  write_atomically(path, json.dumps(record, indent=1).encode())
 
 
 def read_summary(run_dir: pathlib.Path, num_steps: int) -> dict[str, Any] | None:

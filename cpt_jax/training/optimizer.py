@@ -62,10 +62,8 @@ def plan(
   """What happens to each leaf, by path, in one of the stages; `params` may be abstract.
 
   Each of `stages` is a name of train.stages, or path patterns; `new_rows` are the rows of the tables that belong to new pieces.
-
-  Raises:
-    ConfigError: a line for each rule that cannot be followed: leaves that no pattern matches, patterns without a leaf, new rows
-      where there are none, as many layer rates as fit no model, nothing left to train.
+  Raises ConfigError: a line for each rule that cannot be followed: leaves that no pattern matches, patterns without a leaf, new
+  rows where there are none, as many layer rates as fit no model, nothing left to train.
   """
   problems = Problems()
   shapes = {path: leaf.shape for path, leaf in trees.paths(params).items()}
@@ -179,10 +177,7 @@ def without_rows(state: State, *, first: int) -> State:
 
 def from_config(config: Any, spec: ModelSpec, *, stage: int = -1) -> optax.GradientTransformationExtraArgs:
   """The optimizer of a resolved config in one of its train.stages; its state is that of all of them.
-
-  Raises:
-    ConfigError: as `plan`; also rules of the user's own that no leaf follows.
-  """
+  Raises ConfigError: as `plan`; also rules of the user's own that no leaf follows."""
   c = config.optimizer
   params = transformer.abstract_params(spec)
   _check_own_rules(c, params)

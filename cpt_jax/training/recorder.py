@@ -46,7 +46,7 @@ class Recorder:
     """Opens the files, without what they hold of a future that was given up; process 0 alone writes any."""
     first_step, tensorboard = self.inputs.begin.step, self.inputs.config.log.tensorboard
     if hosts.is_main():
-      metrics.write_periods(self.workdir, self.loader.periods())
+      metrics.keep(self.workdir / "periods.json", self.loader.periods())
       guard.drop_after(self.workdir, first_step)
     run_dir = self.workdir if hosts.is_main() else None
     self._writer = metrics.Writer(run_dir, start_step=first_step, evaluates_first=evaluates_first, tensorboard=tensorboard)
@@ -103,14 +103,14 @@ class Recorder:
       return
     inputs, config, is_over, exported = self.inputs, self.inputs.config, now == self.loader.end_step, ""
     if config.checkpoint.export_hf and is_over:
-      exported, files = str(self.workdir / "hf"), start.files_dir(config, self.base)
+      exported, files = str(self.workdir / "hf"), self.base.path if self.base.kind == "hf" else config.data.tokenizer
       pretrained.save_params(params, inputs.spec, exported, source_dir=files, hf_config=inputs.hf_config)
     saved = str(self.workdir / "ckpt" / str(now)) if now in checkpoint.saved_steps(self.workdir) else ""
     read, decided = self.loader.ledger(now), guard.summary(self.workdir)
     predicted = config.plan.losses if is_over else ()
     result = metrics.summary(now, self.base_losses, self.losses, read, saved, exported, decided, predicted)
     if hosts.is_main():
-      metrics.write_summary(self.workdir, result)
+      metrics.keep(self.workdir / "summary.json", result)
     console.summary(result)
 
   def _note(self, entry: dict, words: str) -> None:

@@ -114,10 +114,7 @@ def make(
   shape: str,
 ) -> Schedule:
   """The schedule called `name`; the module's docstring says which arguments each uses (the others are not looked at).
-
-  Raises:
-    ConfigError: phases longer than the run, or rates that the curve cannot pass through.
-  """
+  Raises ConfigError: phases longer than the run, or rates that the curve cannot pass through."""
   if name not in NAMES:
     raise ConfigError(f"schedule.name={name!r}: choose one of {', '.join(NAMES)}.{config_lib.did_you_mean(name, list(NAMES))}")
   problems = Problems()
@@ -145,11 +142,7 @@ def make(
 
 
 def from_config(config: Any) -> Staged:
-  """The schedule of a resolved config, stage by stage.
-
-  Raises:
-    ConfigError: as `make`, with the stage.
-  """
+  """The schedule of a resolved config, stage by stage. Raises ConfigError: as `make`, with the stage."""
   problems, parts = Problems(), []
   for i, stage in enumerate(config_lib.stages(config)):
     own = Problems()

@@ -56,8 +56,7 @@ def choose_start(config: Any, workdir: pathlib.Path | None, base: Start) -> Star
   4. `start.weights`: another run's parameters
   5. scratch: random parameters for the architecture `model.scratch`
 
-  Raises:
-    ConfigError: the run would be over before its first step.
+  Raises ConfigError: the run would be over before its first step.
   """
   steps = _valid_steps(workdir) if workdir else []
   if steps and steps[-1] > config_lib.num_steps(config):
@@ -77,11 +76,11 @@ def _valid_steps(workdir: pathlib.Path) -> list[int]:
   """Steps that the run has saved and that no decision of a guard has given up, rising."""
   found = guard.decisions(workdir)
   earliest = min((decision["to_step"] for decision in found), default=None)
-  return [step for step in saved_steps(workdir) if earliest is None or step <= earliest or not _is_void(workdir, step, found)]
 
+  def is_void(step: int) -> bool:
+    return guard.is_void(step, num_decisions=read_meta(workdir, step)["guard"]["decisions"], found=found)
 
-def _is_void(workdir: pathlib.Path, step: int, found: list[dict]) -> bool:
-  return guard.is_void(step, num_decisions=read_meta(workdir, step)["guard"]["decisions"], found=found)
+  return [step for step in saved_steps(workdir) if earliest is None or step <= earliest or not is_void(step)]
 
 
 def remove_void(workdir: pathlib.Path) -> None:
@@ -202,13 +201,7 @@ def kept_losses(meta: Mapping[str, Any], heldout: Mapping[str, Any], *, replaced
 
 
 def initial_state(
-  start: Start,
-  params: Any,
-  spec: ModelSpec,
-  tx: optax.GradientTransformation,
-  *,
-  keep_optimizer: bool,
-  moments: str,
+  start: Start, params: Any, spec: ModelSpec, tx: optax.GradientTransformation, *, keep_optimizer: bool, moments: str
 ) -> TrainState:
   """The state before the first update of this process; `params` are those of the base, `moments` as in start.moments."""
   if start.kind == "run" or (start.kind == "resume" and keep_optimizer):
@@ -224,11 +217,6 @@ def initial_state(
     opt_state = optimizer.without_rows(opt_state, first=spec.base_vocab_size or spec.num_ids)
     return state.create(params, tx, opt_state=opt_state)
   return state.create(params, tx)
-
-
-def files_dir(config: Any, base: Start) -> str:
-  """The directory whose tokenizer and generation files an export carries along."""
-  return base.path if base.kind == "hf" else config.data.tokenizer
 
 
 def _newest_step(run_dir: str, key: str) -> int:

@@ -26,7 +26,8 @@ class TrainState(NamedTuple):
 def create(params: Any, optimizer: optax.GradientTransformation, *, opt_state: Any = None) -> TrainState:
   """A state at step 0 with this `opt_state`, or fresh moments, sharded as the parameters are."""
   # Under jit each moment inherits the sharding of its parameter (explicit axes) and nothing is made twice.
-  return TrainState(_step_zero(), params, jax.jit(optimizer.init)(params) if opt_state is None else opt_state)
+  step = jax.jit(lambda: jnp.zeros((), jnp.int32))()
+  return TrainState(step, params, jax.jit(optimizer.init)(params) if opt_state is None else opt_state)
 
 
 def abstract(spec: ModelSpec, optimizer: optax.GradientTransformation) -> TrainState:
@@ -42,7 +43,3 @@ def abstract(spec: ModelSpec, optimizer: optax.GradientTransformation) -> TrainS
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
   return jax.tree.map(placed, TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state))
-
-
-def _step_zero() -> jax.Array:
-  return jax.jit(lambda: jnp.zeros((), jnp.int32))()

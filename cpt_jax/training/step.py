@@ -31,7 +31,7 @@ class StepMetrics(NamedTuple):
 
 # Each chunk reads and writes the head's float32 gradient once more: 8 bytes for 6 operations times the chunk's positions, so with
 # 4096 of them it is 7% of the products' time on an H100 and less on TPUs. A CPU computes slower than it reads, and holds the
-# logits of few positions in its cache; 256 by measurement (docs/performance.md).
+# logits of few positions in its cache; 256 by measurement (docs/results/performance.md).
 _LOSS_CHUNK = {"cpu": 256}
 
 
@@ -55,12 +55,7 @@ TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, StepMetrics]]
 
 
 def from_config(
-  config: Any,
-  spec: ModelSpec,
-  *,
-  source_weights: Sequence[float],
-  max_documents: int | None = None,
-  stage: int = -1,
+  config: Any, spec: ModelSpec, *, source_weights: Sequence[float], max_documents: int | None = None, stage: int = -1
 ) -> TrainStep:
   """The update that a config asks for in one of its train.stages; `source_weights` as in `make_train_step`, `max_documents` as in
   `transformer.Settings`."""

@@ -95,26 +95,16 @@ def words_of(base: Base, texts: Sequence[str]) -> list[Words]:
 
 
 def grow(
-  base: Base,
-  train: Sequence[str],
-  *,
-  size: int,
-  band: tuple[float, float] = BANDS["all"],
-  band_by: str = "use",
-  saving: float = 1.0,
-  general_counts_V: np.ndarray | None = None,
-  protect: Batches | None = None,
-  min_count: int = MIN_COUNT,
-) -> Grown:
+  base: Base, train: Sequence[str], *, size: int, band: tuple[float, float] = BANDS["all"], band_by: str = "use",
+  saving: float = 1.0, general_counts_V: np.ndarray | None = None, protect: Batches | None = None, min_count: int = MIN_COUNT,
+) -> Grown:  # fmt: skip
   """The base with up to `size` pieces that shorten `train` most.
 
   `band`: quantiles of the candidates by `band_by`. "use": how often the most used of the old pieces that a candidate replaces
   stands in the text that `general_counts_V` counts; (0, 0.5) takes pieces all of whose old pieces are used rarely there. "count":
   how often the candidate itself stands in `train`. `saving`: no more pieces once they save this share of `train`'s tokens.
   `protect` gives texts whose tokenisation must not change.
-
-  Raises:
-    ConfigError: too little text; a band without general text; no piece is left.
+  Raises ConfigError: too little text; a band without general text; no piece is left.
   """
   num_bytes = sum(len(text.encode()) for text in train)
   if num_bytes < MIN_BYTES:

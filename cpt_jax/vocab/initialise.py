@@ -4,7 +4,7 @@ Invariant: old rows are read, never written, and padding rows behind the base's 
 depends on the seed and the rows' numbers alone.
 
 Input and output rows have different parts to play (what a token means, when it is to be said), so they are made apart. Choices
-and their sources: docs/vocabulary.md.
+and their sources: docs/guide/vocabulary.md.
 """
 
 import dataclasses
@@ -136,11 +136,7 @@ INITIALISERS: dict[str, Block] = {f.__name__: f for f in (mean, weighted, first,
 
 
 def find(name: str, *, flag: str) -> Block:
-  """The initialiser of a name.
-
-  Raises:
-    ConfigError: there is none of that name.
-  """
+  """The initialiser of a name. Raises ConfigError: there is none of that name."""
   if name not in INITIALISERS:
     raise ConfigError(
       f"{flag}={name!r}: no such initialiser.{did_you_mean(name, list(INITIALISERS))} There are {', '.join(INITIALISERS)}"

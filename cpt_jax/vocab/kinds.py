@@ -14,8 +14,7 @@ from cpt_jax.vocab.sentencepiece import SentencePieceBase
 def load(path: str | os.PathLike) -> Base:
   """The tokenizer of a Hugging Face directory, a tokenizer.json or a SentencePiece model.
 
-  Raises:
-    ConfigError: as store.tokenization.load; a kind that cannot grow.
+  Raises ConfigError: as store.tokenization.load; a kind that cannot grow.
   """
   tokenizer = tokenization.load(path)
   return (FastBase if tokenizer.path.suffix == ".json" else SentencePieceBase)(tokenizer)

@@ -28,8 +28,7 @@ class Sample(NamedTuple):
 def parts(files: list[str], *, on_bytes: Callable[[int], None] = lambda _: None) -> Iterator[str]:
   """Every document of the files, long ones in parts; `on_bytes` hears of the bytes of the files that were read.
 
-  Raises:
-    DataError: a record that cannot be read; its file and line are named.
+  Raises DataError: a record that cannot be read; its file and line are named.
   """
   for file in files:
     reader = documents.open_part(Part(file), Rules())

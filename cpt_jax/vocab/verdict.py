@@ -35,7 +35,7 @@ class Finding(NamedTuple):
   note: str = ""
 
 
-# "hand": chosen by hand from the measurements in docs/diagnose.md, in the middle of a gap between cases whose answer is known.
+# "hand": by hand from the measurements in docs/guide/diagnose.md, in the middle of a gap between cases whose answer is known.
 RULES = {
   rule.name: rule
   for rule in (
@@ -57,7 +57,7 @@ class Precedent(NamedTuple):
   outcome: str
 
 
-# What was read at second hand is said to be so in docs/vocabulary.md.
+# What was read at second hand is said to be so in docs/guide/vocabulary.md.
 PRECEDENTS = (
   Precedent(
     "Yamaguchi et al. (2406.11477)", 1e7 / 4, "by heuristics", "30 thousand sentences: faster decoding, quality competitive"

@@ -11,8 +11,9 @@ import time
 
 import pytest
 
+from cpt_jax import config as config_lib
 from cpt_jax import exits
-from cpt_jax.cli import app, manual, overrides
+from cpt_jax.cli import app, manual
 from cpt_jax.config import ConfigError
 
 EXAMPLES = re.compile(r"EXAMPLE\n    (cpt .+)")
@@ -159,9 +160,9 @@ def test_both_forms_of_flags_and_changes_of_keys():
 def test_a_config_with_changes_is_read_again_and_again(root, monkeypatch):
   monkeypatch.chdir(root)
   for rows in (3, 5):
-    config = overrides.read("configs/quickstart.py", [f"--config.train.batch_rows={rows}", "--config.log.tensorboard"])
+    config = config_lib.load("configs/quickstart.py", [f"--config.train.batch_rows={rows}", "--config.log.tensorboard"])
     assert config.train.batch_rows == rows and config.log.tensorboard
-  assert overrides.read("configs/quickstart.py").train.batch_rows == 16
+  assert config_lib.load("configs/quickstart.py").train.batch_rows == 16
 
 
 def test_what_is_shipped_is_found_from_anywhere(root, monkeypatch, tmp_path, capsys):
@@ -169,7 +170,7 @@ def test_what_is_shipped_is_found_from_anywhere(root, monkeypatch, tmp_path, cap
 
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(shipped, "_told", set())
-  config = overrides.read("configs/quickstart.py")
+  config = config_lib.load("configs/quickstart.py")
   assert config.start.hf == str(root / "examples" / "base")
   assert config.data.sources.poetry.text == str(root / "examples" / "corpora" / "poetry_ci.jsonl.gz")
   assert config.data.sources.poetry.store == "store/quickstart/poetry"  # is made here

@@ -187,7 +187,7 @@ def test_unknown_keys_on_the_command_line_are_all_named_with_what_was_meant(tmp_
   file = tmp_path / "run.py"
   file.write_text("from cpt_jax import config\nget_config = config.default\n")
   with pytest.raises(config_lib.ConfigError) as error:
-    config_lib.check_overrides(["main", f"--config={file}", "--config.train.lenght=5", "--config.sched.lr_peak=1"])
+    config_lib.load(str(file), ["--config.train.lenght=5", "--config.sched.lr_peak=1"])
   assert "train.length" in str(error.value) and "schedule.lr_peak" in str(error.value)
 
 
@@ -206,7 +206,7 @@ def test_a_mistake_in_a_config_file_is_named_with_its_line(tmp_path, body, messa
   file = tmp_path / "run.py"
   file.write_text(f"from cpt_jax import config\n\ndef get_config():\n  c = config.default()\n  {body}\n  return c\n")
   with pytest.raises(config_lib.ConfigError) as error:
-    config_lib.check_overrides(["main", f"--config={file}"])
+    config_lib.load(str(file))
   assert message in str(error.value) and "run.py:5" in str(error.value)
 
 
@@ -214,7 +214,7 @@ def test_a_mistake_in_a_config_file_is_named_with_its_line(tmp_path, body, messa
 def test_what_is_no_config_file_is_told_what_one_is(tmp_path, name):
   (tmp_path / name).write_text("train: {length: 100 steps}\n")
   with pytest.raises(config_lib.ConfigError, match=rf"{name}: a config file is Python: it defines get_config\(\)"):
-    config_lib.check_overrides(["main", f"--config={tmp_path / name}"])
+    config_lib.load(str(tmp_path / name))
 
 
 def test_the_record_of_an_older_version_is_read_with_its_bare_steps_and_old_names():

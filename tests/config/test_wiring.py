@@ -14,11 +14,12 @@ from unittest.mock import MagicMock
 import jax
 import numpy as np
 import pytest
+from store_writer import StoreWriter
 
 from cpt_jax import config as config_lib
+from cpt_jax import exits
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.store import prepare
-from cpt_jax.store.token_files import StoreWriter
 from cpt_jax.stream import pipeline, sources
 from cpt_jax.training import checkpoint, guard, loop, optimizer, schedule, start, step
 from cpt_jax.training import inputs as inputs_lib
@@ -78,17 +79,19 @@ def settings(config):
   return step.settings_from_config(config)
 
 
-def given(owner, name, call, *, but=()):
-  """What `call` gives the function of that name, but for some of its arguments."""
+def given(owner, name, call, *, num_positional=0, but=()):
+  """What `call` gives the function of that name: the first arguments, and those by name but for some."""
   asked = []
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(owner, name, lambda *_, **options: asked.append({k: v for k, v in options.items() if k not in but}))
+    patch.setattr(
+      owner, name, lambda *args, **more: asked.append((args[:num_positional], {k: v for k, v in more.items() if k not in but}))
+    )
     call()
   return asked
 
 
 def adam(config):
-  return given(optimizer, "make", lambda: optimizer.from_config(config, spec_of(config)))
+  return given(optimizer, "make", lambda: optimizer.from_config(config, spec_of(config)), num_positional=1)
 
 
 def step_of(config):
@@ -320,14 +323,15 @@ def outcome(make, world, fixtures, changes):
 def test_what_a_key_is_for_changes_with_it(world, fixtures, key):
   value, make, *more = WIRED[key]
   plain = more[0] if more else {}
-  before, after = (outcome(make, world, fixtures, plain | change) for change in ({}, {key: value}))
+  before, again, after = (outcome(make, world, fixtures, plain | change) for change in ({}, {}, {key: value}))
+  assert str(again) == str(before), "what is compared differs by itself"
   assert str(after) != str(before), f"{key}={value!r} changes nothing"
   assert not str(before).startswith("refused") and (not str(after).startswith("refused") or key in str(after)), after
 
 
 def test_what_a_run_leaves_behind(world, fixtures, tmp_path, one_device):
   config = config_of(world, fixtures, **IN_A_RUN, **{"train.length": "1 steps", "train.microbatches": 1, "schedule.warmup": "0%"})
-  assert loop.run(config, tmp_path) == loop.EXIT_DONE
+  assert loop.run(config, tmp_path) == exits.DONE
   assert list(tmp_path.rglob("*tfevents*")), "log.tensorboard"
   assert not (tmp_path / "hf").exists(), "checkpoint.export_hf"
   summary = json.loads((tmp_path / "summary.json").read_text())

@@ -15,7 +15,7 @@ import pytest
 from fleet import Fleet, by_open_mpi, by_slurm, trained
 from safetensors.numpy import load_file
 
-from cpt_jax import journal
+from cpt_jax import exits, journal
 from cpt_jax.config import ConfigError
 from cpt_jax.devices import hosts
 from cpt_jax.devices.hosts import join_arguments
@@ -317,12 +317,12 @@ def test_rows_that_the_processes_do_not_divide_are_named(fleet, tmp_path):
 @pytest.mark.slow
 def test_nobody_waits_for_ever(fleet, tmp_path):
   lonely = fleet(tmp_path / "run", num=2, each={0: ["--wait_secs=12"], 1: ["--config.no.such.key=1"]})
-  assert lonely.codes() == [hosts.EXIT_LOST, 78], str(lonely)
+  assert lonely.codes() == [exits.LOST, 78], str(lonely)
   assert "process 0 of 2" in lonely.err(0) and "not all processes came" in lonely.err(0)
 
   workdir = tmp_path / "killed"
   two = fleet(workdir, num=2)
   two.until(lambda: len(trained(workdir)) > 1)
   two.processes[1].kill()
-  assert two.codes(timeout=120) == [hosts.EXIT_LOST, -signal.SIGKILL], str(two)
+  assert two.codes(timeout=120) == [exits.LOST, -signal.SIGKILL], str(two)
   assert "lost another process" in two.err(0) and "no answer from process 1" in two.err(0)

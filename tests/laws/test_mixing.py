@@ -15,18 +15,19 @@ def mixtures(num: int, seed: int) -> dict[str, np.ndarray]:
 
 
 def test_by_hand():
-  law = mixing.Mixing(names=NAMES)
-  inputs = {"share:en": np.array([0.5]), "share:zh": np.array([0.25])}
-  assert law.predict(np.array([2.0, 1.5, -2.0, 0.4]), inputs)[0] == pytest.approx(2 + 1.5 * np.exp(-1.0 + 0.1))
-  assert law.parameters == ("c", "k", "t_share:en", "t_share:zh")
+  law = mixing.Mixing(names=NAMES, rate0=1e-3, tokens0=1e6)
+  inputs = {"share:en": 0.5, "share:zh": 0.25, "rate": 2e-3, "tokens": 3e6, "base": 9.0}
+  inputs = {name: np.array([value]) for name, value in inputs.items()}
+  expected = 2 + 1.5 * np.exp(-1.0 + 0.1) * 2**0.5 * 3**-0.2
+  assert law.predict(np.array([2.0, 1.5, -2.0, 0.4, 0.5, -0.2]), inputs)[0] == pytest.approx(expected)
+  assert law.parameters == ("c", "k", "t_share:en", "t_share:zh", "u", "v")
 
 
 @pytest.mark.parametrize(
   "law,theta_P",
   [
-    (mixing.Mixing(names=NAMES), [2.0, 1.5, -2.0, 0.4]),
-    (mixing.MixingRate(names=NAMES, rate0=8e-4, tokens0=2e5), [2.0, 1.5, -2.0, 0.4, 0.5, -0.2]),
-    (mixing.MixingRate(rate0=8e-4, tokens0=2e5), [2.0, 1.5, -2.0, 0.5, -0.2]),
+    (mixing.Mixing(names=NAMES, rate0=8e-4, tokens0=2e5), [2.0, 1.5, -2.0, 0.4, 0.5, -0.2]),
+    (mixing.Mixing(rate0=8e-4, tokens0=2e5), [2.0, 1.5, -2.0, 0.5, -0.2]),
   ],
 )
 def test_gradient_and_recovery(law, theta_P):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cpt_jax import config as config_lib
-from cpt_jax import journal, trees
+from cpt_jax import exits, journal, trees
 from cpt_jax.config import ConfigError
 from cpt_jax.planning import execute, trials
 from cpt_jax.planning.trials import Trial
@@ -51,7 +51,7 @@ def test_a_stack_equals_its_trials_made_one_by_one(config, one_device, any_rate,
   with execute.TrialsBar(TRIALS) as bar, monkeypatch.context() as patch:
     patch.setattr(stack.Stack, "to_device", see)
     patch.setattr(recorder.drift, "by_layer", keep)
-    assert execute.run_trials(config, TRIALS, tmp_path / "stack", bar=bar, stack=4) == loop.EXIT_DONE
+    assert execute.run_trials(config, TRIALS, tmp_path / "stack", bar=bar, stack=4) == exits.DONE
   together = execute.finished(config, TRIALS, tmp_path / "stack")
   assert [bool(m.diverged) for m in together] == [False, False, True, False] and "not finite" in together[2].diverged
   assert not (tmp_path / "stack" / TRIALS[2].name / "summary.json").exists()
@@ -59,7 +59,7 @@ def test_a_stack_equals_its_trials_made_one_by_one(config, one_device, any_rate,
   final = [last[len(last) - 3 + i] for i in range(3)]  # of those that reached the end
   for r, params in ((0, final[0]), (1, final[1]), (3, final[2])):
     made, path, twin = trials.trial_config(config, TRIALS[r]), tmp_path / f"alone{r}", tmp_path / "stack" / TRIALS[r].name
-    assert loop.run(made, path) == loop.EXIT_DONE
+    assert loop.run(made, path) == exits.DONE
     alone, ours = runs.read_run(path), runs.read_run(twin)
     np.testing.assert_array_equal(ours.eval_steps_E, alone.eval_steps_E)
     for name, loss_E in alone.losses.items():
@@ -92,10 +92,10 @@ def test_random_parameters_are_each_trials_own(config, one_device, tmp_path):
   config.start.hf, config.model.scratch, config.data.tokenizer = "", f"{base}/config.json", base
   wanted = [Trial(1e-3, 0.25, 8, 0), Trial(1e-3, 0.25, 8, 1)]
   with execute.TrialsBar(wanted) as bar:
-    assert execute.run_trials(config, wanted, tmp_path, bar=bar, stack=2) == loop.EXIT_DONE
+    assert execute.run_trials(config, wanted, tmp_path, bar=bar, stack=2) == exits.DONE
   ours = [m.run for m in execute.finished(config, wanted, tmp_path)]
   assert ours[0].base("poetry") != ours[1].base("poetry")
-  assert loop.run(trials.trial_config(config, wanted[1]), tmp_path / "alone") == loop.EXIT_DONE
+  assert loop.run(trials.trial_config(config, wanted[1]), tmp_path / "alone") == exits.DONE
   alone = runs.read_run(tmp_path / "alone")
   np.testing.assert_allclose(ours[1].losses["poetry"], alone.losses["poetry"], rtol=2e-6)
 

@@ -10,7 +10,7 @@ import pytest
 from run_dirs import write_run
 
 from cpt_jax import config as config_lib
-from cpt_jax import main
+from cpt_jax import exits, main
 from cpt_jax.config import ConfigError
 from cpt_jax.planning import execute, outcome, trials
 from cpt_jax.planning.trials import Trial
@@ -60,7 +60,7 @@ def trained(monkeypatch):
         (workdir / "ckpt" / "8").mkdir(parents=True, exist_ok=True)
     if all(diverged):
       raise FloatingPointError(*diverged)
-    return loop.EXIT_PREEMPTED if stopped else loop.EXIT_DONE, diverged
+    return exits.STOPPED if stopped else exits.DONE, diverged
 
   monkeypatch.setattr(loop, "run_stack", run_stack)
   return trained
@@ -77,24 +77,24 @@ def files(folder):
 
 def test_a_probe_that_was_stopped_goes_on_and_makes_nothing_twice(tiny_plan, trained, tmp_path, capsys):
   trained.stop_at = 1
-  assert run_all(tiny_plan, TRIALS, tmp_path) == loop.EXIT_PREEMPTED
+  assert run_all(tiny_plan, TRIALS, tmp_path) == exits.STOPPED
   assert trained.asked == [[TRIALS[0].name], [TRIALS[1].name]]
   over = files(tmp_path / TRIALS[0].name)
   trained.asked.clear()
   trained.stop_at = None
-  assert run_all(tiny_plan, TRIALS, tmp_path) == loop.EXIT_DONE
+  assert run_all(tiny_plan, TRIALS, tmp_path) == exits.DONE
   assert trained.asked == [[TRIALS[1].name], [TRIALS[2].name]] and files(tmp_path / TRIALS[0].name) == over
   assert not list(tmp_path.rglob("ckpt"))
   assert "3/3  " + TRIALS[2].name in capsys.readouterr().out
   found = execute.finished(tiny_plan, TRIALS, tmp_path)
   assert [m.trial for m in found] == TRIALS and all(m.run.final("poetry") == 3.5 for m in found)
-  assert run_all(tiny_plan, TRIALS, tmp_path) == loop.EXIT_DONE and len(trained.asked) == 2
+  assert run_all(tiny_plan, TRIALS, tmp_path) == exits.DONE and len(trained.asked) == 2
 
 
 def test_a_trial_that_diverged_is_recorded_and_not_tried_again(any_rate, tiny_plan, trained, tmp_path):
   wanted = [Trial(2.0, 0.25, 8, 0), *TRIALS]
   for _ in range(2):
-    assert run_all(tiny_plan, wanted, tmp_path) == loop.EXIT_DONE
+    assert run_all(tiny_plan, wanted, tmp_path) == exits.DONE
   assert len(trained.asked) == 4
   found = execute.finished(tiny_plan, wanted, tmp_path)
   assert [bool(m.diverged) for m in found] == [True, False, False, False] and "nan" in found[0].diverged
@@ -108,7 +108,7 @@ def test_stacks_hold_trials_of_one_length_and_none_that_was_begun(any_rate, tiny
   wanted = [*TRIALS, Trial(8.0, 0.5, 8, 0), Trial(3e-3, 0.5, 8, 1), Trial(5e-3, 0.5, 8, 1)]
   write_run(tmp_path / wanted[5].name, trials.trial_config(tiny_plan, wanted[5]), final=(3, 3), complete=False)
   monkeypatch.setattr(execute.checkpoint, "saved_steps", lambda path: [4])
-  assert run_all(tiny_plan, wanted, tmp_path, stack=2) == loop.EXIT_DONE
+  assert run_all(tiny_plan, wanted, tmp_path, stack=2) == exits.DONE
   names = [trial.name for trial in wanted]
   assert sorted(trained.asked) == sorted([[names[0], names[1]], [names[3], names[4]], [names[5]], [names[2]]])
   assert [m.trial for m in execute.finished(tiny_plan, wanted, tmp_path) if m.diverged] == [wanted[3]]
@@ -184,7 +184,7 @@ def test_a_sweep_ends_at_the_first_rate_that_is_not_stable(tiny_plan, trained, a
     folder = tmp_path / str(stack)
     with execute.TrialsBar(ladder) as bar:
       found, code = execute.sweep(tiny_plan, ladder, folder, bar=bar, stack=stack)
-    assert code == loop.EXIT_DONE and len(found) == made and outcome.highest_stable(found) == 1e-2
+    assert code == exits.DONE and len(found) == made and outcome.highest_stable(found) == 1e-2
 
 
 def test_cells_hold_the_shares_and_tokens_that_were_read(tiny_plan, tmp_path):

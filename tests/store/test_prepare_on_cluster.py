@@ -64,21 +64,14 @@ def task(output, fixtures):
   return work.Task(str(output), tokenizer, Rules())
 
 
-def machines(cluster, **changes):
-  made = cluster.Machines("local", 1, 1, 4, "cpu", "01:00:00", "low", "", {"account": "me"})
+def asked(**changes):
+  made = work.Asked(num_workers=1, partition="cpu", time="01:00:00", qos="low", sbatch=("account=me",))
   return made._replace(**changes)
 
 
-def run(cluster, inputs, output, fixtures, *, selection=None, contamination=None, **changes):
-  return cluster.prepare_on(
-    machines(cluster, **changes),
-    inputs,
-    task=task(output, fixtures),
-    contamination=contamination,
-    selection=selection or cluster.Selection([], False, ""),
-    max_units=256,
-    unit_bytes=UNIT_BYTES,
-  )
+def run(cluster, inputs, output, fixtures, *, contamination=None, **changes):
+  this = task(output, fixtures)
+  return cluster.prepare_on(asked(**changes), inputs, task=this, contamination=contamination, unit_bytes=UNIT_BYTES)
 
 
 def content(path):
@@ -98,7 +91,7 @@ def reference(tmp_path_factory, inputs, fixtures):
 @pytest.mark.parity
 @pytest.mark.parametrize("workers", [1, 2])
 def test_store_is_the_local_tools_byte_for_byte(tmp_path, cluster, inputs, fixtures, reference, workers):
-  report = run(cluster, inputs, tmp_path / "s", fixtures, workers=workers)
+  report = run(cluster, inputs, tmp_path / "s", fixtures, num_workers=workers)
   assert content(tmp_path / "s") == content(reference)
   assert report.num_documents == token_store.open_store(reference).num_documents > 150 and report.num_bad > 2000
   assert len(token_store.open_store(tmp_path / "s").manifest["files"]) > 4
@@ -123,7 +116,7 @@ def test_interrupted_it_goes_on_and_finished_it_does_nothing(tmp_path, cluster, 
   with pytest.raises(ConfigError, match="not finished"):
     token_store.open_store(tmp_path / "s")
   with pytest.raises(ConfigError, match=r"unfinished store with other settings(.|\n)*selection"):
-    run(cluster, inputs, tmp_path / "s", fixtures, selection=cluster.Selection([], True, ""))
+    run(cluster, inputs, tmp_path / "s", fixtures, dedup=True)
   os.remove(tmp_path / "s" / "in_progress" / "00001.json")  # a mark of a finished task without its result
   run(cluster, inputs, tmp_path / "s", fixtures)
   assert content(tmp_path / "s") == content(reference)
@@ -133,14 +126,14 @@ def test_interrupted_it_goes_on_and_finished_it_does_nothing(tmp_path, cluster, 
   shutil.rmtree(tmp_path / "s.work")
   assert run(cluster, inputs, tmp_path / "s", fixtures).was_finished and len(done) == len(numbers) + 1
   with pytest.raises(ConfigError, match=r"holds a finished store of something else(.|\n)*selection"):
-    run(cluster, inputs, tmp_path / "s", fixtures, selection=cluster.Selection(["c4"], False, ""))
+    run(cluster, inputs, tmp_path / "s", fixtures, filters=("c4",))
 
 
 @pytest.mark.parity
 def test_near_duplicates_are_looked_for_again_when_texts_change(tmp_path, cluster, fixtures, texts, monkeypatch):
   for i in range(4):
     (tmp_path / f"{i}.txt").write_text("\n\f\n".join([*texts[40 * i : 40 * i + 40], " ".join(texts[170:185])]))
-  inputs, dedup, run_unit = [str(tmp_path / "*.txt")], cluster.Selection([], True, ""), work.run_unit
+  inputs, run_unit = [str(tmp_path / "*.txt")], work.run_unit
 
   def fail_at_2(job, number, select):
     if number == 2:
@@ -149,12 +142,12 @@ def test_near_duplicates_are_looked_for_again_when_texts_change(tmp_path, cluste
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(work, "run_unit", fail_at_2)
-    run(cluster, inputs, tmp_path / "s", fixtures, selection=dedup)
+    run(cluster, inputs, tmp_path / "s", fixtures, dedup=True)
   for i in range(1, 4):
     text = (tmp_path / f"{i}.txt").read_text()
     (tmp_path / f"{i}.txt").write_text(text[:-2000] + text[:-2001:-1])  # of the same size
-  report = run(cluster, inputs, tmp_path / "s", fixtures, selection=dedup)
-  again = run(cluster, inputs, tmp_path / "again", fixtures, selection=dedup)
+  report = run(cluster, inputs, tmp_path / "s", fixtures, dedup=True)
+  again = run(cluster, inputs, tmp_path / "again", fixtures, dedup=True)
   assert content(tmp_path / "s") == content(tmp_path / "again")
   assert report.left_out == again.left_out
 
@@ -168,9 +161,9 @@ def test_units_that_are_not_done_and_too_many_bad_records(tmp_path, cluster, inp
     patch.setattr(work, "run_unit", lambda *arguments: None)  # as when the disk is not shared
     run(cluster, inputs, tmp_path / "s", fixtures)
   limited = task(tmp_path / "s", fixtures)._replace(rules=Rules(max_bad=2001))
-  arguments = {"contamination": None, "selection": cluster.Selection([], False, ""), "max_units": 256, "unit_bytes": UNIT_BYTES}
+  arguments = {"contamination": None, "unit_bytes": UNIT_BYTES}
   with pytest.raises(documents.DataError, match=r"2004 bad records, more than --max_bad=2001"):
-    cluster.prepare_on(machines(cluster), inputs, task=limited, **arguments)
+    cluster.prepare_on(asked(), inputs, task=limited, **arguments)
 
 
 @pytest.mark.parity
@@ -188,8 +181,7 @@ def test_masked_conversations_are_the_local_tools_too(tmp_path, cluster, fixture
   arguments = {"tokenizer": str(chatty), "output": str(tmp_path / "l"), "rules": rules, "num_workers": 1, "progress": False}
   local = prepare.prepare(inputs, **arguments, **same)
   chats = work.Task(str(tmp_path / "s"), str(chatty), rules)
-  everything = cluster.Selection([], False, "")
-  report = cluster.prepare_on(machines(cluster), inputs, task=chats, selection=everything, max_units=256, **same)
+  report = cluster.prepare_on(asked(), inputs, task=chats, **same)
   assert content(tmp_path / "s") == content(tmp_path / "l")
   assert any(name.endswith(".loss") for name in content(tmp_path / "s"))
   assert report.num_targets < report.num_tokens and report.left_out == {"contaminated": 4} == local.left_out
@@ -236,8 +228,8 @@ def selected(tmp_path_factory, cluster, mixed, fixtures):
   """The local executor's store of `mixed`, and its report."""
   path = tmp_path_factory.mktemp("selected") / "store"
   contamination = decontaminate.build([mixed[1]], fields=["text"])
-  selection = cluster.Selection(["gopher_quality"], True, "")
-  return path, run(cluster, mixed[0], path, fixtures, selection=selection, contamination=contamination)
+  kept = {"filters": ("gopher_quality",), "dedup": True}
+  return path, run(cluster, mixed[0], path, fixtures, contamination=contamination, **kept)
 
 
 @pytest.mark.parity
@@ -247,7 +239,7 @@ def test_filters_duplicates_and_contamination(selected, mixed, cluster):
   kept = token_store.open_store(path).doc_hashes().tolist()
   order = [token_files.text_hash(t) for i in range(3) for t in mixed[2]["chosen"][i::3]]
   assert kept == [h for h in order if h in kept]
-  step = dict(cluster.Selection(["gopher_quality"], False, "").steps())["gopher_quality"]
+  step = dict(cluster.filters(work.Asked(filters=("gopher_quality",))))["gopher_quality"]
   from datatrove.data import Document
 
   passes = [t for t in mixed[2]["chosen"] if step.filter(Document(t, id="")) is True]
@@ -258,7 +250,7 @@ def test_filters_duplicates_and_contamination(selected, mixed, cluster):
 def test_a_filter_that_edits(tmp_path, cluster, fixtures):
   line = "This is a plain sentence with quite a few words in it."
   (tmp_path / "a.txt").write_text("\n".join([*[line] * 6, "a line without its full stop"]))
-  run(cluster, [str(tmp_path / "a.txt")], tmp_path / "s", fixtures, selection=cluster.Selection(["c4"], False, ""))
+  run(cluster, [str(tmp_path / "a.txt")], tmp_path / "s", fixtures, filters=("c4",))
   opened = token_store.open_store(tmp_path / "s")
   expected = "\n".join([line] * 6)
   assert opened.doc_hashes().tolist() == [token_files.text_hash(expected)]
@@ -293,7 +285,7 @@ def test_plain_store_of_datatrove_has_the_same_tokens(tmp_path, cluster, inputs,
   file = str(fixtures / "tokenizer" / "tokenizer.json")
   tokens = DocumentTokenizer(str(tmp_path / "theirs"), file, eos_token="</s>", shuffle_documents=False)
   phase = cluster.Phase("theirs", len(job.units), [cluster.Texts(job), tokens])
-  cluster._executors(machines(cluster), [phase], tmp_path / "work", job_name="")[0].run()
+  cluster._executors(asked(), [phase], tmp_path / "work", job_name="")[0].run()
   theirs, ours = token_store.open_store(tmp_path / "theirs"), token_store.open_store(reference)
   assert theirs.num_documents == ours.num_documents
   for i in range(ours.num_documents):  # with eos_token datatrove leaves out what the tokenizer adds itself, here BOS
@@ -336,8 +328,8 @@ def slurm(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_slurm(tmp_path, cluster, slurm, mixed, selected, fixtures):
   contamination = decontaminate.build([mixed[1]], fields=["text"])
-  selection = cluster.Selection(["gopher_quality"], True, "")
-  kwargs = {"selection": selection, "contamination": contamination, "executor": "slurm", "workers": 2}
+  kept = {"filters": ("gopher_quality",), "dedup": True}
+  kwargs = {**kept, "contamination": contamination, "executor": "slurm", "num_workers": 2}
   assert run(cluster, mixed[0], tmp_path / "s", fixtures, **kwargs) is None
   assert content(tmp_path / "s") == content(selected[0])
   log = slurm.read_text()

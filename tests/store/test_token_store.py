@@ -8,6 +8,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from store_writer import StoreWriter
 
 from cpt_jax.config import ConfigError
 from cpt_jax.store import documents, token_files, token_store, tokenization
@@ -17,7 +18,7 @@ DOCUMENTS = [([5, 7, 0], "Hi"), ([1, 0], "x"), ([9, 8, 7, 0], "\u65e5\u672c"), (
 
 
 def write(path, docs=DOCUMENTS, vocab_size=300, **kwargs):
-  with token_files.StoreWriter(path, vocab_size=vocab_size, eos_id=0, **kwargs) as writer:
+  with StoreWriter(path, vocab_size=vocab_size, eos_id=0, **kwargs) as writer:
     for ids, text in docs:
       writer.add(ids, text=text)
   return path
@@ -101,10 +102,7 @@ def test_fingerprint_is_of_the_content(tmp_path):
 
 
 def test_unfinished_store_does_not_open(tmp_path):
-  with (
-    pytest.raises(RuntimeError),
-    token_files.StoreWriter(tmp_path / "s", vocab_size=300, eos_id=0, max_file_tokens=1) as writer,
-  ):
+  with pytest.raises(RuntimeError), StoreWriter(tmp_path / "s", vocab_size=300, eos_id=0, max_file_tokens=1) as writer:
     writer.add([1, 0], text="a")
     writer.add([1, 0], text="a")
     raise RuntimeError
@@ -222,7 +220,7 @@ MASKED = [([5, 7, 0], [0, 1, 1]), ([1, 0], [0, 0]), ([9, 8, 7, 0], [1, 0, 1, 0])
 
 
 def write_masked(path, docs=MASKED, **kwargs):
-  with token_files.StoreWriter(path, vocab_size=300, eos_id=0, **kwargs) as writer:
+  with StoreWriter(path, vocab_size=300, eos_id=0, **kwargs) as writer:
     for ids, mask in docs:
       writer.add(ids, text="ab", loss_mask=np.asarray(mask, bool))
   return path
@@ -277,7 +275,7 @@ def test_masks_that_do_not_fit_are_refused(tmp_path):
       path = tmp_path / f"{first}{max_file_tokens}"
       with (
         pytest.raises(ValueError, match="a store has one kind"),
-        token_files.StoreWriter(path, vocab_size=300, eos_id=0, max_file_tokens=max_file_tokens) as writer,
+        StoreWriter(path, vocab_size=300, eos_id=0, max_file_tokens=max_file_tokens) as writer,
       ):
         writer.add([0], text="a", loss_mask=first)
         writer.add([0], text="a", loss_mask=second)
@@ -339,7 +337,7 @@ def test_datatrove_writes_the_same_masks(tmp_path, fixtures):
   assert theirs.has_loss_mask
   masks = [theirs.loss_mask(i, 0, len(theirs.document(i))) for i in range(2)]
   assert all(0 < mask.sum() < mask.size for mask in masks)
-  with token_files.StoreWriter(tmp_path / "ours", vocab_size=300, eos_id=2) as writer:
+  with StoreWriter(tmp_path / "ours", vocab_size=300, eos_id=2) as writer:
     for i in range(2):
       writer.add(theirs.document(i), text=texts[i], loss_mask=masks[i])
   for part in "", ".index", ".loss":

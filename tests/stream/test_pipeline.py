@@ -17,11 +17,11 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loaders import UNIQUE, assert_same, write
+from store_writer import StoreWriter
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.store import tokenization
-from cpt_jax.store.token_files import StoreWriter
 from cpt_jax.store.token_store import open_store
 from cpt_jax.stream import heldout, layout_files, mixture, packing, pipeline, shuffle, sources, summary, tally
 from cpt_jax.stream.batch import Batch

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from store_writer import StoreWriter
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import Problems
 from cpt_jax.store import tokenization
-from cpt_jax.store.token_files import StoreWriter
 from cpt_jax.store.token_store import open_store
 from cpt_jax.stream import sources
 

@@ -1,4 +1,4 @@
-"""The committed measurements of docs/experiments.md, and the tool that reads and makes such files; no law is fitted here."""
+"""What was measured for docs/results/experiments.md, and the tool that reads and makes such files; no law is fitted here."""
 
 import json
 
@@ -14,7 +14,7 @@ from tools.experiments import plan_experiment
   ("name", "general", "domain", "num_controls"), [("poetry", 0.0724, -0.4053, 4), ("legal", 0.4289, -1.2292, 0)]
 )
 def test_the_documented_grid_is_that_of_the_file(root, name, general, domain, num_controls):
-  data = plan_experiment.MeasuredRuns(root / "examples" / "plans" / "measured" / f"{name}.jsonl")
+  data = plan_experiment.MeasuredRuns(root / "tools" / "experiments" / "measured" / "plans" / f"{name}.jsonl")
   assert (data.rates, data.replays) == ([3e-4, 6e-4, 1.2e-3, 2.4e-3], [0.0, 0.01, 0.05, 0.1, 0.25, 0.5])
   assert (len(data.grid), len(data.off_grid), len(data.control)) == (48, 6, num_controls)
   assert plan_experiment._mean_change(data, "general", (6e-4, 0.0)) == pytest.approx(general, abs=5e-5)

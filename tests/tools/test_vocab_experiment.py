@@ -1,4 +1,4 @@
-"""The committed measurements of docs/experiments.md, section 2, and the tools that make and read them; nothing is trained."""
+"""What was measured for docs/results/experiments.md, section 2, and the tools that make and read it; nothing is trained."""
 
 import json
 
@@ -11,11 +11,11 @@ from tools.experiments import vocab_results, vocab_where
 
 
 def of_committed(root):
-  return sorted((root / "examples" / "vocabulary" / "measured").glob("*.jsonl"))
+  return sorted((root / "tools" / "experiments" / "measured" / "vocabulary").glob("*.jsonl"))
 
 
 def test_the_documented_tables_are_those_of_the_committed_files(root):
-  text = set((root / "docs" / "experiments.md").read_text(encoding="utf-8").splitlines())
+  text = set((root / "docs" / "results" / "experiments.md").read_text(encoding="utf-8").splitlines())
   files = of_committed(root)
   assert [path.stem for path in files] == ["tech", "zh"]
   lines = [line for path in files for line in vocab_results.report(vocab_results.Experiment(path)) if line]

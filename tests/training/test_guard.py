@@ -214,14 +214,7 @@ class Rows:
 
 def watch(settings=DEFAULT, *, state=None, decisions=(), first_step=0, knots=RAMP):
   return guard.Watch(
-    settings,
-    protected=["en"],
-    asked=RAMP,
-    knots=knots,
-    decisions=decisions,
-    state=state,
-    first_step=first_step,
-    log_every=2,
+    settings, protected=["en"], asked=RAMP, knots=knots, decisions=decisions, state=state, first_step=first_step, log_every=2
   )
 
 

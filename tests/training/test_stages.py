@@ -18,7 +18,7 @@ from nests import nest
 from orbax.checkpoint import v1 as ocp
 
 from cpt_jax import config as config_lib
-from cpt_jax import journal, trees
+from cpt_jax import exits, journal, trees
 from cpt_jax.config import ConfigError
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import expansion, pretrained, transformer
@@ -358,7 +358,7 @@ def test_a_run_stopped_before_on_and_behind_borders_is_the_same_run(staged_run, 
   for stop in (3, 4, 9, 0):
     c = copy.deepcopy(staged_run)
     c.debug.stop_after = stop
-    assert loop.run(c, tmp_path / "run") == loop.EXIT_DONE
+    assert loop.run(c, tmp_path / "run") == exits.DONE
   found, wanted = whole_state(tmp_path / "run", 12), whole_state(straight, 12)
   for path, leaf in wanted.items():
     np.testing.assert_array_equal(found[path], leaf, err_msg=path)
@@ -396,7 +396,7 @@ def test_a_base_that_was_not_grown_has_no_rows_to_train(staged_run, tmp_path):
     (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
   (tmp_path / "base" / "config.json").write_text(json.dumps(hf_config | {"base_vocab_size": 0}))
   c.start.hf = str(tmp_path / "base")
-  with pytest.raises(ConfigError, match=r"the model has none .*start from what tools/grow_vocab.py wrote"):
+  with pytest.raises(ConfigError, match=r"the model has none .*start from what cpt vocab grow wrote"):
     inputs_lib.open_inputs(c)
 
 
@@ -444,7 +444,7 @@ def test_moments_of_what_was_there_survive_growth(staged_run, straight, one_devi
     np.testing.assert_array_equal(rows[:300], old[:300].astype(rows.dtype))
     assert old[:300].any() and not rows[300:].any()  # rows 300 to 319 were padding, and had been counted
   c.debug.stop_after = 1
-  assert loop.run(c, tmp_path / "run") == loop.EXIT_DONE
+  assert loop.run(c, tmp_path / "run") == exits.DONE
   assert f"parameters; moments of {straight} for what it had" in " ".join(capsys.readouterr().out.split())
   np.testing.assert_array_equal(
     whole_state(tmp_path / "run", 1)["opt_state.count.embedding"], [8] * 280 + [12] * 20 + [1] * 30 + [0] * 54

@@ -236,15 +236,14 @@ def make_stores(directory: pathlib.Path, num_sources: int, *, texts: Iterator[st
   loaded = tokenization.load(str(tokenizer))
   every = list(texts)
   for m in range(num_sources):
-    with token_files.StoreWriter(
-      directory / f"stores_{num_sources}" / str(m),
-      vocab_size=loaded.vocab_size,
-      eos_id=loaded.eos_id,
-      tokenizer_fingerprint=loaded.fingerprint,
-    ) as writer:
-      part = every[m::num_sources]
-      for ids, text in zip(loaded.encode_batch(part), part, strict=True):
-        writer.add(ids, text=text)
+    store, part = directory / f"stores_{num_sources}" / str(m), every[m::num_sources]
+    store.mkdir(parents=True)
+    dtype = token_files.token_dtype(loaded.vocab_size)
+    writer = token_files.TokenFileWriter(store / "00000.ds", dtype=dtype, tokenizer_name=loaded.name)
+    for ids, text in zip(loaded.encode_batch(part), part, strict=True):
+      writer.add(ids, num_bytes=len(text.encode()), text_hash=token_files.text_hash(text))
+    about = {"vocab_size": loaded.vocab_size, "tokenizer_fingerprint": loaded.fingerprint, "eos_id": loaded.require_eos()}
+    token_files.write_manifest(store, files=[writer.close()], **about, extra={"inputs": [], "bad_records": {"num": 0}})
 
 
 def _loader(directory: pathlib.Path, knots: Any, *, num_steps: int, batch_rows: int, row_len: int) -> Any:

@@ -1,11 +1,10 @@
-"""Run directories of a probe -> a small file of what was measured; such files -> the tables and figures of docs/experiments.md.
+"""Run directories of a probe -> a small file of what was measured; these -> tables and figures of docs/results/experiments.md.
 
-Run:   python -m tools.experiments.plan_experiment --collect plan/poetry/trials --output examples/plans/measured/poetry.jsonl
-       python -m tools.experiments.plan_experiment examples/plans/measured/*.jsonl --output docs/experiments
+Run:   python -m tools.experiments.plan_experiment --collect plan/poetry/trials --output .../measured/plans/poetry.jsonl
+       python -m tools.experiments.plan_experiment .../measured/plans/*.jsonl --output .../results
 
 The second needs no training: laws are fitted to the runs of the smallest budget on the grid, and held against the other runs,
-which
-they did not see. Misses are printed as they are.
+which they did not see. Misses are printed as they are.
 """
 
 import argparse
@@ -217,7 +216,7 @@ def curve_fit(data: MeasuredRuns, source: str) -> fit_lib.Fit:
 
   # decay_steps=None: these runs are shorter than the thousand steps after which the papers' areas forget a fall of the rate.
   forms = [form for name, form in cpt_law.REPLAY_FORMS.items() if name != "none"]
-  return fitted(min((cpt_law.CptLaw(replay=form, decay_steps=None) for form in forms), key=held_out_error), means)
+  return fitted(min((cpt_law.CptLaw(form) for form in forms), key=held_out_error), means)
 
 
 def _ends(fitted: fit_lib.Fit, runs: Sequence[Record], source: str) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 Run:   python -m tools.experiments.vocab_experiment --domain examples/corpora/poetry_ci.jsonl.gz --join 10 \
            --base_text store/text --output plan/vocab/zh
-       python -m tools.experiments.vocab_experiment --collect plan/vocab/zh --output examples/vocabulary/measured/zh.jsonl
+       python -m tools.experiments.vocab_experiment --collect plan/vocab/zh --output .../measured/vocabulary/zh.jsonl
 
-The first goes on where it was stopped. Tables: vocab_results.py; what was asked and found: docs/experiments.md, 2.
+The first goes on where it was stopped. Tables: vocab_results.py; what was asked and found: docs/results/experiments.md, 2.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpt_jax import config as config_lib
-from cpt_jax import journal
+from cpt_jax import exits, journal
 from cpt_jax.cli import app
 from cpt_jax.config import ConfigError
 from cpt_jax.model import spec as spec_lib
@@ -242,12 +242,12 @@ def train(folder: pathlib.Path, arm: Arm) -> int:
   """One run, unless it is there; returns the exit code of loop.run."""
   path = folder / "runs" / arm.run
   if (path / "summary.json").is_file():
-    return loop.EXIT_DONE
+    return exits.DONE
   base = grow(folder, arm)
   console.say(f"{path}")
   with console.muted():
     code = loop.run(run_config(folder, arm, base), path)
-  if code == loop.EXIT_DONE:
+  if code == exits.DONE:
     shutil.rmtree(path / "ckpt", ignore_errors=True)
   return code
 

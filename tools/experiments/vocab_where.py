@@ -1,6 +1,6 @@
 """The base, its grown copies and held-out texts -> where the shock of growth lies: in text that is cut anew, or in the rest.
 
-Run:   python -m tools.experiments.vocab_where plan/vocab/zh --output examples/vocabulary/measured/where/zh.jsonl
+Run:   python -m tools.experiments.vocab_where plan/vocab/zh --output tools/experiments/measured/vocabulary/where/zh.jsonl
 
 Invariant: a token is kept where both tokenisations have it at the same place of the text; the loss of all kept tokens and of all
 others adds up to the whole. The folder is one of tools/experiments/vocab_experiment.py; rows of 256 as in its runs' evaluations.

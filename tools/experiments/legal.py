@@ -1,6 +1,6 @@
 """A plan to try: the shipped base on the texts of software licences, replaying English. It has seen no legal English.
 
-Run:   cpt plan --config=examples/plans/legal.py --output=plan/legal
+Run:   cpt plan --config=tools/experiments/legal.py --output=plan/legal
 """
 
 from cpt_jax import config as config_lib
