@@ -86,7 +86,6 @@ def test_a_stack_equals_its_trials_made_one_by_one(config, one_device, any_rate,
     assert [s["step"] for s in summaries] == [4, 4] and summaries[0]["checkpoint"] == ""
 
 
-@pytest.mark.slow
 def test_random_parameters_are_each_trials_own(config, one_device, tmp_path):
   base = config.start.hf
   config.start.hf, config.model.scratch, config.data.tokenizer = "", f"{base}/config.json", base
