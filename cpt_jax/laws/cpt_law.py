@@ -151,7 +151,7 @@ class CptLaw:
       "beta": annealing.log_uniform(rng, 0.05, 1.0, num),
       "decay_steps": np.clip(longest * annealing.log_uniform(rng, 1e-3, 1.0, num), *annealing.DECAY_STEPS),
     }
-    rng.random(num)  # drawn for nothing: a seed gives the starts with which the figures of docs/laws.md were measured
+    rng.random(num)  # drawn for nothing: a seed gives the starts with which the figures of docs/guide/fit_laws.md were measured
     draws["E"] = (2 ** (1 / draws["beta"]) - 1) / (area * annealing.log_uniform(rng, 1e-5, 0.5, num))
     draws[self.replay.parameter] = self.replay.starts(rng, num)
     linear = ["L0", "A", "C2", "B"]
