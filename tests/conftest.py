@@ -1,5 +1,7 @@
 """Eight CPU devices, strict numerics, and the small things that many tests start from."""
 
+import fcntl
+import importlib.metadata
 import os
 import pathlib
 
@@ -9,6 +11,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))  # for the subprocesses too
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# A program that runs once or twice is not worth the compiler's passes: so it compiles in a quarter of the time.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # another XLA may not know the flag, and would end the process
+  os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -19,7 +25,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Times of a shared machine say nothing about the code, so no deadline; examples are the same at every run.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=25, print_blob=True)
-hypothesis.settings.load_profile("default")
+hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("default"), max_examples=300)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(autouse=True)
@@ -30,19 +37,11 @@ def no_mesh_is_left():
 
 
 @pytest.fixture
-def cpt(capsys):
+def cpt():
   """Gives a command line to `cpt` in this process: `done = cpt("show", "--step=3")`, then done.returncode, .stdout, .stderr."""
-  import types
+  import in_process
 
-  from cpt_jax.cli import app
-
-  def call(*arguments):
-    capsys.readouterr()
-    code = app.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return types.SimpleNamespace(returncode=code, stdout=captured.out, stderr=captured.err)
-
-  return call
+  return in_process.cpt
 
 
 @pytest.fixture(scope="session")
@@ -125,27 +124,107 @@ def stores(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_plan(tmp_path_factory, fixtures, tiny_hf_config):
-  """The config of a run to be planned: a random 2-layer base, the fixture's corpus as both sources, 400 steps of 4 rows."""
-  from cpt_jax import config as config_lib
+def made_once(tmp_path_factory):
+  """Makes a directory in the first of pytest's processes that asks for it; the others wait: `made_once(name, make)`."""
+  own = tmp_path_factory.getbasetemp()
+  place = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+  def get(name: str, make) -> pathlib.Path:
+    where, mark = place / name, place / f"{name}.made"
+    with open(place / f"{name}.lock", "w") as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      if not mark.exists():
+        make(where)
+        mark.touch()
+    return where
+
+  return get
+
+
+@pytest.fixture(scope="session")
+def tiny_base(made_once, fixtures, tiny_hf_config):
+  """A Hugging Face directory with random weights and the fixture's tokenizer."""
   from cpt_jax.model import pretrained, transformer
   from cpt_jax.model import spec as spec_lib
 
-  directory, tiny = tmp_path_factory.mktemp("plan"), spec_lib.from_hf(tiny_hf_config)
-  pretrained.save_params(
-    transformer.init(tiny, jax.random.key(0)),
-    tiny,
-    directory / "base",
-    source_dir=fixtures / "tokenizer",
-    hf_config=tiny_hf_config,
-  )
+  def make(where):
+    tiny = spec_lib.from_hf(tiny_hf_config)
+    params = transformer.init(tiny, jax.random.key(0))
+    pretrained.save_params(params, tiny, where, source_dir=fixtures / "tokenizer", hf_config=tiny_hf_config)
+
+  return made_once("tiny_base", make)
+
+
+@pytest.fixture(scope="session")
+def tiny_store(made_once, fixtures):
+  """The token store of the fixture's corpus."""
+  from cpt_jax.store import prepare
+
+  text, tokenizer = str(fixtures / "corpus.jsonl"), str(fixtures / "tokenizer")
+  make = lambda where: prepare.prepare([text], tokenizer=tokenizer, output=str(where), progress=False)  # noqa: E731
+  return made_once("tiny_store", make)
+
+
+RUN = """
+from cpt_jax import config
+
+def get_config():
+  c = config.default()
+  c.start.hf = {base!r}
+  c.data.row_len = 32
+  c.data.heldout_frac = 0.1
+  c.data.sources.general = config.source(store={store!r}, text={text!r}, role="replay", share=0.5)
+  c.data.sources.poetry = config.source(store={store!r}, text={text!r}, share=[(0, 0.1), ("50%", 0.9)])
+  c.train.length = "{steps} steps"
+  c.train.batch_rows = 4
+  c.train.microbatches = 2
+  c.schedule.lr_peak = 3e-3
+  c.eval.every = "50%"
+  c.eval.tokens = 500
+  c.checkpoint.every = "{every} steps"
+  c.log.every = 5
+  return c
+"""
+
+
+@pytest.fixture(scope="session")
+def write_config(tmp_path_factory, tiny_base, tiny_store, fixtures):
+  """The file of a config that trains `tiny_base` on the fixture's corpus."""
+  directory = tmp_path_factory.mktemp("config")
+
+  def write(*, steps=20, every=10, name="tiny") -> pathlib.Path:
+    file, text = directory / f"{name}.py", str(fixtures / "corpus.jsonl")
+    file.write_text(RUN.format(base=str(tiny_base), store=str(tiny_store), text=text, steps=steps, every=every))
+    return file
+
+  return write
+
+
+@pytest.fixture(scope="session")
+def finished_run(made_once, write_config):
+  """The directory of a run of 20 steps by `write_config()`, with what it printed; only to be read."""
+  import in_process
+
+  def make(workdir):
+    done = in_process.cpt("train", f"--config={write_config()}", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (workdir / "printed.txt").write_text(done.stdout)
+
+  return made_once("finished_run", make)
+
+
+@pytest.fixture(scope="session")
+def tiny_plan(tiny_base, tiny_store, fixtures):
+  """The config of a run to be planned: a random 2-layer base, the fixture's corpus as both sources, 400 steps of 4 rows."""
+  from cpt_jax import config as config_lib
+
   c = config_lib.default()
-  c.start.hf = str(directory / "base")
+  c.start.hf = str(tiny_base)
   c.data.row_len = 32
   c.data.heldout_frac = 0.1
   for name, role, share in (("general", "replay", 0.25), ("poetry", "domain", 0.75)):
     text = str(fixtures / "corpus.jsonl")
-    c.data.sources[name] = config_lib.source(store=str(directory / "store"), text=text, role=role, share=share)
+    c.data.sources[name] = config_lib.source(store=str(tiny_store), text=text, role=role, share=share)
   c.train.length = "400 steps"
   c.train.batch_rows = 4
   c.schedule.name = "wsd"
@@ -157,16 +236,13 @@ def tiny_plan(tmp_path_factory, fixtures, tiny_hf_config):
 
 
 @pytest.fixture
-def one_device(monkeypatch):
+def one_device():
   """Runs in this process use one device, and leave no mesh behind."""
-  import functools
+  import in_process
 
   from cpt_jax.devices import mesh as mesh_lib
 
-  make = functools.partial(mesh_lib.make_mesh, devices=jax.devices()[:1])
-  monkeypatch.setattr(mesh_lib, "make_mesh", make)
-  monkeypatch.setattr(jax, "device_count", lambda: 1)
-  with jax.set_mesh(make(data=1, fsdp=1, context=1, tensor=1)):
+  with in_process.one_device(), jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1)):
     yield
 
 

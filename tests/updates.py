@@ -13,31 +13,12 @@ RULES = dict(decay_rules=((".*norm", 0.0), (".*", 1.0)), rate_rules=((".*", 1.0)
 
 
 # A large eps: with a small one Adam turns the rounding of a gradient near zero into a whole step.
-def build(
-  spec,
-  *,
-  params=None,
-  microbatches=1,
-  z_loss=0.0,
-  clip_norm=1.0,
-  frozen=(),
-  source_weights=(1.0, 1.0),
-  mu_dtype="float32",
-  sums="float32",
+@functools.cache
+def compiled(
+  spec, *, microbatches=1, z_loss=0.0, clip_norm=1.0, frozen=(), source_weights=(1.0, 1.0), mu_dtype="float32", sums="float32"
 ):
-  rates = factory.schedule(
-    "rewarm",
-    num_steps=10,
-    warmup_steps=2,
-    lr_peak=1e-2,
-    lr_start=0.0,
-    lr_const=0.0,
-    lr_final=1e-3,
-    cooldown_steps=0,
-    anneal_steps=0,
-    shape="linear",
-  )
-  params = transformer.init(spec, jax.random.key(0)) if params is None else params
+  """(optimizer, the jitted step), compiled once for all tests of a process."""
+  params = transformer.init(spec, jax.random.key(0))
   rules = {**RULES, "frozen": frozen}
   tx = factory.optimizer(params, b1=0.9, b2=0.95, eps=1e-3, mu_dtype=mu_dtype, weight_decay=0.1, clip_norm=clip_norm, **rules)
   update = factory.train_step(
@@ -50,4 +31,11 @@ def build(
     hold=functools.partial(optimizer.hold, leaves=optimizer.plan(params, **rules, stages=("all",))),
     accumulate_dtype=sums,
   )
-  return state.create(params, tx), jax.jit(update), rates
+  return tx, jax.jit(update)
+
+
+def build(spec, *, params=None, **options):
+  """State, step and rates."""
+  rates = factory.schedule("rewarm", num_steps=10, warmup_steps=2, lr_peak=1e-2, lr_final=1e-3, shape="linear")
+  tx, update = compiled(spec, **options)
+  return state.create(transformer.init(spec, jax.random.key(0)) if params is None else params, tx), update, rates

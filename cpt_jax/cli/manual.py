@@ -39,7 +39,9 @@ class Parser(argparse.ArgumentParser):
     self, form: str, help: str, default: Any = "", *, low: int | None = None, high: int | None = None, **more: Any
   ) -> None:
     """A flag in the form --name=VALUE, of the default's type: text, a number, or a list of words; `more` is argparse's own.
-    `low` and `high`: it is a whole number, at least and at most."""
+
+    `low` and `high`: it is a whole number, at least and at most.
+    """
     name, _, value = form.partition("=")
     kind = {int: int, float: float, list: words}.get(type(default)) if low is None else at_least(low, high)
     self.add_argument(name, metavar=value or None, help=help, default=default, **{"type": kind, **more})

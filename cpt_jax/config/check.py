@@ -19,7 +19,9 @@ from cpt_jax.config.times import get, num_steps, steps_at
 
 def resolve(config: Any, *, needs_data: bool = True) -> ConfigDict:
   """Checks every key that needs no file and no device; returns a locked copy in which durations are parsed.
-  Without `needs_data` there need be no sources. Raises ConfigError: with a line for each problem."""
+
+  Without `needs_data` there need be no sources. Raises ConfigError: with a line for each problem.
+  """
   problems = Problems()
   config = config.copy_and_resolve_references()
   _check_keys(config, problems)
@@ -56,7 +58,9 @@ def unknown_key(key: str, known: list[str]) -> str:
 
 def parse_times(config: Any, problems: Problems, *, bare: str = "") -> None:
   """Replaces every duration of the config by what it is parsed to; `bare` as of Duration.
-  What cannot be parsed goes to `problems` and gives way to the default, so that the rest can be checked."""
+
+  What cannot be parsed goes to `problems` and gives way to the default, so that the rest can be checked.
+  """
   with config.unlocked(), config.ignore_type():
     for key in keys.KEYS.values():
       if not (key.duration and (text := get(config, key.name))):

@@ -15,8 +15,10 @@ _SCALE = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 class Duration(str):
   """A length of training: `amount` of `unit` ("steps", "tokens" or "%" of the run), written as it was given.
+
   `bare` is the unit of a number alone, where a name says it (--budget is in tokens). Without it only 0 needs none.
-  Raises ValueError: what is no duration, with the forms that are understood."""
+  Raises ValueError: what is no duration, with the forms that are understood.
+  """
 
   amount: float
   unit: str

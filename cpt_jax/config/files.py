@@ -96,7 +96,9 @@ def _meant(name: str) -> str:
 
 def completed(record: dict[str, Any]) -> ConfigDict:
   """A config that a run of this version or an older one recorded, resolved; a key that it does not have stands for its default.
-  Older versions wrote steps without a unit."""
+
+  Older versions wrote steps without a unit.
+  """
 
   def fill(values: dict[str, Any], defaults: Any) -> dict[str, Any]:
     known = {name: fill(values.get(name, {}), value) for name, value in defaults.items() if isinstance(value, ConfigDict)}

@@ -20,9 +20,11 @@ CURVES = ("linear", "log", "hold")
 
 class Share(tuple):
   """A source's share of the tokens: knots ((when, share, curve), ...).
+
   `when` is a duration, `curve` the way from the knot before to this one: "linear", which may be left out; "log", straight in
   the logarithm; "hold", the share before up to this time, then a jump. A type of its own so that the command line takes
-  both forms: `--config.data.sources.zh.share=0.3` and `--config.data.sources.zh.share='[(0, 0.05), ("20%", 0.3)]'`."""
+  both forms: `--config.data.sources.zh.share=0.3` and `--config.data.sources.zh.share='[(0, 0.05), ("20%", 0.3)]'`.
+  """
 
   def __new__(cls, value: Any, *, bare: str = "") -> "Share":
     """From a number, knots, or the text of either; `bare` as of Duration.

@@ -120,8 +120,10 @@ def check(
 
 def prepare(environ: MutableMapping[str, str]) -> None:
   """Sets what is missing in this process's environment, before jax is imported; nothing where CPT_JAX_ENVIRONMENT is "off".
+
   That is the way out where a version of XLA or libtpu refuses to start with one of its options.
-  Raises ConfigError: as `check`."""
+  Raises ConfigError: as `check`.
+  """
   if environ.get("CPT_JAX_ENVIRONMENT") != "off":
     check(environ)
     environ.update(missing(environ, settings(detect(environ), gpu_model=_gpu_model())))

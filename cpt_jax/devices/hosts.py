@@ -38,8 +38,10 @@ def join_arguments(
   environ: Mapping[str, str], *, coordinator: str = "", num_processes: int | None = None, process_id: int | None = None
 ) -> dict[str, Any] | None:
   """The arguments of `jax.distributed.initialize`, from the flags or from what started this process; None = run alone.
+
   Flags win. Slurm, Open MPI and TPU machines are known by their environment alone, so that a laptop never waits for anybody.
-  Raises ConfigError: flags that do not fit together, or a launcher that does not say enough."""
+  Raises ConfigError: flags that do not fit together, or a launcher that does not say enough.
+  """
   given = {"--coordinator": coordinator or None, "--num_processes": num_processes, "--process_id": process_id}
   if any(value is not None for value in given.values()):
     return _by_flags(given)
@@ -90,8 +92,10 @@ def _devices(environ: Mapping[str, str], *, alone_here: bool) -> dict[str, Any]:
 
 def connect(*, coordinator: str, num_processes: int | None, process_id: int | None, wait_secs: int) -> None:
   """Joins the run's other processes, if there are any; before anything touches a device.
+
   Ends this process with exits.LOST where they have not all come after `wait_secs`.
-  Raises ConfigError: as `join_arguments`; a coordinator that cannot listen at its port."""
+  Raises ConfigError: as `join_arguments`; a coordinator that cannot listen at its port.
+  """
   global _listener
   arguments = join_arguments(os.environ, coordinator=coordinator, num_processes=num_processes, process_id=process_id)
   if arguments is None:
@@ -190,7 +194,9 @@ def agree(record: Mapping[str, str]) -> None:
 
 def reached_stop(step: int) -> bool:
   """Have all processes reached the step at which they stop together, after a SIGTERM to any; call it at every step, by all.
-  jax carries the signal to the others in the background and finds a step that none has passed; a call costs microseconds."""
+
+  jax carries the signal to the others in the background and finds a step that none has passed; a call costs microseconds.
+  """
   return multihost_utils.reached_preemption_sync_point(step)
 
 
@@ -199,7 +205,9 @@ def reached_stop(step: int) -> bool:
 
 def end_all(text: str, code: int) -> None:
   """Ends every process of the run with `text` on stderr and exit code `code`; returns only in a run of one.
-  Where another process failed first, its words and its code are what this one ends with: they are the cause."""
+
+  Where another process failed first, its words and its code are what this one ends with: they are the cause.
+  """
   if num_processes_connected() == 1:
     return
   failure = json.dumps([jax.process_index(), socket.gethostname(), text, code])

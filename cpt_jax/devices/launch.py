@@ -49,8 +49,10 @@ def home() -> str:
 
 def check(run: Run, *, sees_our_disk: bool) -> None:
   """Finds here what a thousand hosts would find.
+
   `sees_our_disk`: the hosts have this machine's files, so that a config that is not here is nowhere.
-  Raises ConfigError: options that the launcher sees to itself, variables that are none, a config with a mistake: a line each."""
+  Raises ConfigError: options that the launcher sees to itself, variables that are none, a config with a mistake: a line each.
+  """
   problems = Problems()
   for option in run.options:
     name = re.match(r"--?([\w.]*)", option)

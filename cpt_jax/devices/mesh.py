@@ -65,11 +65,13 @@ def make_mesh(*, data: int, fsdp: int, context: int, tensor: int, devices: Any =
 
 def arrange(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:
   """The devices as an array with the dimensions of AXES, so that the axes which talk most have the fastest network.
+
   Devices of one fast network (a slice of TPUs, a host or NVLink domain of GPUs) stay together: `data` is the way from one to
   the next. Slices of TPUs share nothing else. The hosts of GPUs may share `fsdp` too, since a model that fills several hosts
   has no other place, but never `context` and `tensor`, which talk in every layer's middle. Inside a slice the axes lie along
   the wires of its torus. Without several networks, and on the CPU, the order is that of `devices`.
-  Raises ConfigError: axes that would cross the slow network."""
+  Raises ConfigError: axes that would cross the slow network.
+  """
   networks = _networks(devices)
   shape, num_networks = tuple(sizes[axis] for axis in AXES), len(networks)
   if len({len(each) for each in networks}) > 1:
@@ -189,8 +191,10 @@ def index_along(x: jax.Array, dim: int) -> jax.Array:
 
 def merge_positions(x: jax.Array) -> jax.Array:
   """[B, T, D] -> [B * T, D] (whatever is between the first dimension and the last), or as it is where devices share a row.
+
   XLA's CPU products are up to twice as fast over one dimension of positions: for the gradient of a weight over two it first
-  makes a transposed copy of an operand."""
+  makes a transposed copy of an operand.
+  """
   if axis_size("context") > 1:
     return x
   return reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]), to=("batch", None))
@@ -223,7 +227,9 @@ def local_rows(mesh: Mesh, *, num_rows: int) -> slice:
 
 def to_global(mesh: Mesh, batch: Any, *, num_rows: int | None = None) -> Any:
   """A batch of numpy arrays -> the same NamedTuple of global arrays.
-  `batch` holds `local_rows(mesh, num_rows=num_rows)`; by default it holds every row."""
+
+  `batch` holds `local_rows(mesh, num_rows=num_rows)`; by default it holds every row.
+  """
   total = batch[0].shape[0] if num_rows is None else num_rows
   offset = local_rows(mesh, num_rows=total).start if num_rows is not None else 0
   shardings = batch_shardings(mesh)
@@ -243,7 +249,9 @@ def check(
   sizes: Mapping[str, int], model: Any, *, batch_rows: int, microbatches: int, row_len: int, eval_rows: int, problems: Problems
 ) -> None:
   """Adds a line for everything that the mesh does not divide evenly; `model` is a ModelSpec, `sizes` the devices by axis.
-  `eval_rows` is 0 where the rows of an evaluation are those of a microbatch."""
+
+  `eval_rows` is 0 where the rows of an evaluation are those of a microbatch.
+  """
   replicas = sizes["data"] * sizes["fsdp"]
   rows = batch_rows // microbatches
   if batch_rows % microbatches:

@@ -75,17 +75,10 @@ class Diagnosis:
 
 
 def diagnose(
-  hf: str | os.PathLike,
-  sources: Mapping[str, str | os.PathLike] | Iterable[str],
-  *,
-  general: str = "",
-  tokens: int = TOKENS,
-  budget: str = "",
-  base_peak_lr: float | None = None,
-  heldout_frac: float | None = None,
-  row_len: int = 0,
+  hf: str | os.PathLike, sources: Mapping[str, str | os.PathLike] | Iterable[str], *, general: str = "", tokens: int = TOKENS,
+  budget: str = "", base_peak_lr: float | None = None, heldout_frac: float | None = None, row_len: int = 0,
   output: str | os.PathLike = "",
-) -> Diagnosis:
+) -> Diagnosis:  # fmt: skip
   """Measures a base on every source beside the general one, judges what training it asks for, and writes diagnosis.json.
 
   >>> cpt_jax.diagnose("examples/base", {"general": "store/en", "law": "store/law"}, general="general")  # doctest: +SKIP
@@ -232,14 +225,9 @@ def _plain(value: Any) -> Any:
 
 
 def _command(
-  one: Verdict,
-  base: Base,
-  pair: dict[str, token_store.TokenStore],
-  *,
-  held: float,
-  budget_tokens: float | None,
+  one: Verdict, base: Base, pair: dict[str, token_store.TokenStore], *, held: float, budget_tokens: float | None,
   base_peak_lr: float | None,
-) -> str:
+) -> str:  # fmt: skip
   """The command that says what the run on (general, source) would do, ready to be given."""
   practice = verdict.PRACTICES[one.practice]
   learnt = "language" if one.practice == "language" else "domain"

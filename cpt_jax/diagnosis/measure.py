@@ -191,24 +191,19 @@ def describe(store: token_store.TokenStore, base: Base, *, max_tokens: int = TEX
   num_bytes = store.num_bytes
   return Sample(
     verdict.Store(
-      str(store.path),
-      store.num_documents,
-      store.num_tokens,
-      num_bytes,
+      str(store.path), store.num_documents, store.num_tokens, num_bytes,
       store.num_tokens / num_bytes if num_bytes else drawn.num_tokens / max(text.bytes, 1),
     ),
     verdict.Vocabulary(
-      sample_tokens=drawn.num_tokens,
-      byte_frac=float(counts_V[sorted(tokenizer.byte_ids)].sum() / num_content),
+      sample_tokens=drawn.num_tokens, byte_frac=float(counts_V[sorted(tokenizer.byte_ids)].sum() / num_content),
       unknown_frac=0.0 if tokenizer.unk_id is None else float(counts_V[tokenizer.unk_id] / num_content),
-      used_frac=float((counts_V > 0).sum() / tokenizer.vocab_size),
-      own_saving_frac=saving,
+      used_frac=float((counts_V > 0).sum() / tokenizer.vocab_size), own_saving_frac=saving,
     ),
     corpus.describe_lengths(store.lengths, context=base.spec.max_positions),
     text,
     corpus.beginnings(texts),
     parts,
-  )
+  )  # fmt: skip
 
 
 def distance(parts: Sequence[np.ndarray], general: Sequence[np.ndarray], *, vocab_size: int) -> verdict.Distance:

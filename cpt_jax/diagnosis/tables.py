@@ -3,7 +3,7 @@
 Invariant: shows, computes nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import rich.table
 import rich.text
@@ -106,19 +106,24 @@ def _rules(verdicts: Sequence[Verdict]) -> None:
   shown = 6  # sources beside each other in a table that fits a screen
   for first in range(0, len(verdicts), shown):
     part = verdicts[first : first + shown]
-    rows = []
-    for number, rule in enumerate(verdict.RULES.values()):
-      found = [one.findings[number] for one in part]
-      cells = [f"{amount(f.value, rule.unit)}{' ' + f.note if f.note else ''} {'*' if f.met else ' '}" for f in found]
-      rows.append([rule.name, rule.figure, f"{rule.sign} {amount(rule.threshold, rule.unit)}", *cells])
-    console.table("rules (* = met)", ["rule", "figure", "threshold", *(f"{v.source}  " for v in part)], rows, left=2)
+    rules([f"{one.source}  " for one in part], zip(*(one.findings for one in part), strict=True))
   console.say("where the thresholds come from (docs/guide/diagnose.md)")
   for rule in verdict.RULES.values():
     console.say(f"  {rule.name:<13} {rule.basis}")
   console.say("")
 
 
-def amount(value: float | None, unit: str) -> str:
+def rules(names: Sequence[str], found: Iterable[Sequence[verdict.Finding]]) -> None:
+  """A row for each rule, with its finding on each of `names`."""
+  rows = []
+  for findings in found:
+    rule = findings[0].rule
+    cells = [f"{_amount(f.value, rule.unit)}{' ' + f.note if f.note else ''} {'*' if f.met else ' '}" for f in findings]
+    rows.append([rule.name, rule.figure, f"{rule.sign} {_amount(rule.threshold, rule.unit)}", *cells])
+  console.table("rules (* = met)", ["rule", "figure", "threshold", *names], rows, left=2)
+
+
+def _amount(value: float | None, unit: str) -> str:
   """A figure in its unit."""
   if value is None:
     return "?"
@@ -134,8 +139,12 @@ def _verdict(one: Verdict, found: Diagnosis) -> None:
   lines += [("vocabulary", one.vocabulary.upper()), ("because", one.vocabulary_because)]
   if one.practice:
     practice = verdict.PRACTICES[one.practice]
+    least, start, most = (f"{share:.0%}" for share in practice.replay)
     lines += [("rate", f"{_rates(practice, found.base_peak_lr)}  [{practice.rate_basis}]")]
-    lines += [("replay", f"{_replay(practice)}  [{practice.replay_basis}]"), ("advice", practice.advice)]
+    lines += [
+      ("replay", f"begin with {start} of the tokens, {least} to {most}  [{practice.replay_basis}]"),
+      ("advice", practice.advice),
+    ]
     if verdict.LONG in one.kinds:
       lines += [("long", LONG_ADVICE)]
     lines += [("config", practice.config)]
@@ -154,9 +163,3 @@ def _rates(practice: Practice, base_peak_lr: float | None) -> str:
     return f"begin at {start} of the base's peak, {least} to {most}; its peak is unknown here: --base_peak_lr makes it a rate"
   low, begin, high = (f"{x * base_peak_lr:.2g}" for x in practice.rate)
   return f"begin at {begin}, {low} to {high} ({start}, {least} to {most} of the base's peak {base_peak_lr:g})"
-
-
-def _replay(practice: Practice) -> str:
-  """The range of shares."""
-  least, start, most = (f"{x:.0%}" for x in practice.replay)
-  return f"begin with {start} of the tokens, {least} to {most}"

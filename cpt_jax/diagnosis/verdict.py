@@ -103,42 +103,30 @@ class Practice(NamedTuple):
 
 PRACTICES = {
   "weak": Practice(
-    "domain knowledge, weak shift",
-    "configs/domain.py",
-    (1 / 60, 1 / 10, 1 / 3),
-    (0.01, 0.05, 0.1),
+    "domain knowledge, weak shift", "configs/domain.py", (1 / 60, 1 / 10, 1 / 3), (0.01, 0.05, 0.1),
     "begin low: near the base's last rate, falling to a hundredth; find the share by a probe",
     "1/60 ChipNeMo, 1/3 Llemma; 1/10: from the base's last rate without re-warming (2407.07263)",
     "1% removes 67% of the forgetting of a weak shift, 5% 78% (2403.08763 table 2); D-CPT 7.6% at a 3% rise (2406.01375)",
   ),
   "strong": Practice(
-    "domain knowledge, strong shift",
-    "configs/domain.py",
-    (1 / 30, 1 / 10, 1.0),
-    (0.05, 0.15, 0.3),
+    "domain knowledge, strong shift", "configs/domain.py", (1 / 30, 1 / 10, 1.0), (0.05, 0.15, 0.3),
     "a text this far from the base's moves it more than most domains do: watch the general loss from the first evaluations on",
     "1 Code Llama, 1/3 Llemma; 1/10: a tenth of ChipNeMo's 3e-4, at which it lost a third of MMLU",
     "15% Code Llama (7% language, 8% about code), 30% DeepSeek-Coder-V2; legal text shifts 4 times as much (2505.07796)",
   ),
   "language": Practice(
-    "language",
-    "configs/language.py",
-    (1 / 10, 1 / 3, 1.0),
-    (0.1, 0.25, 0.5),
+    "language", "configs/language.py", (1 / 10, 1 / 3, 1.0), (0.1, 0.25, 0.5),
     "raise its share little by little, and watch the general loss: the guard of the recipe is for that",
     "1/10 e-Llama, 1/3 Swallow, 1 Ibrahim et al. (2403.08763)",
     "25% of a new language's tokens removes 88% of the forgetting (2403.08763 table 2); 10% Swallow, 30% Sailor, 50% e-Llama",
   ),
   "long": Practice(
-    "long context",
-    "configs/domain.py",
-    (1 / 30, 1 / 15, 1 / 8),
-    (0.3, 0.3, 0.5),
+    "long context", "configs/domain.py", (1 / 30, 1 / 15, 1 / 8), (0.3, 0.3, 0.5),
     "keep the base's mix of sources and raise data.row_len; long documents to 70% of each source's tokens by length_shares",
     "2e-5 constant for a base of peak 3e-4 (2402.10171); one published point, so a factor of two to either side",
     "30% of the tokens in short documents (2402.10171); 0.5 to 5B tokens restore retrieval at 7B",
   ),
-}
+}  # fmt: skip
 
 
 class Verdict(NamedTuple):
@@ -158,17 +146,11 @@ def find(figures: Figures, general: Figures, *, budget_tokens: float | None = No
   ratio, error = loss_ratio(figures, general)
   over_floor = figures.distance.bits - figures.distance.floor_bits
   values: dict[str, float | None] = {
-    "near": over_floor,
-    "far": over_floor,
-    "other script": new_scripts_frac(figures.text.scripts, general.text.scripts),
-    "as good": ratio,
-    "high loss": ratio,
-    "long": figures.lengths.beyond_context_frac,
-    "own saves": figures.vocabulary.own_saving_frac,
-    "bytes": figures.vocabulary.byte_frac,
-    "unknown": figures.vocabulary.unknown_frac,
-    "enough text": text_tokens(figures, budget_tokens),
-  }
+    "near": over_floor, "far": over_floor, "other script": new_scripts_frac(figures.text.scripts, general.text.scripts),
+    "as good": ratio, "high loss": ratio, "long": figures.lengths.beyond_context_frac,
+    "own saves": figures.vocabulary.own_saving_frac, "bytes": figures.vocabulary.byte_frac,
+    "unknown": figures.vocabulary.unknown_frac, "enough text": text_tokens(figures, budget_tokens),
+  }  # fmt: skip
   found = {}
   for name, rule in RULES.items():
     finding = rule.find(values[name])
@@ -222,14 +204,9 @@ def judge(figures: Figures, general: Figures, *, budget_tokens: float | None = N
   met = {name: finding.met for name, finding in findings.items()}
   which, practice = kinds(met)
   return Verdict(
-    figures.source,
-    which,
-    practice,
-    _because(figures, general, which, practice),
-    verdict.answer(met),
-    _vocabulary_because(figures, general, verdict.answer(met), findings),
-    tuple(findings.values()),
-  )
+    figures.source, which, practice, _because(figures, general, which, practice), verdict.answer(met),
+    _vocabulary_because(figures, general, verdict.answer(met), findings), tuple(findings.values()),
+  )  # fmt: skip
 
 
 def _because(figures: Figures, general: Figures, which: tuple[str, ...], practice: str) -> str:

@@ -3,7 +3,7 @@
 Invariant: shows, computes nothing.
 """
 
-from cpt_jax.diagnosis.tables import amount
+from cpt_jax.diagnosis.tables import rules
 from cpt_jax.model.growth import Growth
 from cpt_jax.training import console
 from cpt_jax.vocab import verdict
@@ -29,12 +29,7 @@ def comparison(compared: Comparison) -> None:
     rows,
   )
   _curves(found)
-  rows = []
-  for rule in verdict.RULES.values():
-    findings = [each.findings[rule.name] for each in found]
-    cells = [f"{amount(f.value, rule.unit)} {'*' if f.met else ' '}" for f in findings]
-    rows.append([rule.name, rule.figure, f"{rule.sign} {amount(rule.threshold, rule.unit)}", *cells])
-  console.table("rules (* = met)", ["rule", "figure", "threshold", *(each.name for each in found)], rows, left=2)
+  rules([each.name for each in found], zip(*(each.findings.values() for each in found), strict=True))
   console.say(
     "the vocabulary does not fit where far is met with own saves or bytes, or where unknown is; growing asks for enough text too"
   )

@@ -40,15 +40,13 @@ class Falls(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Curve:
-  """Losses of one run on one validation set, the rate of each of its updates, and what its base went through."""
+  """Losses of one run on one validation set, and the rate of each of its updates."""
 
   name: str
   rates_S: np.ndarray
   step_n: np.ndarray  # updates finished at each loss, rising
   loss_n: np.ndarray
   warmup_steps: int = 0  # updates before this one count in the sum of rates, but their rise is no (negative) fall
-  base_area: float = 0.0  # sum of the rates of the base's own training; 0 where it is unknown
-  base_annealing: float = 0.0  # and its annealing area
   replay_frac: float = 0.0  # share of old data in the tokens of this run
 
   @functools.cached_property
@@ -241,13 +239,9 @@ def from_run(run: Run, *, source: str) -> Curve:
   if is_kept_n.sum() < 2:
     raise ConfigError(f"{run.path}: {is_kept_n.sum()} loss(es) of {source} after the warm-up; a curve needs 2 (see eval.every)")
   return Curve(
-    str(run.path),
-    run.rates_S,
-    run.eval_steps_E[is_kept_n],
-    loss_n[is_kept_n],
-    warmup_steps=warmup_steps,
+    str(run.path), run.rates_S, run.eval_steps_E[is_kept_n], loss_n[is_kept_n], warmup_steps=warmup_steps,
     replay_frac=run.replay if run.num_tokens else 0.0,
-  )
+  )  # fmt: skip
 
 
 class CurveLaw(Law, Protocol):
@@ -256,7 +250,6 @@ class CurveLaw(Law, Protocol):
   @property
   def priors(self) -> Mapping[str, Prior]:
     """For what a few curves cannot fix."""
-    ...
 
 
 def fit(law: CurveLaw, curves: Sequence[Curve], *, num_starts: int = 48, seed: int = 0) -> Fit:
@@ -264,15 +257,9 @@ def fit(law: CurveLaw, curves: Sequence[Curve], *, num_starts: int = 48, seed: i
   if not curves:
     raise ConfigError(f"{law.name}: no curve to fit")
   return fit_lib.fit(
-    law,
-    curves,
-    losses(curves),
-    weights_n=weights(curves),
-    priors=law.priors,
-    num_independent=NUM_STRETCHES * len(curves),
-    num_starts=num_starts,
-    seed=seed,
-  )
+    law, curves, losses(curves), weights_n=weights(curves), priors=law.priors, num_independent=NUM_STRETCHES * len(curves),
+    num_starts=num_starts, seed=seed,
+  )  # fmt: skip
 
 
 def bootstrap(fitted: Fit, *, num: int = 100, seed: int = 0) -> Fit:

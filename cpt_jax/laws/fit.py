@@ -44,39 +44,29 @@ _MAX_ROUNDS = 6  # of polishing
 _RESAMPLE = _Effort(80, 1e-6)  # from the optimum of all data to a near one
 
 
-class Parametric(Protocol):
-  """What has parameters."""
+class Law(Protocol):
+  """A formula with parameters; a frozen object. `inputs` is whatever the law reads: the core hands it through."""
 
   @property
   def name(self) -> str:
     """What people call it."""
-    ...
 
   @property
   def parameters(self) -> tuple[str, ...]:
     """The names of theta_P."""
-    ...
 
   @property
   def bounds(self) -> tuple[tuple[float, float], ...]:
     """(low, high) of each parameter, infinities allowed; with low above 0 the search is in the logarithm."""
-    ...
-
-
-class Law(Parametric, Protocol):
-  """A formula with parameters; a frozen object. `inputs` is whatever the law reads: the core hands it through."""
 
   def predict(self, theta_P: np.ndarray, inputs: Any) -> np.ndarray:
     """loss_n of every observation."""
-    ...
 
   def gradient(self, theta_P: np.ndarray, inputs: Any) -> np.ndarray:
     """(n, P): the derivative of `predict`."""
-    ...
 
   def starts(self, inputs: Any, loss_n: np.ndarray, *, num: int, rng: np.random.Generator) -> np.ndarray:
     """(num, P): where to begin, from the data and wide ranges, whatever the units of the rates and the size of the model."""
-    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +128,9 @@ def scores(predicted_n: np.ndarray, loss_n: np.ndarray) -> Scores:
   spread = np.sum((loss_n - loss_n.mean()) ** 2)
   relative_n = np.abs(error_n) / loss_n
   return Scores(
-    r2=float(1 - np.sum(error_n**2) / spread) if spread > 0 else float("nan"),
-    mae=float(np.mean(np.abs(error_n))),
-    rmse=float(np.sqrt(np.mean(error_n**2))),
-    mean_relative=float(relative_n.mean()),
-    worst_relative=float(relative_n.max()),
-  )
+    r2=float(1 - np.sum(error_n**2) / spread) if spread > 0 else float("nan"), mae=float(np.mean(np.abs(error_n))),
+    rmse=float(np.sqrt(np.mean(error_n**2))), mean_relative=float(relative_n.mean()), worst_relative=float(relative_n.max()),
+  )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -212,18 +199,10 @@ class Fit:
 
 
 def fit(
-  law: Law,
-  inputs: Any,
-  loss_n: np.ndarray,
-  *,
-  weights_n: np.ndarray | None = None,
-  priors: Mapping[str, Prior] | None = None,
-  num_independent: float | None = None,
-  num_starts: int = 48,
-  seed: int = 0,
-  delta: float = DELTA,
+  law: Law, inputs: Any, loss_n: np.ndarray, *, weights_n: np.ndarray | None = None, priors: Mapping[str, Prior] | None = None,
+  num_independent: float | None = None, num_starts: int = 48, seed: int = 0, delta: float = DELTA,
   tolerance: float = _POLISH.tolerance,
-) -> Fit:
+) -> Fit:  # fmt: skip
   """The parameters that fit best, of `num_starts` starts.
 
   A prior that is missed by its sd counts as much as one independent observation that is missed by delta; `num_independent`
@@ -260,18 +239,10 @@ def fit(
   best = min(ends, key=lambda end: end.objective)
   agreeing = sum(end.objective <= best.objective * (1 + _AGREES) for end in ends)
   return Fit(
-    law=law,
-    inputs=inputs,
-    loss_n=loss_n,
-    weights_n=weights_n,
-    priors=priors,
-    num_independent=independent,
-    theta_P=best.theta_P,
-    objective=best.objective,
-    delta=delta,
-    num_agreeing=agreeing,
+    law=law, inputs=inputs, loss_n=loss_n, weights_n=weights_n, priors=priors, num_independent=independent,
+    theta_P=best.theta_P, objective=best.objective, delta=delta, num_agreeing=agreeing,
     thetas_KP=np.zeros((0, len(best.theta_P))),
-  )
+  )  # fmt: skip
 
 
 def _check(law: Law, loss_n: np.ndarray, weights_n: np.ndarray, *, num_starts: int) -> None:

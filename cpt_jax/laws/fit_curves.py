@@ -22,11 +22,11 @@ from cpt_jax.laws.cpt_law import REPLAY_FORMS, CptLaw
 from cpt_jax.laws.curves import Curve, CurveLaw
 from cpt_jax.laws.fit import Fit, Scores
 from cpt_jax.progress import Progress
-from cpt_jax.results.report import pyplot
+from cpt_jax.results.report import panels
 from cpt_jax.results.runs import read_runs
 
 SCHEDULE_LAWS = [annealing.Forward(), annealing.Tissue(decay_steps=1000.0), annealing.Tissue(), annealing.MultiPower()]
-CPT_LAWS = [CptLaw(replay=form, decay_steps=None) for form in REPLAY_FORMS.values()]
+CPT_LAWS = [CptLaw(form) for form in REPLAY_FORMS.values()]
 LAWS: dict[str, CurveLaw] = {law.name: law for law in [*SCHEDULE_LAWS, *CPT_LAWS]}
 
 
@@ -80,15 +80,12 @@ class CurveFits:
       parameters = {name: dict(zip(("value", "low", "high"), values, strict=True)) for name, values in ends}
       laws.append(
         {
-          "law": fitted.law.name,
-          "parameters": parameters,
-          "objective": fitted.objective,
-          "searches_agreeing": fitted.num_agreeing,
-          "on_fitted": dataclasses.asdict(fitted.scores()),
+          "law": fitted.law.name, "parameters": parameters, "objective": fitted.objective,
+          "searches_agreeing": fitted.num_agreeing, "on_fitted": dataclasses.asdict(fitted.scores()),
           "scored": {scored.curve.name: scored.figures() for scored in result.scored},
           "mean": result.mean() if result.scored else None,
         }
-      )
+      )  # fmt: skip
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in ("numpy", "scipy")}
     fitted_on = [curve.name for curve in self.results[0].fitted.inputs]
     return {"fitted_on": fitted_on, "how": self.how, "laws": laws, "failures": self.failures, "versions": versions}
@@ -103,19 +100,10 @@ class _Search(NamedTuple):
 
 
 def fit_curves(
-  fit: Sequence[str | os.PathLike],
-  *,
-  score: Sequence[str | os.PathLike] = (),
-  runs: str | os.PathLike = "",
-  source: str = "",
-  law: str = "multi_power",
-  warmup_steps: int = -1,
-  resamples: int = 100,
-  starts: int = 48,
-  seed: int = 0,
-  json_file: str | os.PathLike = "",
-  plot: str | os.PathLike = "",
-) -> CurveFits:
+  fit: Sequence[str | os.PathLike], *, score: Sequence[str | os.PathLike] = (), runs: str | os.PathLike = "", source: str = "",
+  law: str = "multi_power", warmup_steps: int = -1, resamples: int = 100, starts: int = 48, seed: int = 0,
+  json_file: str | os.PathLike = "", plot: str | os.PathLike = "",
+) -> CurveFits:  # fmt: skip
   """Fits laws to loss curves, scores them on others, and writes what is asked for.
 
   Args:
@@ -265,14 +253,13 @@ def parameter_figures(fitted: Fit, *, digits: bool = False) -> dict[str, Any]:
 
 def _plot(found: CurveFits, path: str) -> None:
   """All curves, measured and predicted, each in its own panel."""
-  plt, results = pyplot(), found.results
-  scored = results[0].scored
-  panels = [curve for curve in results[0].fitted.inputs if curve.name not in {s.curve.name for s in scored}]
-  panels += [s.curve for s in scored]
-  num_columns = min(3, len(panels))
-  num_rows = -(-len(panels) // num_columns)
-  figure, axes = plt.subplots(num_rows, num_columns, figsize=(5 * num_columns, 3.4 * num_rows), squeeze=False)
-  for axis, curve in zip(axes.flat, panels, strict=False):
+  results, scored = found.results, found.results[0].scored
+  shown = [curve for curve in results[0].fitted.inputs if curve.name not in {s.curve.name for s in scored}]
+  shown += [s.curve for s in scored]
+  num_columns = min(3, len(shown))
+  num_rows = -(-len(shown) // num_columns)
+  figure, axes = panels(num_rows, num_columns, size=(5 * num_columns, 3.4 * num_rows), layout="tight")
+  for axis, curve in zip(axes.flat, shown, strict=False):
     axis.plot(curve.step_n, curve.loss_n, ".", color="0.6", markersize=3, label="measured")
     is_seen = True
     for color, result in enumerate(results):
@@ -287,9 +274,7 @@ def _plot(found: CurveFits, path: str) -> None:
     axis.set_ylabel("loss (nats/token)")
     low, high = np.quantile(curve.loss_n, [0, 0.97])
     axis.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
-  for axis in axes.flat[len(panels) :]:
+  for axis in axes.flat[len(shown) :]:
     axis.set_axis_off()
   axes.flat[0].legend(fontsize=8)
-  figure.tight_layout()
   figure.savefig(path, dpi=110)
-  plt.close(figure)

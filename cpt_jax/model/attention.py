@@ -104,9 +104,11 @@ def _repeat(x_BSKH: jax.Array) -> jax.Array:
 
 def choose(kind: str, call: Call) -> str:
   """The implementation that runs: the one asked for, or else the first of "auto" that can, with a warning that says why.
+
   The order on GPUs is that of tools/bench/bench_gpu.py on an H200 (docs/results/gpu.md). On CPU (2 cores, B16 T256 N4 K2 H32,
   forward and backward) `plain` takes 96-128 ms, `jax.nn.dot_product_attention` 140 ms and `blockwise` 27 ms, since it skips what
-  causality hides and its scores stay in the cache."""
+  causality hides and its scores stay in the cache.
+  """
   preferred = _PREFERRED[call.platform]
   reasons = []
   for name in preferred if kind == "auto" else (kind, *preferred):

@@ -44,7 +44,9 @@ def why_not() -> str:
 
 def attend(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, window: int | None, max_documents: int) -> jax.Array:
   """As attention.plain where no row of `segments_BT` has more than `max_documents` segments beside its padding.
-  With max_documents=1 the segments are not looked at: a row is one document, and perhaps padding behind it."""
+
+  With max_documents=1 the segments are not looked at: a row is one document, and perhaps padding behind it.
+  """
   packed = () if max_documents == 1 else _packed(segments_BT, places=max_documents + 1)
   return _attend((window, max_documents > 1), q_BTNH, k_BSKH, v_BSKH, packed)
 

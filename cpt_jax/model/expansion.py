@@ -89,7 +89,9 @@ def write(
   on_bytes: Callable[[int], None] = lambda _: None,
 ) -> None:  # fmt: skip
   """Writes config.json and the weights into `output`: the first `num_old` rows of each table, then those that `new` makes.
-  Files without a table are linked where the file system allows, else copied."""
+
+  Files without a table are linked where the file system allows, else copied.
+  """
   assert rows >= vocab_size >= num_old, (rows, vocab_size, num_old)
   by_file: dict[pathlib.Path, list[str]] = {}
   for name, entry in model.files.entries.items():

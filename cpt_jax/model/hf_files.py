@@ -156,7 +156,9 @@ def _weight_files(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str
 
 def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
   """`directory/name`, if that is a file of the directory itself.
-  The hub's cache (`models--x--y/snapshots/<revision>/`) links to `models--x--y/blobs/`: there links may go that far."""
+
+  The hub's cache (`models--x--y/snapshots/<revision>/`) links to `models--x--y/blobs/`: there links may go that far.
+  """
   if not name.endswith((".safetensors", ".json")):
     raise ConfigError(f"{name!r}: expected a name that ends in .safetensors")
   if "/" in name or "\\" in name or "\0" in name or name in (".", "..") or pathlib.PurePath(name).is_absolute():
@@ -197,8 +199,10 @@ def _read_header(file: pathlib.Path) -> dict[str, Entry]:
 
 def write_safetensors(path: pathlib.Path, entries: dict[str, tuple[str, tuple[int, ...]]], chunks: Iterator[np.ndarray]) -> None:
   """Writes a safetensors file from pieces, holding one piece at a time.
+
   `entries` is name -> (dtype, shape) in the order of `chunks`, which give the tensors' values one after another in C order, each
-  tensor in as many pieces as its maker likes. Dtypes of larger items must come first, so that every tensor lies aligned."""
+  tensor in as many pieces as its maker likes. Dtypes of larger items must come first, so that every tensor lies aligned.
+  """
   header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
   offset = 0
   for name, (dtype, shape) in entries.items():
@@ -247,8 +251,10 @@ def copy_file(source: pathlib.Path, target: pathlib.Path) -> None:
 @contextlib.contextmanager
 def atomic_directory(output: pathlib.Path, *, num_bytes: int) -> Iterator[pathlib.Path]:
   """A directory to fill, which becomes `output` when the block ends well and vanishes when it does not.
+
   An empty directory is replaced, and one that an export made and nobody has added to. `num_bytes` is the space needed.
-  Raises ConfigError: `output` holds something else, or the disk has not the space."""
+  Raises ConfigError: `output` holds something else, or the disk has not the space.
+  """
   output = output.absolute()
   output.parent.mkdir(parents=True, exist_ok=True)
   old = output.parent / f".{output.name}.old"

@@ -38,8 +38,10 @@ def project(
   equation: str, axes: tuple[str, ...], to: tuple[str | None, ...] | None, x: jax.Array, parameter: jax.Array
 ) -> jax.Array:
   """`einsum` of `x` and a parameter of these logical axes, which is cast like `x` and gathered; the result lies where `to` says.
+
   The backward pass casts and gathers once more: what all layers had kept until then would be a second, whole model. The
-  parameter's gradient is told where it will lie: found out, it is added up whole on every device of data x fsdp, and then cut."""
+  parameter's gradient is told where it will lie: found out, it is added up whole on every device of data x fsdp, and then cut.
+  """
   out = None if to is None else mesh_lib.out(*to)
   return jnp.einsum(equation, x, mesh_lib.gathered(parameter.astype(x.dtype), *axes), out_sharding=out)
 

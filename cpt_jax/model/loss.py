@@ -22,7 +22,9 @@ from cpt_jax.model.spec import ModelSpec
 
 class Sums(NamedTuple):
   """Sums over the positions of each source that are in the loss; add them over batches, then divide once.
-  Without the sources' weights in the objective: those are `objective`'s."""
+
+  Without the sources' weights in the objective: those are `objective`'s.
+  """
 
   loss_M: jax.Array  # nats, float32
   z_loss_M: jax.Array  # squared log-partition, not yet times its weight in the loss, float32
@@ -46,7 +48,9 @@ class Sums(NamedTuple):
 
 def sums(params: dict[str, Any], spec: ModelSpec, hidden_BTD: jax.Array, batch: Any, *, num_sources: int, chunk: int) -> Sums:
   """Cross-entropy of `batch.targets_BT` given the hidden states, where `batch.weights_BT` is 1 and not 0.
-  To be evaluated, not differentiated, which is an error. `chunk` as in `objective`."""
+
+  To be evaluated, not differentiated, which is an error. `chunk` as in `objective`.
+  """
   return objective(params, spec, hidden_BTD, batch, source_weights=(0.0,) * num_sources, z_loss=0.0, chunk=chunk)[1]
 
 

@@ -112,8 +112,10 @@ def check_files(hf_dir: str | os.PathLike, spec: ModelSpec) -> int:
 
 def load_params(hf_dir: str | os.PathLike, spec: ModelSpec, abstract_params: Any) -> Any:
   """Reads float32, bfloat16 or float16 safetensors into arrays of the shapes, dtypes and shardings of `abstract_params`.
+
   Each process reads the parts that its own devices hold. Beside those, the host holds one stacked tensor's local part at a time.
-  Raises ConfigError: as `check_files`; also tensors that hold NaN or infinity, all of them by name."""
+  Raises ConfigError: as `check_files`; also tensors that hold NaN or infinity, all of them by name.
+  """
   files = hf_files.TensorFiles(hf_dir)
   names = _match(files, spec)
   layouts, sizes = _layouts(spec), _sizes(spec)
@@ -246,11 +248,13 @@ def save_params(
   max_shard_bytes: int = 5_000_000_000,
 ) -> list[pathlib.Path]:
   """Writes a directory that transformers loads; returns the files in it. Every process calls it, the first one writes.
+
   `source_dir` is the Hugging Face directory that the run started from, or a tokenizer's: tokenizer, generation and licence files
   are carried along. `hf_config` is the config.json to write (default: that of `source_dir`); where it is not of this model, one
   is made from the spec. `dtype`: float32, bfloat16 or float16; by default each tensor's own in `source_dir`, float32 if the model
   is not from there. The directory appears whole or not at all, and replaces none but an earlier export.
-  Raises ConfigError: `output_dir` holds something else, no space, NaN or infinity in a tensor, or no such `source_dir`."""
+  Raises ConfigError: `output_dir` holds something else, no space, NaN or infinity in a tensor, or no such `source_dir`.
+  """
   if dtype is not None and dtype not in hf_files.DTYPE_NAMES:
     raise ConfigError(f"dtype={dtype!r}: choose one of {', '.join(hf_files.DTYPE_NAMES)}")
   output = pathlib.Path(output_dir)
@@ -408,7 +412,9 @@ def _chunks(params: Any, spec: ModelSpec, entries: Entries, *, advance: Callable
 @functools.partial(jax.jit, static_argnames=("layout", "num_rows", "dtype", "place"))
 def _rows(leaf: jax.Array, layer: int, start: int, *, layout: _Layout, num_rows: int, dtype: Any, place: Any) -> jax.Array:
   """`num_rows` rows of one layer's tensor in the file's layout, of a leaf [L, ...] or [...].
-  Cast on the device, which halves the traffic; exact as numpy's cast is."""
+
+  Cast on the device, which halves the traffic; exact as numpy's cast is.
+  """
   if layout.is_stacked:
     leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
   leaf = jax.lax.dynamic_slice_in_dim(leaf, start, num_rows, axis=layout.ours.index(layout.split[0]))

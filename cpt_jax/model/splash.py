@@ -17,8 +17,10 @@ from cpt_jax.model.visible import KEPT
 
 def block_size(row_len: int) -> int:
   """Positions in a block: 1,024 or the largest size below that divides the row.
+
   With 2,048 (MaxText's recipes for v5p and v6e, beside a larger limit) a kernel needs 17 to 23 MiB of the 16 that libtpu 0.0.42
-  lets it have: on v5p none compiles, on v5e none inside a whole step. 1,024 does on v5e, v5p and v6e, in a third of the time."""
+  lets it have: on v5p none compiles, on v5e none inside a whole step. 1,024 does on v5e, v5p and v6e, in a third of the time.
+  """
   return next(size for size in (1024, 512, 256, 128) if row_len % size == 0)
 
 

@@ -52,7 +52,9 @@ def _policy(remat: str) -> Callable[..., Any]:
 
 def kept_bytes(spec: ModelSpec, remat: str, *, itemsize: int, tensor: int) -> float:
   """Bytes that a position keeps of each layer on each of `tensor` devices; `itemsize` is that of the compute dtype.
-  "none" keeps a little more where queries and keys have norms or biases."""
+
+  "none" keeps a little more where queries and keys have norms or biases.
+  """
   D, F = spec.width, spec.mlp_width / tensor
   NH, KH = (heads * spec.head_dim / tensor for heads in (spec.num_heads, spec.num_kv_heads))
   log_sums = 4 * spec.num_heads / tensor
@@ -116,15 +118,11 @@ class Decoder(nnx.Module):
       self.head = _normal(rngs, (spec.width, spec.vocab_size), spec.init_std, "embed", "vocab")
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init(spec: ModelSpec, key: jax.Array) -> dict[str, Any]:
   """Random float32 parameters, each device making its own part when a mesh is set. The same key gives the same values to
   rounding on any mesh."""
-
-  @jax.jit
-  def make(key):
-    return nnx.to_pure_dict(nnx.state(Decoder(spec, rngs=nnx.Rngs(params=key)), nnx.Param))
-
-  return make(key)
+  return nnx.to_pure_dict(nnx.state(Decoder(spec, rngs=nnx.Rngs(params=key)), nnx.Param))
 
 
 def abstract_params(spec: ModelSpec) -> dict[str, Any]:
@@ -191,7 +189,9 @@ def apply(
 
 def _unstacked(stacked: dict[str, jax.Array], num_layers: int) -> list[dict[str, jax.Array]]:
   """[L, ...] each -> the parameters of each layer, [...].
-  A split, whose gradient is one concatenation; that of an index is a whole stack of zeros."""
+
+  A split, whose gradient is one concatenation; that of an index is a whole stack of zeros.
+  """
   parts = {name: jax.lax.split(x, (1,) * num_layers) for name, x in stacked.items()}
   return [{name: parts[name][index].squeeze(0) for name in stacked} for index in range(num_layers)]
 

@@ -76,11 +76,12 @@ class Fold(NamedTuple):
 def candidates(role: str, inputs: dict[str, np.ndarray]) -> list[Any]:
   """The laws for sources of a role, their units those of the median run."""
   units = {"rate0": float(np.median(inputs["rate"])), "tokens0": float(np.median(inputs["tokens"]))}
+  shares = [name for name in inputs if name.startswith("share:")]
   shared = [
     replay.Surface(**units),
     dcpt.DCpt(role=role, **units),
     dcpt.DCptRate(role=role, **units),
-    mixing.Mixing(names=_mixture_names(inputs), **units),
+    mixing.Mixing(names=tuple(shares[:-1]) if len(shares) > 2 else ("replay",), **units),
   ]
   if role == cells_lib.REPLAY:
     return [
@@ -334,8 +335,3 @@ def _growth(held: Sequence[Fold], predicted: Sequence[np.ndarray], loss_n: np.nd
 def _position(axis: str, value_n: np.ndarray) -> np.ndarray:
   """Where values stand, in doublings."""
   return np.log2(value_n + REPLAY0) if axis == "replay" else np.log2(value_n)
-
-
-def _mixture_names(inputs: dict[str, np.ndarray]) -> tuple[str, ...]:
-  shares = [name for name in inputs if name.startswith("share:")]
-  return tuple(shares[:-1]) if len(shares) > 2 else ("replay",)

@@ -76,16 +76,9 @@ class Design(NamedTuple):
 
 
 def make(
-  config: Any,
-  *,
-  budget: str = "",
-  probe_budget: str = "",
-  rates: Sequence[float] = (),
-  replays: Sequence[float] = (),
-  seeds: int = 2,
-  trial_tokens: str = "",
-  longer: Sequence[float] = LONGER,
-) -> Design:
+  config: Any, *, budget: str = "", probe_budget: str = "", rates: Sequence[float] = (), replays: Sequence[float] = (),
+  seeds: int = 2, trial_tokens: str = "", longer: Sequence[float] = LONGER,
+) -> Design:  # fmt: skip
   """The design; `budget` (default: train.length), `probe_budget` (also a share of the budget) and `trial_tokens` are durations.
 
   The tokens of a trial follow from `probe_budget`, or are given and the probe costs what it costs.
@@ -101,13 +94,9 @@ def make(
     rates=tuple(sorted(rates)),
     ladder=() if rates else tuple(rate for times in LADDER if (rate := config.schedule.lr_peak * times) <= HIGHEST),
     replays=tuple(sorted(replays or {own, *(x for x in REPLAYS if x != min(REPLAYS, key=lambda y: abs(y - own)))})),
-    own_replay=own,
-    seeds=tuple(range(seeds)),
-    steps=1,
-    longer=tuple(int(times) for times in longer),
-    tokens_per_step=per_step,
+    own_replay=own, seeds=tuple(range(seeds)), steps=1, longer=tuple(int(times) for times in longer), tokens_per_step=per_step,
     budget_tokens=math.ceil(budget_tokens),
-  )
+  )  # fmt: skip
   if trial_tokens:
     steps = math.ceil(_tokens("trial_tokens", trial_tokens, per_step) / per_step)
     if steps < 4:

@@ -60,24 +60,11 @@ class _UnfinishedError(Exception):
 
 
 def plan(
-  config: Any,
-  *,
-  output: str | os.PathLike,
-  budget: str = "",
-  probe_budget: str = "",
-  general_loss_rise: float | None = None,
-  weights: Mapping[str, float] | Sequence[str] = (),
-  confidence: float | None = None,
-  rates: Sequence[float | str] = (),
-  replays: Sequence[float | str] = (),
-  seeds: int = 2,
-  longer: Sequence[float | str] = design.LONGER,
-  trial_tokens: str = "",
-  stack: int = 0,
-  commands: bool = False,
-  slurm: bool = False,
-  dry_run: bool = False,
-) -> Plan:
+  config: Any, *, output: str | os.PathLike, budget: str = "", probe_budget: str = "", general_loss_rise: float | None = None,
+  weights: Mapping[str, float] | Sequence[str] = (), confidence: float | None = None, rates: Sequence[float | str] = (),
+  replays: Sequence[float | str] = (), seeds: int = 2, longer: Sequence[float | str] = design.LONGER, trial_tokens: str = "",
+  stack: int = 0, commands: bool = False, slurm: bool = False, dry_run: bool = False,
+) -> Plan:  # fmt: skip
   """Designs, runs, fits, recommends and writes, saying what it does; the plan's files are below `output`.
 
   >>> cpt_jax.plan(config, budget="2B tokens", probe_budget="15%", general_loss_rise=0.05, output="plan")  # doctest: +SKIP
@@ -112,15 +99,9 @@ def plan(
   objective = _objective(config, weights, general_loss_rise)
 
   designed = design.make(
-    config,
-    budget=budget,
-    probe_budget=probe_budget,
-    rates=_numbers("rates", rates),
-    replays=_numbers("replays", replays),
-    seeds=seeds,
-    trial_tokens=trial_tokens,
-    longer=_numbers("longer", longer),
-  )
+    config, budget=budget, probe_budget=probe_budget, rates=_numbers("rates", rates), replays=_numbers("replays", replays),
+    seeds=seeds, trial_tokens=trial_tokens, longer=_numbers("longer", longer),
+  )  # fmt: skip
   how = _Settings(config, output / "trials", stack, commands, slurm)
   there = execute.found_trials(config, how.trials_dir)
   num_over = len(execute.finished(config, [t for t in designed.trials() if t in there], how.trials_dir))
@@ -196,15 +177,9 @@ def _say_commands(wanted: Sequence[Trial], how: _Settings) -> None:
 
 
 def _recommend(
-  designed: Design,
-  found: list[FinishedTrial],
-  config: Any,
-  output: pathlib.Path,
-  *,
-  confidence: float | None,
-  objective: dict[str, Any],
-  has_budget: bool,
-) -> Recommendation:
+  designed: Design, found: list[FinishedTrial], config: Any, output: pathlib.Path, *, confidence: float | None,
+  objective: dict[str, Any], has_budget: bool,
+) -> Recommendation:  # fmt: skip
   """Fits laws to every trial that is there, also to those that this design does not have, recommends, and writes."""
   tables.cells(found)
   tokens = outcome.trained_tokens(found, budget_tokens=designed.budget_tokens, tokens_per_step=designed.tokens_per_step)

@@ -8,33 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from cpt_jax.config import ConfigError
 from cpt_jax.planning import cells as cells_lib
 from cpt_jax.planning.recommend import Recommendation
+from cpt_jax.results import report
 
-# Okabe and Ito's colours, told apart with any kind of colour vision.
-_BLUE, _ORANGE, _GREEN, _RED, _GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
+_BLUE, _RED = report.COLOURS[:2]
 
 
 def frontier(plan: Recommendation, path: str | os.PathLike) -> None:
   """General loss rise against domain loss: frontier, recommended setting, limit, and the runs of the nearest budget."""
-  figure, ax = _figure(7.2, 5.2)
+  figure, (ax,) = _figure(7.2, 5.2)
   rises, losses = [p.rise for p in plan.frontier], [p.domain_loss for p in plan.frontier]
-  measured = _measured(plan)
-  rates = sorted({rate for rate, *_ in measured})
-  colours = _colormap(len(rates))
-  for rate, colour in zip(rates, colours, strict=True):
-    of_rate = [(replay, rise, loss) for its_rate, replay, rise, loss in measured if its_rate == rate]
-    sizes = [25 + 200 * replay for replay, _, _ in of_rate]
-    ax.scatter(
-      [x[1] for x in of_rate],
-      [x[2] for x in of_rate],
-      s=sizes,
-      color=colour,
-      edgecolors="white",
-      linewidths=0.7,
-      label=f"rate {rate:.3g}",
-    )
+  _dots(ax, *np.reshape(_measured(plan), (-1, 4)).T)
   ax.plot(rises, losses, color=_BLUE, linewidth=2, label=f"frontier at {_count(plan.tokens)} tokens, predicted", zorder=3)
   for point in plan.frontier[:: max(1, len(plan.frontier) // 6)]:
     text = f"{point.rate:.2g}, {point.replay:.0%}" if point.replay >= 0.1 else f"{point.rate:.2g}, {point.replay:.1%}"
@@ -43,7 +28,7 @@ def frontier(plan: Recommendation, path: str | os.PathLike) -> None:
              label=f"recommended: rate {plan.rate:.3g}, replay {plan.replay:.1%}")  # fmt: skip
   if plan.general_loss_rise is not None:
     ax.axvline(
-      plan.general_loss_rise, color=_GREY, linestyle="--", linewidth=1.2, label=f"limit, {plan.general_loss_rise:g} nats"
+      plan.general_loss_rise, color=report.GREY, linestyle="--", linewidth=1.2, label=f"limit, {plan.general_loss_rise:g} nats"
     )
   # Collapsed runs would squeeze the rest into a corner: the axes end where the frontier does, with room for what is near it.
   span_x, span_y = _span(rises), _span(losses)
@@ -58,38 +43,26 @@ def frontier(plan: Recommendation, path: str | os.PathLike) -> None:
     fontsize=10,
   )
   ax.legend(fontsize=7.5, loc="upper right")
-  _save(figure, path)
+  figure.savefig(path, dpi=140)
 
 
 def fit_quality(plan: Recommendation, path: str | os.PathLike) -> None:
   """For each source: every run's loss as predicted without its cell, less the measured one, and the law's name and error."""
   sources = list(plan.choices)
   figure, axes = _figure(4.6 * len(sources), 4.4, columns=len(sources))
-  for ax, source in zip(np.atleast_1d(axes), sources, strict=True):
+  for ax, source in zip(axes, sources, strict=True):
     choice = plan.choices[source]
-    error_n = choice.held_out_n - choice.loss_n
-    rates = np.unique(choice.fit.inputs["rate"])
-    for rate, colour in zip(rates, _colormap(len(rates)), strict=True):
-      is_rate = choice.fit.inputs["rate"] == rate
-      sizes = 25 + 200 * choice.fit.inputs["replay"][is_rate]
-      ax.scatter(
-        choice.loss_n[is_rate],
-        error_n[is_rate],
-        s=sizes,
-        color=colour,
-        edgecolors="white",
-        linewidths=0.7,
-        label=f"rate {rate:.3g}",
-      )
+    inputs = choice.fit.inputs
+    _dots(ax, inputs["rate"], inputs["replay"], choice.loss_n, choice.held_out_n - choice.loss_n)
     ax.axhline(0, color="black", linewidth=0.8)
     if np.isfinite(choice.noise):
-      ax.axhspan(-choice.noise, choice.noise, color=_GREY, alpha=0.25, linewidth=0, label=f"seed noise, {choice.noise:.4f}")
+      ax.axhspan(-choice.noise, choice.noise, color=report.GREY, alpha=0.25, linewidth=0, label=f"seed noise, {choice.noise:.4f}")
     mae = next(score.mae for score in choice.scores if score.law == choice.law and score.scheme == "cell")
     ax.set_title(f"{source} ({choice.role}): {choice.law}\nmean error of held-out cells {mae:.4f} nats", fontsize=10)
     ax.set_xlabel("measured loss (nats/token)")
     ax.set_ylabel("predicted - measured (nats/token)")
     ax.legend(fontsize=7.5)
-  _save(figure, path)
+  figure.savefig(path, dpi=140)
 
 
 def _measured(plan: Recommendation) -> list[tuple[float, float, float, float]]:
@@ -97,16 +70,10 @@ def _measured(plan: Recommendation) -> list[tuple[float, float, float, float]]:
   budget = _nearest(sorted({cell.tokens for cell in plan.cells}), plan.tokens)
   general = cells_lib.sources_of(plan.cells, role=cells_lib.REPLAY)
   domain = cells_lib.sources_of(plan.cells, role=cells_lib.DOMAIN)
-  return [
-    (
-      cell.rate,
-      cell.replay,
-      max(cell.losses[s] - cell.base[s] for s in general),
-      float(np.mean([cell.losses[s] for s in domain])),
-    )
-    for cell in plan.cells
-    if cell.tokens == budget and all(np.isfinite(loss) for loss in cell.losses.values())
-  ]
+  runs = [c for c in plan.cells if c.tokens == budget and all(np.isfinite(loss) for loss in c.losses.values())]
+  rises = [max(cell.losses[s] - cell.base[s] for s in general) for cell in runs]
+  learnt = [float(np.mean([cell.losses[s] for s in domain])) for cell in runs]
+  return [(cell.rate, cell.replay, rise, loss) for cell, rise, loss in zip(runs, rises, learnt, strict=True)]
 
 
 def _nearest(budgets: list[int], tokens: float) -> int:
@@ -124,28 +91,20 @@ def _count(number: float) -> str:
   return f"{number:g}"
 
 
-def _colormap(num: int) -> list[Any]:
+def _dots(ax: Any, rate_n: np.ndarray, replay_n: np.ndarray, x_n: np.ndarray, y_n: np.ndarray) -> None:
+  """Runs, a colour for each rate, larger with more replay."""
   import matplotlib
 
-  return [matplotlib.colormaps["viridis"](x) for x in np.linspace(0.1, 0.9, num)]
+  rates = np.unique(rate_n)
+  for rate, shade in zip(rates, np.linspace(0.1, 0.9, len(rates)), strict=True):
+    of_rate, colour = rate_n == rate, matplotlib.colormaps["viridis"](shade)
+    ax.scatter(x_n[of_rate], y_n[of_rate], s=25 + 200 * replay_n[of_rate], color=colour, edgecolors="white", linewidths=0.7,
+               label=f"rate {rate:.3g}")  # fmt: skip
 
 
 def _figure(width: float, height: float, *, columns: int = 1) -> tuple[Any, Any]:
-  try:
-    from matplotlib.backends import backend_agg
-    from matplotlib.figure import Figure
-  except ImportError as error:
-    raise ConfigError("figures need matplotlib, which is not installed: pip install 'cpt_jax[plots]'") from error
-  figure = Figure(
-    figsize=(width, height), layout="constrained"
-  )  # of no global state, so that a caller's own figures are left alone
-  backend_agg.FigureCanvasAgg(figure)
-  axes = figure.subplots(1, columns)
-  for ax in np.atleast_1d(axes):
+  figure, axes = report.panels(1, columns, size=(width, height))
+  for ax in axes[0]:
     ax.grid(color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
-  return figure, axes
-
-
-def _save(figure: Any, path: str | os.PathLike) -> None:
-  figure.savefig(path, dpi=140)
+  return figure, axes[0]

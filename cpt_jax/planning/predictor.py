@@ -149,14 +149,9 @@ class Predictor:
 
 
 def fit_sources(
-  cells: Sequence[Cell],
-  *,
-  tokens: float,
-  laws: Mapping[str, Sequence[Any]] | None = None,
-  level: float = 0.9,
-  confidence: float | None = None,
-  seed: int = 0,
-) -> Predictor:
+  cells: Sequence[Cell], *, tokens: float, laws: Mapping[str, Sequence[Any]] | None = None, level: float = 0.9,
+  confidence: float | None = None, seed: int = 0,
+) -> Predictor:  # fmt: skip
   """Chooses and fits a law for every source.
 
   Args:

@@ -74,16 +74,13 @@ class Recommendation:
         source: {
           "law": choice.law,
           "parameters": dict(zip(choice.fit.law.parameters, (float(x) for x in choice.fit.theta_P), strict=True)),
-          "seed_noise": _finite(choice.noise),
-          "beats_baselines": choice.beats_baselines,
-          "held_out": [score._asdict() for score in choice.scores],
-          "skipped": choice.skipped,
-          "range": {axis: choice.range(axis) for axis in choose.AXES},
-          "widening_per_doubling": choice.growth,
+          "seed_noise": choice.noise if math.isfinite(choice.noise) else None, "beats_baselines": choice.beats_baselines,
+          "held_out": [score._asdict() for score in choice.scores], "skipped": choice.skipped,
+          "range": {axis: choice.range(axis) for axis in choose.AXES}, "widening_per_doubling": choice.growth,
         }
         for source, choice in self.choices.items()
       },
-    }
+    }  # fmt: skip
 
 
 def recommend(
@@ -132,32 +129,17 @@ def recommend(
     else "lowest " + " + ".join(f"{weight:g} x {source}" for source, weight in weights.items())
   )
   return Recommendation(
-    objective=objective,
-    tokens=predictor.tokens,
-    level=predictor.level,
-    confidence=predictor.confidence,
-    general_loss_rise=general_loss_rise,
-    weights=dict(weights or {}),
-    best=best,
-    alternatives=alternatives,
+    objective=objective, tokens=predictor.tokens, level=predictor.level, confidence=predictor.confidence,
+    general_loss_rise=general_loss_rise, weights=dict(weights or {}), best=best, alternatives=alternatives,
     frontier=_frontier(predictor, rate_n[usable_n], replay_n[usable_n], rise_n[usable_n], domain_n[usable_n], general_loss_rise),
-    notes=_notes(predictor, best, general_loss_rise),
-    choices=predictor.choices,
-    cells=predictor.cells,
-  )
+    notes=_notes(predictor, best, general_loss_rise), choices=predictor.choices, cells=predictor.cells,
+  )  # fmt: skip
 
 
 def plan_from_cells(
-  cells: Sequence[Cell],
-  *,
-  tokens: float,
-  general_loss_rise: float | None = None,
-  weights: Mapping[str, float] | None = None,
-  confidence: float | None = None,
-  level: float = 0.9,
-  laws: Mapping[str, Sequence[Any]] | None = None,
-  seed: int = 0,
-) -> Recommendation:
+  cells: Sequence[Cell], *, tokens: float, general_loss_rise: float | None = None, weights: Mapping[str, float] | None = None,
+  confidence: float | None = None, level: float = 0.9, laws: Mapping[str, Sequence[Any]] | None = None, seed: int = 0,
+) -> Recommendation:  # fmt: skip
   """`fit_sources`, then `recommend`; their arguments and errors."""
   predictor = fit_sources(cells, tokens=tokens, laws=laws, level=level, confidence=confidence, seed=seed)
   return recommend(predictor, general_loss_rise=general_loss_rise, weights=weights)
@@ -235,7 +217,7 @@ def _alternatives(predictor: Predictor, best: Point, limit: float | None) -> tup
 def _notes(predictor: Predictor, best: Point, limit: float | None) -> tuple[str, ...]:
   notes = []
   if limit is not None:
-    free = _minimum(predictor, lambda rate_n, replay_n: _finite_or_inf(predictor.domain_loss(rate_n, replay_n)))
+    free = _minimum(predictor, lambda *at: np.nan_to_num(predictor.domain_loss(*at), nan=np.inf, posinf=np.inf))
     assert free is not None
     gain = best.domain_loss - float(predictor.domain_loss(np.array([free[0]]), np.array([free[1]]))[0])
     if gain > 1e-4:
@@ -285,14 +267,6 @@ def _notes(predictor: Predictor, best: Point, limit: float | None) -> tuple[str,
       at = ", ".join(sorted({f"rate {cell.rate:g} with replay {cell.replay:g}" for cell in choice.diverged}))
       notes.append(f"{source}: runs diverged at {at}; settings as harsh or harsher are not considered.")
   return tuple(notes)
-
-
-def _finite_or_inf(value_n: np.ndarray) -> np.ndarray:
-  return np.where(np.isfinite(value_n), value_n, np.inf)
-
-
-def _finite(value: float) -> float | None:
-  return value if math.isfinite(value) else None
 
 
 def _point_json(point: Point) -> dict[str, Any]:

@@ -22,7 +22,9 @@ class Buffer:
   """Memory of one array, or of all that in turn lie in its place."""
 
   def __init__(self, shape: Shape, op_name: str, now: int):
-    self.dtype, self.dims, self.num_bytes = shape.dtype, shape.dims, _num_bytes(shape)
+    self.dtype, self.dims = shape.dtype, shape.dims
+    # In the device's main memory: space 1 is a TPU's vector memory, but a GPU's own, for collectives; TPU layouts are tiled.
+    self.num_bytes = 0 if shape.space == 5 or (shape.space == 1 and shape.tile) else shape.padded_bytes
     self.op_name = op_name  # its place in the Python program, "jit(train_step)/jvp(loss)/..."; of its user if it has none
     self.last_read_by = ""  # the place of its last reader
     self.first = self.last = now  # its life, by the order of its computation
@@ -137,12 +139,6 @@ def _buffers(values: list) -> list[Buffer]:
 
 def _without_memory(shape: Any) -> Any:
   return None if isinstance(shape, Shape) else [_without_memory(part) for part in shape]
-
-
-def _num_bytes(shape: Shape) -> int:
-  """Bytes in the device's main memory."""
-  # Space 1 is a TPU's vector memory, but a GPU's own, for collectives; TPU layouts are tiled.
-  return 0 if shape.space == 5 or (shape.space == 1 and shape.tile) else shape.padded_bytes
 
 
 def _op_name(i: Instruction) -> str:

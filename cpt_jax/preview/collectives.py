@@ -46,15 +46,10 @@ def collectives(program: Program, mesh_shape: Mapping[str, int]) -> list[Collect
       fused = "async_collective_fusion_config" in i.attributes or "async_collective_name" in i.attributes
       found.append(
         Collective(
-          op,
-          phase_of(_op_name(i, body)),
-          program.runs[owner],
-          _payload(i, op, body),
-          _axes(group, mesh_shape),
-          group,
+          op, phase_of(_op_name(i, body)), program.runs[owner], _payload(i, op, body), _axes(group, mesh_shape), group,
           overlapped or fused,
         )
-      )
+      )  # fmt: skip
   return found
 
 

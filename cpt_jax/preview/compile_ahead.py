@@ -33,7 +33,9 @@ def compile_step(config: Any, topology: str, *, name: str, hlo_file: pathlib.Pat
 
   target = absent_chips.open_target(config, target_chips)
   job = step_report.from_config(target.config, target.spec, topology=target_chips, mesh=dict(target.mesh.shape))
-  record: dict[str, Any] = {"config": name} | step_report.heading(job) | {"versions": _versions(chip)}
+  compiler = "libtpu" if chip.platform == "tpu" else "jax-cuda13-plugin"
+  versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", compiler)}
+  record: dict[str, Any] = {"config": name} | step_report.heading(job) | {"versions": versions}
   held = absent_chips.held(target)
   compiled = absent_chips.compile_step(target)
   if isinstance(compiled, absent_chips.Refused):
@@ -53,8 +55,3 @@ def compile_step(config: Any, topology: str, *, name: str, hlo_file: pathlib.Pat
   if not record["memory"]["fits"]:
     record["advice"] = step_report.advice(job, state_bytes=sum(held.values()))
   return record
-
-
-def _versions(chip: chips.Chip) -> dict[str, str]:
-  compiler = "libtpu" if chip.platform == "tpu" else "jax-cuda13-plugin"
-  return {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", compiler)}

@@ -57,7 +57,11 @@ def describe(config: Any, workdir: pathlib.Path) -> int:
   with jax.sharding.use_abstract_mesh(mesh):
     abstract = state.abstract(spec, resolved.tx)
     _groups(config, spec)
-    _placement(abstract)
+    placed = [
+      [path, f"{leaf.dtype}{list(leaf.shape)}", str(leaf.sharding.spec), console.size(memory.shard_bytes(leaf))]
+      for path, leaf in trees.paths(abstract.params).items()
+    ]
+    console.table("parameters and where they live", ["leaf", "shape", "sharding", "per device"], placed, left=3)
   _memory(resolved, abstract, sizes)
   in_force = {source.name: source.share for source in inputs.loader.sources} if inputs else None
   _events(config, in_force or {name: sources.knots(config, name) for name in config.data.sources}, begin.step)
@@ -82,32 +86,19 @@ def _data(inputs: inputs_lib.Inputs, num_steps: int) -> None:
     f"data: {num_steps:,} steps x {config.train.batch_rows} rows x {config.data.row_len} positions = {console.count(positions)}, "
     f"packed {config.data.packing}; shares are normalised",
     [
-      "source",
-      "role",
-      "training docs",
-      "training tokens",
-      "held-out docs",
-      "share at start",
-      "at end",
-      "tokens read",
-      "epochs",
-      "filled",
-      "docs cut",
+      "source", "role", "training docs", "training tokens", "held-out docs", "share at start", "at end", "tokens read",
+      "epochs", "filled", "docs cut",
     ],
     [
       [row.source, row.role, f"{row.train_documents:,}", console.count(row.train_tokens), f"{row.heldout_documents:,}"]
       + [
-        f"{row.share_start:.3f}",
-        f"{row.share_end:.3f}",
-        console.count(row.tokens),
-        f"{row.epochs:.2f}",
-        f"{row.efficiency:.2%}",
-        f"{row.num_split:,}",
+        f"{row.share_start:.3f}", f"{row.share_end:.3f}", console.count(row.tokens), f"{row.epochs:.2f}",
+        f"{row.efficiency:.2%}", f"{row.num_split:,}",
       ]
       for row in summaries
     ],
     left=2,
-  )
+  )  # fmt: skip
   console.data_changes(inputs.loader, rate=float(inputs.rates(inputs.begin.step)))
   for row in summaries:
     if row.end:
@@ -160,13 +151,6 @@ def _groups(config: Any, spec: spec_lib.ModelSpec) -> None:
         for g in optimizer.from_config_groups(config, spec, stage=i)
       ],
     )
-
-
-def _placement(abstract: state.TrainState) -> None:
-  rows = []
-  for path, leaf in trees.paths(abstract.params).items():
-    rows.append([path, f"{leaf.dtype}{list(leaf.shape)}", str(leaf.sharding.spec), console.size(memory.shard_bytes(leaf))])
-  console.table("parameters and where they live", ["leaf", "shape", "sharding", "per device"], rows, left=3)
 
 
 def _memory(inputs: inputs_lib.Resolved, abstract: state.TrainState, sizes: dict[str, int]) -> None:

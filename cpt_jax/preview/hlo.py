@@ -86,13 +86,15 @@ class Instruction(NamedTuple):
   @property
   def op_name(self) -> str:
     """Where in the traced program it comes from."""
-    match = re.search(r'op_name="([^"]*)"', self.attributes)
-    return match.group(1) if match else ""
+    return self._quoted("op_name")
 
   @property
   def kernel(self) -> str:
     """What a custom call runs."""
-    match = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+    return self._quoted("custom_call_target")
+
+  def _quoted(self, name: str) -> str:
+    match = re.search(rf'{name}="([^"]*)"', self.attributes)
     return match.group(1) if match else ""
 
 

@@ -17,25 +17,10 @@ from cpt_jax.preview.hlo import Instruction, Shape
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # What moves no bytes of the chip's main memory by itself.
-_FREE = frozenset(
-  [
-    "parameter",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "constant",
-    "while",
-    "conditional",
-    "call",
-    "after-all",
-    "partition-id",
-    "replica-id",
-    "iota",
-    "opt-barrier",
-    "add-dependency",
-    "domain",
-  ]
-)
+_FREE = frozenset([
+  "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "after-all", "partition-id",
+  "replica-id", "iota", "opt-barrier", "add-dependency", "domain",
+])  # fmt: skip
 # What counters of loops are made of.
 _ARITHMETIC = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul}
 _COMPARISONS = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "EQ": operator.eq, "NE": operator.ne}
@@ -115,7 +100,7 @@ class Program:
     if i is None:
       return None
     if i.op == "constant":
-      return _whole(i.literal)
+      return int(i.literal) if re.fullmatch(r"-?\d+", i.literal) else None
     if i.op == "parameter":
       return arguments[int(i.literal)] if int(i.literal) < len(arguments) else None
     if i.op not in (*_ARITHMETIC, "get-tuple-element", "compare", "fusion", "copy", "bitcast", "convert"):
@@ -134,8 +119,8 @@ class Program:
 
   def top_level(self) -> Iterator[tuple[str, Instruction, float]]:
     """(computation, instruction, runs in a step) of everything that the chip executes one after the other: no fusion's inside."""
-    inside = {c for body in self.computations.values() for i in body.values() if i.op != "call" for c in i.called("calls")}
-    inside |= {c for body in self.computations.values() for i in body.values() if i.op != "call" for c in i.called("to_apply")}
+    others = [i for body in self.computations.values() for i in body.values() if i.op != "call"]
+    inside = {called for i in others for called in i.called("calls", "to_apply")}
     for name, body in self.computations.items():
       if self.runs[name] and name not in inside:
         for instruction in body.values():
@@ -144,15 +129,17 @@ class Program:
   @functools.cache  # noqa: B019
   def flops_of(self, computation: str, name: str) -> float:
     """Floating point operations of the products in one run of an instruction, with what it calls (but for loops)."""
-    instruction = self.computations[computation][name]
+    body = self.computations[computation]
+    instruction = body[name]
     if instruction.op == "dot":
-      return _dot_flops(instruction, self.computations[computation])
+      return _product_flops(instruction, body, instruction.attribute("lhs_contracting_dims"))
     if instruction.op == "convolution":
-      return _convolution_flops(instruction, self.computations[computation])
+      return _convolution_flops(instruction, body)
     if instruction.op in ("while", "conditional", "call"):
       return 0.0  # their insides are instructions of their own
     if instruction.op == "custom-call" and "gemm" in instruction.kernel:
-      return _gemm_flops(instruction, self.computations[computation])
+      contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+      return _product_flops(instruction, body, contracted.group(1) if contracted else "")
     return sum(self.flops_of(called, inner) for called in instruction.called("calls") for inner in self.computations[called])
 
   def hbm_bytes_of(self, computation: str, name: str) -> float:
@@ -218,25 +205,14 @@ def _root(computation: Mapping[str, Instruction]) -> Instruction:
   return next(i for i in computation.values() if i.is_root)
 
 
-def _whole(literal: str) -> int | None:
-  return int(literal) if re.fullmatch(r"-?\d+", literal) else None
-
-
 def _in_hbm(shapes: tuple[Shape, ...]) -> float:
   return sum(shape.num_bytes for shape in shapes if shape.space == 0)
 
 
-def _dot_flops(dot: Instruction, body: Mapping[str, Instruction]) -> float:
-  lhs = body[dot.operands[0]].shapes[0].dims
-  contracted = [int(d) for d in re.findall(r"\d+", dot.attribute("lhs_contracting_dims"))]
-  return 2.0 * math.prod(dot.shapes[0].dims) * math.prod(lhs[d] for d in contracted)
-
-
-def _gemm_flops(call: Instruction, body: Mapping[str, Instruction]) -> float:
-  contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', call.attributes)
-  lhs = body[call.operands[0]].shapes[0].dims
-  dims = [int(d) for d in re.findall(r"\d+", contracted.group(1))] if contracted else []
-  return 2.0 * math.prod(call.shapes[0].dims) * math.prod(lhs[d] for d in dims)
+def _product_flops(product: Instruction, body: Mapping[str, Instruction], contracted: str) -> float:
+  """`contracted`: the dimensions of the first operand that are summed over, as text."""
+  lhs = body[product.operands[0]].shapes[0].dims
+  return 2.0 * math.prod(product.shapes[0].dims) * math.prod(lhs[int(d)] for d in re.findall(r"\d+", contracted))
 
 
 def _convolution_flops(conv: Instruction, body: Mapping[str, Instruction]) -> float:
@@ -251,14 +227,10 @@ def _convolution_flops(conv: Instruction, body: Mapping[str, Instruction]) -> fl
   flops = 2.0 * out[out_labels.index("b")] * out[out_labels.index("f")] * rhs[rhs_labels.index("i")]
   for n, label in enumerate(sorted(c for c in lhs_labels if c.isdigit())):
     flops *= _meetings(
-      lhs[lhs_labels.index(label)],
-      rhs[rhs_labels.index(label)],
-      out[out_labels.index(label)],
-      stride=_window(window, "stride", n, 1),
-      lhs_dilate=_window(window, "lhs_dilate", n, 1),
-      rhs_dilate=_window(window, "rhs_dilate", n, 1),
-      pad_low=_window(window, "pad", n, 0),
-    )
+      lhs[lhs_labels.index(label)], rhs[rhs_labels.index(label)], out[out_labels.index(label)],
+      stride=_window(window, "stride", n, 1), lhs_dilate=_window(window, "lhs_dilate", n, 1),
+      rhs_dilate=_window(window, "rhs_dilate", n, 1), pad_low=_window(window, "pad", n, 0),
+    )  # fmt: skip
   return flops
 
 

@@ -126,15 +126,11 @@ def link_rate(members: Sequence[Place], topology: Topology) -> float:
 
 def roofline(done: Work, transfers: Sequence[Transfer], topology: Topology) -> Roofline:
   """The seconds of a step by resource."""
-  total = {
-    is_async: sum(t.link_secs + t.network_secs for t in transfers if t.collective.is_async == is_async) for is_async in (0, 1)
-  }
-  return Roofline(
-    compute_secs=sum(done.flops.values()) / topology.chip.peak_flops,
-    hbm_secs=done.hbm_bytes / topology.chip.hbm_bytes_per_sec,
-    link_secs=sum(t.link_secs for t in transfers),
-    network_secs=sum(t.network_secs for t in transfers),
-    busy_secs=done.busy_secs,
-    exposed_secs=total[0],
-    hidden_secs=total[1],
+  exposed, hidden = (
+    sum(t.link_secs + t.network_secs for t in transfers if t.collective.is_async == is_async) for is_async in (False, True)
   )
+  return Roofline(
+    compute_secs=sum(done.flops.values()) / topology.chip.peak_flops, hbm_secs=done.hbm_bytes / topology.chip.hbm_bytes_per_sec,
+    link_secs=sum(t.link_secs for t in transfers), network_secs=sum(t.network_secs for t in transfers),
+    busy_secs=done.busy_secs, exposed_secs=exposed, hidden_secs=hidden,
+  )  # fmt: skip

@@ -40,15 +40,9 @@ class Job(NamedTuple):
 def from_config(config: Any, spec: ModelSpec, *, topology: Topology, mesh: Mapping[str, int]) -> Job:
   """The job of a resolved config."""
   return Job(
-    topology=topology,
-    mesh=mesh,
-    spec=spec,
-    batch_rows=config.train.batch_rows,
-    microbatches=config.train.microbatches,
-    row_len=config.data.row_len,
-    remat=config.model.remat,
-    loss_chunk=config.model.loss_chunk,
-  )
+    topology=topology, mesh=mesh, spec=spec, batch_rows=config.train.batch_rows, microbatches=config.train.microbatches,
+    row_len=config.data.row_len, remat=config.model.remat, loss_chunk=config.model.loss_chunk,
+  )  # fmt: skip
 
 
 def heading(job: Job) -> dict[str, Any]:
@@ -61,12 +55,9 @@ def memory(needed: Mapping[str, int], job: Job) -> dict[str, Any]:
   """The verdict on the bytes that one chip must find, by class."""
   usable, total = job.topology.chip.usable_bytes, sum(needed.values())
   return {
-    "bytes": dict(needed),
-    "needed_bytes": total,
-    "usable_bytes": usable,
-    "headroom_frac": 1 - total / usable,
+    "bytes": dict(needed), "needed_bytes": total, "usable_bytes": usable, "headroom_frac": 1 - total / usable,
     "fits": total <= usable,
-  }
+  }  # fmt: skip
 
 
 def flops(done: roofline.Work, job: Job) -> dict[str, Any]:
@@ -74,12 +65,9 @@ def flops(done: roofline.Work, job: Job) -> dict[str, Any]:
   causal, palm = (per_token * job.tokens_per_chip for per_token in flops_per_token(job.spec, job.row_len))
   total = sum(done.flops.values())
   return {
-    "model_causal": causal,
-    "model_palm": palm,
-    "program": dict(sorted(done.flops.items())),
-    "program_total": total,
+    "model_causal": causal, "model_palm": palm, "program": dict(sorted(done.flops.items())), "program_total": total,
     "program_over_model": total / causal,
-  }
+  }  # fmt: skip
 
 
 def measure(compiled: hlo.Module, job: Job, places: Sequence[roofline.Place]) -> dict[str, Any]:
@@ -104,12 +92,9 @@ def measure(compiled: hlo.Module, job: Job, places: Sequence[roofline.Place]) ->
       "the program seems to compute less than the model needs: a part of it was not understood, and speeds are too high"
     )
   return {
-    "flops_per_chip": counted,
-    "hbm_bytes_per_chip": done.hbm_bytes,
-    "transfers": _grouped(transfers),
-    "roofline": _speeds(roof, counted, job),
-    "notes": notes,
-  }
+    "flops_per_chip": counted, "hbm_bytes_per_chip": done.hbm_bytes, "transfers": _grouped(transfers),
+    "roofline": _speeds(roof, counted, job), "notes": notes,
+  }  # fmt: skip
 
 
 def _attention_product_flops(job: Job) -> float:
@@ -156,17 +141,11 @@ def _speeds(roof: roofline.Roofline, counted: Mapping[str, Any], job: Job) -> di
     }
 
   return {
-    "compute_secs": roof.compute_secs,
-    "hbm_secs": roof.hbm_secs,
-    "link_secs": roof.link_secs,
-    "network_secs": roof.network_secs,
-    "bound": roof.bound,
-    "busy_secs": roof.busy_secs,
-    "exposed_transfer_secs": roof.exposed_secs,
-    "overlapped_transfer_secs": roof.hidden_secs,
-    "all_at_once": at(roof.roofline_secs),
-    "one_after_the_other": at(roof.step_secs),
-  }
+    "compute_secs": roof.compute_secs, "hbm_secs": roof.hbm_secs, "link_secs": roof.link_secs,
+    "network_secs": roof.network_secs, "bound": roof.bound, "busy_secs": roof.busy_secs,
+    "exposed_transfer_secs": roof.exposed_secs, "overlapped_transfer_secs": roof.hidden_secs,
+    "all_at_once": at(roof.roofline_secs), "one_after_the_other": at(roof.step_secs),
+  }  # fmt: skip
 
 
 def _notes(program: Program, unknown: set[str]) -> list[str]:

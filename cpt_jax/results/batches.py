@@ -47,15 +47,9 @@ def _row(loader: pipeline.Loader, tokenizer: tokenization.Tokenizer, step: int, 
       | {"text": tokenizer.decode(tokens)}
     )
   return {
-    "step": step,
-    "row": b,
-    "source": source.name,
-    "source_row": nth,
-    "epoch": nth // layout.num_rows,
-    "filled": int((batch.segments_BT > 0).sum()),
-    "targets": int((batch.weights_BT > 0).sum()),
-    "documents": documents,
-  }
+    "step": step, "row": b, "source": source.name, "source_row": nth, "epoch": nth // layout.num_rows,
+    "filled": int((batch.segments_BT > 0).sum()), "targets": int((batch.weights_BT > 0).sum()), "documents": documents,
+  }  # fmt: skip
 
 
 def row_len_of(run: pathlib.Path) -> int:

@@ -19,13 +19,9 @@ class Exported(NamedTuple):
 
 
 def export(
-  run: str | os.PathLike,
-  output: str | os.PathLike,
-  *,
-  step: int | None = None,
-  dtype: str | None = None,
+  run: str | os.PathLike, output: str | os.PathLike, *, step: int | None = None, dtype: str | None = None,
   source: str | os.PathLike | None = None,
-) -> Exported:
+) -> Exported:  # fmt: skip
   """Writes a checkpoint of a run, the newest by default, as a Hugging Face directory.
 
   >>> cpt_jax.export("runs/quickstart", "exported", dtype="bfloat16").step  # doctest: +SKIP

@@ -4,7 +4,6 @@ Invariant: needs no plan and no prediction. The figure needs the extra [plots].
 """
 
 import pathlib
-from typing import Any
 
 import numpy as np
 
@@ -33,8 +32,7 @@ def sources(run: tables.OpenRun) -> list[str]:
 
 def figure(run: tables.OpenRun, path: str | pathlib.Path) -> None:
   """Draws both: replay sources below zero have forgotten nothing, domain sources below zero have been learnt."""
-  plt: Any = report.pyplot()
-  made, ax = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+  made, ((ax,),) = report.panels(size=(7.2, 4.6))
   colours = report.colours(sources(run))
   for name in sources(run):
     role = run.config.data.sources[name].role
@@ -42,12 +40,9 @@ def figure(run: tables.OpenRun, path: str | pathlib.Path) -> None:
     line = "--" if role == "replay" else "-"
     ax.plot(run.losses["tokens"], loss_E - loss_E[0], line, marker="o", color=colours[name], label=f"{name} ({role})")
   ax.axhline(0, color=report.GREY, linewidth=0.8)
-  ax.set_xlabel("tokens trained on")
-  ax.set_ylabel("held-out loss less the base's, nats/token")
-  ax.set_title(f"{run.path}: below 0 learnt, above 0 forgotten", fontsize=10)
-  ax.legend(fontsize=8)
+  title = f"{run.path}: below 0 learnt, above 0 forgotten"
+  report.label(ax, "tokens trained on", "held-out loss less the base's, nats/token", title, titlesize=10)
   made.savefig(path, dpi=140)
-  plt.close(made)
 
 
 def say(run: runs.Run, predicted: list[report.Row], plan: report.Prediction | None) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from cpt_jax import journal
 from cpt_jax.config import ConfigError
-from cpt_jax.results.report import COLOURS, GREY, pyplot
+from cpt_jax.results.report import COLOURS, GREY, label, panels
 
 AXES = {"tokens": "tokens trained on", "bytes": "bytes of text trained on", "flops": "FLOPs of training"}
 
@@ -235,12 +235,9 @@ def figure(comparisons: Sequence[Comparison], labels: dict[pathlib.Path, str], p
 
   Raises ConfigError: matplotlib is not installed.
   """
-  plt = pyplot()
   sources = list(dict.fromkeys(one.source for one in comparisons))
   axes = [axis for axis in ("bytes", "flops") if all(axis in one.base_curves for one in comparisons)] or ["tokens"]
-  made, grid = plt.subplots(
-    len(sources), len(axes), figsize=(6.0 * len(axes), 4.0 * len(sources)), squeeze=False, layout="constrained"
-  )
+  made, grid = panels(len(sources), len(axes), size=(6.0 * len(axes), 4.0 * len(sources)))
   for row, source in zip(grid, sources, strict=True):
     of_source = [one for one in comparisons if one.source == source]
     for ax, axis in zip(row, axes, strict=True):
@@ -252,8 +249,5 @@ def figure(comparisons: Sequence[Comparison], labels: dict[pathlib.Path, str], p
         if met.at is not None and met.at > met.start:
           ax.axvline(met.at, color=colour, linestyle=":", linewidth=1.2)
       ax.axhline(base.before, color=GREY, linewidth=0.8)
-      ax.set_xlabel(AXES[axis])
-      ax.set_ylabel(f"{source}, bits per byte")
-      ax.legend(fontsize=8)
+      label(ax, AXES[axis], f"{source}, bits per byte")
   made.savefig(path, dpi=140)
-  plt.close(made)

@@ -98,9 +98,8 @@ def differences(run: Run, plan: Prediction) -> list[str]:
 
 def figure(run: Run, table: list[Row], plan: Prediction | None, path: str | pathlib.Path) -> None:
   """Losses over the run with what was predicted for its end; with a plan also where it came out beside the frontier."""
-  plt = pyplot()
   columns = 1 if plan is None else 2
-  made, axes = plt.subplots(1, columns, figsize=(6.4 * columns, 4.6), squeeze=False, layout="constrained")
+  made, axes = panels(1, columns, size=(6.4 * columns, 4.6))
   ax = axes[0][0]
   steps_E = run.eval_steps_E
   colour_of = colours(run.losses)
@@ -116,14 +115,10 @@ def figure(run: Run, table: list[Row], plan: Prediction | None, path: str | path
     )  # fmt: skip
   ax.set_ylim(low, high)
   ax.axhline(0, color=GREY, linewidth=0.8)
-  ax.set_xlabel("step")
-  ax.set_ylabel("held-out loss less the base's, nats/token")
-  ax.set_title("learning and forgetting, and what was predicted for the end")
-  ax.legend(fontsize=8)
+  label(ax, "step", "held-out loss less the base's, nats/token", "learning and forgetting, and what was predicted for the end")
   if plan is not None:
     _frontier(axes[0][1], table, plan)
   made.savefig(path, dpi=140)
-  plt.close(made)
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
@@ -161,19 +156,27 @@ def _frontier(ax: Any, table: list[Row], plan: Prediction) -> None:
   ax.plot(*place("measured"), marker="X", markersize=11, linestyle="", color="black", label="this run, measured")
   if plan.limit is not None:
     ax.axvline(plan.limit, color=GREY, linestyle="--", label=f"limit, {plan.limit:g} nats")
-  ax.set_xlabel("general loss less the base's, nats/token")
-  ax.set_ylabel("domain loss, nats/token")
-  ax.set_title("where the run came out")
-  ax.legend(fontsize=8)
+  label(ax, "general loss less the base's, nats/token", "domain loss, nats/token", "where the run came out")
 
 
-def pyplot() -> Any:
-  """Matplotlib's, without a screen. Raises ConfigError: it is not installed."""
+def panels(rows: int = 1, columns: int = 1, *, size: tuple[float, float], layout: str = "constrained") -> tuple[Any, Any]:
+  """A figure of so many inches and its axes [rows, columns], of no global state: a caller's own figures are left alone.
+
+  Raises ConfigError: matplotlib is not installed.
+  """
   try:
-    import matplotlib
+    from matplotlib.backends import backend_agg
+    from matplotlib.figure import Figure
   except ImportError:
     raise ConfigError("figures need matplotlib: pip install 'cpt_jax[plots]'; or give --nofigure") from None
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
+  made = Figure(figsize=size, layout=layout)
+  backend_agg.FigureCanvasAgg(made)
+  return made, made.subplots(rows, columns, squeeze=False)
 
-  return plt
+
+def label(ax: Any, x: str, y: str, title: str = "", *, titlesize: float | None = None) -> None:
+  """Names the axes and the panel, and shows the legend."""
+  ax.set_xlabel(x)
+  ax.set_ylabel(y)
+  ax.set_title(title, fontsize=titlesize)
+  ax.legend(fontsize=8)

@@ -72,15 +72,12 @@ def read_run(path: str | pathlib.Path) -> Run:
   read = {entry["source"]: entry["tokens"] for entry in ledger[-1]["sources"]} if ledger else {}
   missing = {"loss": float("nan")}
   return Run(
-    path,
-    config,
-    np.asarray(schedule.from_config(config)(np.arange(config_lib.num_steps(config))), np.float64),
+    path, config, np.asarray(schedule.from_config(config)(np.arange(config_lib.num_steps(config))), np.float64),
     np.array([record["step"] for record in evals]),
     {name: np.array([record["sources"].get(name, missing)["loss"] for record in evals]) for name in names},
-    {name: config.data.sources[name].role for name in names},
-    {name: read.get(name, 0) for name in names},
+    {name: config.data.sources[name].role for name in names}, {name: read.get(name, 0) for name in names},
     (path / "summary.json").is_file(),
-  )
+  )  # fmt: skip
 
 
 def read_runs(folder: str | pathlib.Path) -> list[Run]:

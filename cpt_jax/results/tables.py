@@ -60,20 +60,17 @@ class OpenRun:
   def losses(self) -> Table:
     """Held-out nats per token: `step`, `tokens` trained on by then, and a column for each source."""
     read = {0: 0} | {entry["step"]: sum(source["tokens"] for source in entry["sources"]) for entry in self._ledger}
-    names = self._names(*(entry["sources"] for entry in self._evaluations))
-    table = {"step": [e["step"] for e in self._evaluations], "tokens": [read.get(e["step"], math.nan) for e in self._evaluations]}
-    for name in names:
-      table[name] = [e["sources"][name]["loss"] if name in e["sources"] else math.nan for e in self._evaluations]
-    return _table(table)
+    steps = [entry["step"] for entry in self._evaluations]
+    return _table({"step": steps, "tokens": [read.get(step, math.nan) for step in steps]} | self._by_source("loss"))
 
   @functools.cached_property
   def bits_per_byte(self) -> Table:
     """The same in bits per byte, which compare between tokenizers."""
-    names = self._names(*(entry["sources"] for entry in self._evaluations))
-    table = {"step": [e["step"] for e in self._evaluations]}
-    for name in names:
-      table[name] = [e["sources"].get(name, {}).get("bits_per_byte", math.nan) for e in self._evaluations]
-    return _table(table)
+    return _table({"step": [entry["step"] for entry in self._evaluations]} | self._by_source("bits_per_byte"))
+
+  def _by_source(self, key: str) -> dict[str, list]:
+    evaluated = [entry["sources"] for entry in self._evaluations]
+    return {name: [sources.get(name, {}).get(key, math.nan) for sources in evaluated] for name in self._names(*evaluated)}
 
   @functools.cached_property
   def ledger(self) -> Table:

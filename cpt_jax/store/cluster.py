@@ -220,8 +220,10 @@ def prepare_on(
   asked: Asked, inputs: list[str], *, task: Task, contamination: decontaminate.Contamination | None, unit_bytes: int = 0
 ) -> PrepareReport | None:
   """`prepare.prepare` by datatrove's executors, or goes on with it; None where the work was handed to Slurm.
+
   Inputs lie on a disk that all machines share, as does the output; a phase has as many tasks as there are units of work.
-  Raises as prepare.prepare; ConfigError: also units that could not be done."""
+  Raises as prepare.prepare; ConfigError: also units that could not be done.
+  """
   arguments = {"inputs": inputs, "task": task, "contamination": contamination, "selection": selection(asked)}
   arguments |= {"unit_bytes": unit_bytes, "max_units": asked.max_tasks}
   handed_in: list[PipelineExecutor] = []

@@ -54,7 +54,9 @@ class Lengths(NamedTuple):
 
 def jensen_shannon_bits(counts_V: np.ndarray, others_V: np.ndarray) -> float:
   """Jensen-Shannon divergence of two distributions given as counts, in bits: 0 for equal ones, 1 for nothing in common.
-  `[1, 1]` and `[1, 0]` -> 0.3113."""
+
+  `[1, 1]` and `[1, 0]` -> 0.3113.
+  """
   p_V, q_V = (counts / counts.sum() for counts in (np.asarray(counts_V, np.float64), np.asarray(others_V, np.float64)))
   mean_V = (p_V + q_V) / 2
   return float(min(max((_relative_bits(p_V, mean_V) + _relative_bits(q_V, mean_V)) / 2, 0.0), 1.0))

@@ -38,7 +38,9 @@ class BadRecord(NamedTuple):
 
 class Part(NamedTuple):
   """A file, or a part of it: bytes [start, end) of a plain file, row groups [start, end) of a .parquet file.
-  A record belongs to the part in which it starts. `end` is -1 for a file that is read as a whole."""
+
+  A record belongs to the part in which it starts. `end` is -1 for a file that is read as a whole.
+  """
 
   file: str
   start: int = 0

@@ -184,8 +184,10 @@ def write_manifest(
   extra: dict[str, Any],
 ) -> None:
   """Writes `store.json`, which makes the store complete. ORDER: after every other file of the store is in place.
+
   `files` are in the order of the documents, `vocab_size` is the tokenizer's largest id + 1, `extra` are more entries, such as
-  "inputs" and "bad_records"."""
+  "inputs" and "bad_records".
+  """
   manifest = {
     "format": FORMAT,
     "dtype": token_dtype(vocab_size).name,

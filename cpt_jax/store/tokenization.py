@@ -90,8 +90,10 @@ class Tokenizer:
   @functools.cached_property
   def opening_bytes_V(self) -> np.ndarray:
     """UTF-8 bytes that each id spells where a text begins with it, int64 [V]; special tokens and the unknown one have 0.
+
     A space that the tokenizer itself puts before a text, as SentencePiece does, is no part of it. Of a text that begins with a
-    space this is one byte too few where the tokenizer then adds none."""
+    space this is one byte too few where the tokenizer then adds none.
+    """
     space = byte_characters()[ord(" ")] if self._model.is_byte_level else SPACE
     (probe,) = self._model.encode(["a"])
     added = int("".join(self._pieces.get(number, "") for number in probe).startswith(space))
@@ -148,16 +150,20 @@ class Tokenizer:
 
   def locate(self, texts: list[str], *, has_control: bool, has_begins: bool = True) -> list[Located]:
     """Ids of each text and where they begin; nothing is added. `has_control`: special tokens spelt in it become their ids.
+
     Only where `can_locate`: a tokenizer.json says what begins where, a SentencePiece model alone does not. Without
-    `has_begins` it is a quarter faster."""
+    `has_begins` it is a quarter faster.
+    """
     return self._model.locate(texts, has_control=has_control, has_begins=has_begins)
 
 
 def load(path: str | os.PathLike, *, eos_token: str = "") -> Tokenizer:
   """Loads a tokenizer from a Hugging Face directory, or from a tokenizer.json or SentencePiece .model file.
+
   EOS is looked for in tokenizer_config.json, special_tokens_map.json, config.json and generation_config.json (the first
   of a list), then in the SentencePiece model; `eos_token` overrides them all and does not enter the fingerprint.
-  Raises ConfigError: no tokenizer file, a broken one, or special tokens that do not exist."""
+  Raises ConfigError: no tokenizer file, a broken one, or special tokens that do not exist.
+  """
   file = tokenizer_files.find(Path(path))
   size, most = file.stat().st_size, tokenizer_files.MAX_FILE_BYTES
   if size > most:

@@ -72,7 +72,9 @@ def pieces(file: InputFile, parts: list[Part]) -> list[Piece]:
 
 def cut(files: list[InputFile], *, unit_bytes: int, max_units: int) -> list[Unit]:
   """The units of work, in the order of the documents.
-  A unit has about `unit_bytes`; 0 = 8 MiB, or more where there would be more than `max_units`."""
+
+  A unit has about `unit_bytes`; 0 = 8 MiB, or more where there would be more than `max_units`.
+  """
   weights = [file.bytes * (_GROWTH if documents.file_kind(file.path)[1] else 1) for file in files]
   target = unit_bytes or max(UNIT_BYTES, sum(weights) // max_units)
   units: list[Unit] = []

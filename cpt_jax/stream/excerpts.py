@@ -48,8 +48,10 @@ class Excerpts(Documents):
 
 def draw(store: TokenStore, *, max_tokens: int, part_tokens: int = 0) -> Excerpts:
   """Documents in the order of their hashes until there are `max_tokens`; of a long one a part, from a place drawn by its hash.
+
   A document gives at most a 64th of `max_tokens`, or its equal share where the store has fewer documents than 64, but
-  `part_tokens` in any case."""
+  `part_tokens` in any case.
+  """
   hashes = mix64(store.doc_hashes())  # the order of sources.Source.heldout_documents
   lengths = store.lengths
   order = np.argsort(hashes, kind="stable")

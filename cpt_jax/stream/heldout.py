@@ -32,9 +32,11 @@ def rows_of_source(
   source: Source, number: int, *, max_tokens: int, max_bytes: int, tokenizer: Tokenizer | None, **options
 ) -> HeldOut:
   """Held-out documents of source `number`, in the order of their hashes, with at most `max_tokens` pairs together.
+
   With `max_bytes` it is so many bytes of text instead: the same documents whatever the tokenizer. Whole documents only: one that
   does not fit in what is left is passed over; if none fits at all, the smallest is taken. `options` are of `evaluation_rows`.
-  Raises ConfigError: nothing says how many bytes the documents have, or their first tokens."""
+  Raises ConfigError: nothing says how many bytes the documents have, or their first tokens.
+  """
   store = source.store
   key, sizes = f"data.sources.{source.name}.store={str(store.path)!r}", store.doc_bytes() if max_bytes else None
   if max_bytes and sizes is None:
@@ -69,8 +71,10 @@ def evaluation_rows(
   check: Callable[[Batch], None] = lambda batch: None,
 ) -> HeldOut:
   """Documents as evaluation batches: packed best_fit in the order given, each a segment of its own.
+
   `lengths` are of all documents of the store, `doc_bytes` of those that are named, `source` is the number that the rows bear.
-  `opening_bytes_V` is the tokenizer's. `rows` is this process's part of each batch; `check` sees every batch."""
+  `opening_bytes_V` is the tokenizer's. `rows` is this process's part of each batch; `check` sees every batch.
+  """
   firsts = [(int(store.tokens(i, 0, 1)[0]), bool(store.loss_mask(i, 0, 1)[0])) for i in documents.tolist()]
   unpredicted = [int(opening_bytes_V[token]) if counts else 0 for token, counts in firsts]
   what = {"documents": documents, "shuffle": False, "count_targets": packing.target_counter(store)}
@@ -95,7 +99,9 @@ def whole_documents(
   documents: np.ndarray, lengths: np.ndarray, *, max_tokens: int, max_bytes: int, doc_bytes: np.ndarray | None = None
 ) -> np.ndarray:
   """Documents with at most `max_tokens` pairs together, in the order given; the smallest alone if none fits.
-  With `max_bytes` at most so many of `doc_bytes`, of all documents of the store, instead."""
+
+  With `max_bytes` at most so many of `doc_bytes`, of all documents of the store, instead.
+  """
   documents = documents[lengths[documents] > 1]
   sizes, left = lengths[documents] - 1, max_tokens
   if max_bytes:

@@ -23,9 +23,11 @@ _NUMBERS = ("row_len", "policy", "cross_documents", "num_tokens", "num_targets",
 
 def load_or_make(store_path: str | os.PathLike, *, key: dict, make: Callable[[], Layout], keep: bool = True) -> Layout:
   """The layout of `key` from `layouts/` beside the store, memory-mapped; made and written there when it is not.
+
   `key` holds all that the layout depends on (JSON-able). Writers in other processes do no harm: a layout appears whole or not
   at all. A layout on disk that is damaged is made again. Where nothing can be written the layout stays in memory, with a warning;
-  without `keep` nothing is written."""
+  without `keep` nothing is written.
+  """
   key = {"format": FORMAT, **key}
   name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=12).hexdigest()
   directory = Path(store_path) / "layouts" / name

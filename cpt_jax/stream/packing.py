@@ -193,11 +193,13 @@ def pack_row(
   split_positions: str,
 ) -> None:
   """Writes a row into row `row` of a batch, which is padding yet.
+
   Each piece is a segment of its own; its positions count from 0, or with `split_positions` "continue" from its first pair's place
   in the document. With `cross_documents` the row is one segment with positions from 0, and the last token of a piece
   predicts the first of the next, with weight 1 where that begins its document. A target that the store's loss mask leaves
   out has weight 0.
-  Pieces [3,5,2] and [7,2] at T=4 -> tokens 3 5 7 0, targets 5 2 2 0, segments 1 1 2 0, positions 0 1 0 0."""
+  Pieces [3,5,2] and [7,2] at T=4 -> tokens 3 5 7 0, targets 5 2 2 0, segments 1 1 2 0, positions 0 1 0 0.
+  """
   tokens, targets, weights = batch.tokens_BT[row], batch.targets_BT[row], batch.weights_BT[row]
   segments, positions = batch.segments_BT[row], batch.positions_BT[row]
   ramp = _ramp(len(tokens))

@@ -164,7 +164,9 @@ class Loader:
 
   def batches(self, start_step: int, *, rows: slice | None = None) -> Iterator[Batch]:
     """The batches of the steps from `start_step` to the run's end, read ahead by threads.
-    `rows` is this process's part of each batch, e.g. slice(0, 4); None = all. No earlier row is read."""
+
+    `rows` is this process's part of each batch, e.g. slice(0, 4); None = all. No earlier row is read.
+    """
     first, last, stride = (rows or slice(None)).indices(self.batch_rows)
     assert stride == 1 and last > first, f"{rows} of {self.batch_rows} rows"
     if start_step >= self.end_step:
@@ -220,9 +222,11 @@ class Loader:
     self, source_name: str, *, max_tokens: int, max_bytes: int, batch_rows: int | None = None, rows: slice | None = None
   ) -> HeldOut:
     """Held-out documents of a source, as heldout.rows_of_source chooses them.
+
     `rows` is this process's part of each batch, as in `batches`; the counts are those of all rows. They are packed best_fit, each
     a segment of its own (also where training crosses documents), so a document no longer than a row is never cut and its loss
-    depends on nothing else. A document's first token is never a target."""
+    depends on nothing else. A document's first token is never a target.
+    """
     m, limits = self.names.index(source_name), {"max_tokens": max_tokens, "max_bytes": max_bytes}
     shape = {"row_len": self.row_len, "batch_rows": batch_rows or self.eval_batch_rows, "rows": rows}
     return heldout.rows_of_source(self.sources[m], m, **limits, tokenizer=self._tokenizer, **shape, check=self._check_ids)

@@ -59,7 +59,9 @@ def _refill(
   row: np.ndarray, which: np.ndarray, start: np.ndarray, length: np.ndarray, *, is_long: np.ndarray, row_len: int, joint: int
 ) -> tuple[np.ndarray, ...]:
   """Takes pieces of long documents out of rows with room left, and cuts them to fit the rooms; the rest makes new rows.
-  Where those pieces are too few for the rooms, whole rows of long documents are cut too, those at the documents' ends first."""
+
+  Where those pieces are too few for the rooms, whole rows of long documents are cut too, those at the documents' ends first.
+  """
   capacity, least = row_len + joint, max(min(row_len // 32, _LEAST_PIECE), 1)
   room = capacity - np.bincount(row, length + joint).astype(np.int64)
   movable = is_long[which]
@@ -95,7 +97,9 @@ def _pour(
   least: int,
 ) -> np.ndarray:
   """Stretches of documents cut to fit the rooms of rows, then new rows: int64 [pieces, 4], row, document, first pair, pairs.
-  A cut leaves no piece and no room below `least` where one of the next few stretches allows it."""
+
+  A cut leaves no piece and no room below `least` where one of the next few stretches allows it.
+  """
   placed: list[tuple[int, int, int, int]] = []
   for row, room in itertools.chain(slots, ((r, row_len) for r in itertools.count(new_row))):
     while room >= least and stretches:
@@ -123,8 +127,10 @@ def _pour(
 
 def _fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
   """Best-fit-decreasing: the bin of each item. All items of a size, and all bins of equal room, are handled together.
+
   The bin with the least sufficient room r takes items of size s until its room is below s, since it stays the best fit: so
-  each such bin takes r // s of them."""
+  each such bin takes r // s of them.
+  """
   order = np.argsort(-sizes, kind="stable")
   distinct, first = np.unique(-sizes[order], return_index=True)
   ends = np.append(first, len(order))[1:].tolist()

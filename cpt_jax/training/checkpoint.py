@@ -111,7 +111,9 @@ class Checkpoints:
 
   def restore_moments(self, step: int, abstract_opt_state: Any) -> Any:
     """Moments and counts alone, for a model whose tables may have more or fewer rows.
-    Rows that were not there, and leaves that had no moments, have zeros. Raises ConfigError: another leaf has another shape."""
+
+    Rows that were not there, and leaves that had no moments, have zeros. Raises ConfigError: another leaf has another shape.
+    """
     wanted = {f"opt_state.{path}": leaf for path, leaf in trees.paths(abstract_opt_state).items()}
     saved = trees.paths(self._checkpointer.checkpointables_metadata(step).metadata[_STATE])
     # In the dtype that they were kept in: mu_dtype may be another now.
@@ -190,7 +192,9 @@ def _difference_lines(difference: trees.Diff) -> list[str]:
 
 def load_params(run_dir: str | pathlib.Path, *, step: int | None = None) -> tuple[Any, ModelSpec, int]:
   """Parameters of a run on this process's devices, with the model's shape: `(params, spec, step)`. The newest step by default.
-  Needs a mesh to be set. Raises ConfigError: no such run, no checkpoint, no such step."""
+
+  Needs a mesh to be set. Raises ConfigError: no such run, no checkpoint, no such step.
+  """
   run_dir = pathlib.Path(run_dir)
   if not (run_dir / "config.json").exists():
     raise ConfigError(f"{run_dir}: not a run (no config.json); name the --workdir of a run")
@@ -298,8 +302,10 @@ def identity(config: Any, run_dir: pathlib.Path) -> dict[str, str]:
 
 def check_same_run(saved: dict, config: dict) -> None:
   """Refuses to continue a run under a config that would have changed its past.
+
   What lies ahead may change: stream.order keeps the past as it was, or refuses.
-  Raises ConfigError: a line for each key that differs and matters."""
+  Raises ConfigError: a line for each key that differs and matters.
+  """
   changed = config_lib.changes(saved, config, allowed=("nothing", "ahead"))
   if changed:
     lines = [f"  {key}: {json.dumps(before)} -> {json.dumps(now)}" for key, (before, now) in changed.items()]

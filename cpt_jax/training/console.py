@@ -128,7 +128,9 @@ class TrainProgress:
 
 class Bar:
   """A bar over `total` parts of some work, with the time left; nothing where there is no terminal.
-  It has a console of its own, so it is seen while the other one is muted."""
+
+  It has a console of its own, so it is seen while the other one is muted.
+  """
 
   def __init__(self, total: int):
     self._bar = _bar("{task.description}", rich.progress.TaskProgressColumn(), on=_Console(highlight=False))

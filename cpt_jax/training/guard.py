@@ -89,8 +89,10 @@ def describe(config: Any, knots: Mapping[str, Knots], *, start_step: int) -> lis
 
 class Watch:
   """The guards of one start of a run at `first_step`.
+
   `knots` are the shares in force, `asked` those of the config; `decisions` are in force before `first_step`. `state` is what
-  `Watch.state` gave when that step was saved; None where a run begins."""
+  `Watch.state` gave when that step was saved; None where a run begins.
+  """
 
   def __init__(
     self,
@@ -165,7 +167,9 @@ class Watch:
 
   def evaluated(self, step: int, losses: Mapping[str, Any], base_losses: Mapping[str, Any]) -> str:
     """Takes in held-out losses (training.perplexity.SourceLoss) of the state of `step`, and of the base.
-    Returns what a person should know where the loss rose too far and `decide` will do nothing about it; else ""."""
+
+    Returns what a person should know where the loss rose too far and `decide` will do nothing about it; else "".
+    """
     rise, self._over = self.settings.general_loss_rise, {}
     if rise:
       changes = {name: losses[name].loss - base_losses[name].loss for name in sorted(self._protected & losses.keys())}
@@ -253,10 +257,12 @@ def held(knots: Mapping[str, Knots], step: int) -> dict[str, Knots]:
 
 def slower(knots: Mapping[str, Knots], step: int, *, until: int) -> dict[str, Knots]:
   """From `step` on every share moves at half its speed, along the same path: what the shares were is where they come by.
+
   With c = step - 0.5, the middle of the last step before, a time x of the old schedule comes at c + 2 (x - c): linear ramps have
   half the slope, logarithmic ones half the slope of the logarithm. A jump has no slope to halve. Seen over the steps from `step`
   to `until` it is a rise over until - step steps, so it becomes a linear ramp of 2 (until - step) steps, during which the
-  other sources' shares stand still, and all that comes after it comes so much later."""
+  other sources' shares stand still, and all that comes after it comes so much later.
+  """
   cut = step - 0.5
   paths = {name: _Path(k) for name, k in knots.items()}
   jumps = sorted({time for path in paths.values() for time in path.jumps() if time > cut})

@@ -80,9 +80,11 @@ def check_mesh(sizes: Mapping[str, int], spec: spec_lib.ModelSpec, config: Any) 
 
 def open_texts(resolved: Resolved, workdir: pathlib.Path | None = None, *, writes: bool = True) -> Inputs:
   """Opens the stores, and prepares those that name their text and are not there.
+
   A run that has saved steps in `workdir` goes on from them; without one it is a new run. Without `writes` nothing is written,
   and there must be no `unprepared` stores.
-  Raises ConfigError: everything that is wrong with them, a line each."""
+  Raises ConfigError: everything that is wrong with them, a line each.
+  """
   config, problems = resolved.config, Problems()
   with hosts.main_first("data"):  # the others find its stores and the layouts of rows, or make their own on their own disks
     if writes:

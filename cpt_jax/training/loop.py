@@ -41,8 +41,10 @@ def run(config: Any, workdir: pathlib.Path, *, bar: Any = None) -> int:
 
 def run_stack(configs: Sequence[Any], workdirs: Sequence[pathlib.Path], *, bar: Any = None) -> tuple[int, list[str]]:
   """`run` for R runs at once on the first device, which differ in rates, shares and seed alone; stopped, they begin again.
+
   Returns the exit code, and for each run "" or how it diverged.
-  Raises FloatingPointError: all have diverged; an argument for each."""
+  Raises FloatingPointError: all have diverged; an argument for each.
+  """
   # A guard writes down what it decides, and the run starts again: so it is the same whether it was killed there or not.
   while (result := _run(configs, workdirs, bar=bar))[0] == _AGAIN:
     pass

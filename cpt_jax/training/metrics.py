@@ -74,7 +74,9 @@ class Writer:
     self, step: int, losses: dict[str, SourceLoss], base_losses: dict[str, SourceLoss], moved: dict[str, Any], *, flops: float
   ) -> None:
     """One evaluation; `change` is the difference to the base in nats per token, `drift` as training.drift gives it.
-    `flops` are those of all training before it, as `training_flops` counts them."""
+
+    `flops` are those of all training before it, as `training_flops` counts them.
+    """
     sources = {name: {**now._asdict(), "change": now.loss - base_losses[name].loss} for name, now in losses.items()}
     self._write(step, "eval", {"sources": sources, "drift": moved, "flops": flops})
 

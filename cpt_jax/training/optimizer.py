@@ -60,9 +60,11 @@ def plan(
   new_rows: range | None = None,
 ) -> dict[str, Leaf]:
   """What happens to each leaf, by path, in one of the stages; `params` may be abstract.
+
   Each of `stages` is a name of train.stages, or path patterns; `new_rows` are the rows of the tables that belong to new pieces.
   Raises ConfigError: a line for each rule that cannot be followed: leaves that no pattern matches, patterns without a leaf, new
-  rows where there are none, as many layer rates as fit no model, nothing left to train."""
+  rows where there are none, as many layer rates as fit no model, nothing left to train.
+  """
   problems = Problems()
   shapes = {path: leaf.shape for path, leaf in trees.paths(params).items()}
   never: set[str] = set()
@@ -328,7 +330,9 @@ def _matches(pattern: str, paths: list[str], key: str, problems: Problems) -> li
 
 def _check_own_rules(c: Any, params: Any) -> None:
   """Refuses rules that no leaf follows: a misspelt pattern, or one after a rule that takes all its leaves.
-  The default rules are written for every model and may match nothing in this one."""
+
+  The default rules are written for every model and may match nothing in this one.
+  """
   problems = Problems()
   for name in ("decay_rules", "rate_rules"):
     left = list(trees.paths(params))

@@ -32,7 +32,9 @@ def evaluate(
   parts: Callable[[Any], Iterable] = lambda sums: (sums,),
 ) -> list[dict[str, SourceLoss]]:
   """Loss of `params` on the held-out documents of each source (name -> stream.heldout.HeldOut), for each run that they are of.
-  `parts` divides the sums of the jitted `eval_step` between the runs."""
+
+  `parts` divides the sums of the jitted `eval_step` between the runs.
+  """
   found = []
   for held in heldout.values():
     sums = jax.device_get([eval_step(params, to_device(batch)) for batch in held.batches])

@@ -19,7 +19,9 @@ from cpt_jax.training.stack import Stack
 
 class Recorder:
   """One run from where it begins: `begin` opens its files, `close` ends them.
-  `heldout`: source -> stream.pipeline.HeldOut."""
+
+  `heldout`: source -> stream.pipeline.HeldOut.
+  """
 
   def __init__(self, inputs: Inputs, workdir: pathlib.Path, *, mesh: jax.sharding.Mesh, heldout: Mapping[str, Any]):
     config, begin, loader = inputs.config, inputs.begin, inputs.loader
@@ -119,7 +121,9 @@ class Recorder:
 
 def load_base(runs: Sequence[Recorder], stack: Stack, evaluate: Callable) -> Any:
   """The parameters from which the runs started at first; a source that has joined a run since is compared with them too.
-  None if they were another run's, which does not keep them any more."""
+
+  None if they were another run's, which does not keep them any more.
+  """
   base, spec = runs[0].base, runs[0].inputs.spec
   seeds = [run.inputs.config.seed if base.kind == "scratch" else 0 for run in runs]  # of random parameters
   bases = {seed: start.base_params(base, spec, seed=seed) for seed in set(seeds)}

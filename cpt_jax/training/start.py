@@ -178,7 +178,9 @@ def tokenizer_path(config: Any) -> str:
 
 def base_params(base: Start, spec: ModelSpec, *, seed: int) -> Any:
   """The parameters that the run starts from at first, in float32, sharded over the mesh that is set.
-  None if they were another run's, whose checkpoint is not kept any more: possible only when this run is past its start."""
+
+  None if they were another run's, whose checkpoint is not kept any more: possible only when this run is past its start.
+  """
   abstract = transformer.abstract_params(spec)
   if base.kind == "scratch":
     return transformer.init(spec, jax.random.key(seed))

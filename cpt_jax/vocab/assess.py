@@ -190,18 +190,10 @@ def _embedding_width(directory: pathlib.Path) -> int | None:
 
 
 def assess(
-  path: str,
-  tokenizer: tokenization.Tokenizer,
-  domain_2V: np.ndarray,
-  general_2V: np.ndarray,
-  *,
-  domain_text: corpus.Text,
-  general_text: corpus.Text,
-  sample: texts_lib.Sample,
-  own_tokens: int | None,
-  domain_bytes: float | None = None,
+  path: str, tokenizer: tokenization.Tokenizer, domain_2V: np.ndarray, general_2V: np.ndarray, *, domain_text: corpus.Text,
+  general_text: corpus.Text, sample: texts_lib.Sample, own_tokens: int | None, domain_bytes: float | None = None,
   budget_tokens: float | None = None,
-) -> Assessment:
+) -> Assessment:  # fmt: skip
   """One tokenizer: figures, rules and answer. `domain_bytes`: of text that exists, where what was read is a part of it."""
   domain, general = (
     fit(tokenizer, side_2V.sum(axis=0), text) for side_2V, text in ((domain_2V, domain_text), (general_2V, general_text))
@@ -223,22 +215,9 @@ def assess(
   if answer == verdict.EXPAND and cannot_grow:
     answer = verdict.OTHER_BASE
   return Assessment(
-    tokenizer.name,
-    path,
-    tokenizer.vocab_size,
-    kind,
-    cannot_grow,
-    domain,
-    general,
-    bits,
-    noise,
-    own,
-    text_tokens,
-    points,
-    findings,
-    answer,
-    _because(answer, findings, cannot_grow),
-  )
+    tokenizer.name, path, tokenizer.vocab_size, kind, cannot_grow, domain, general, bits, noise, own, text_tokens, points,
+    findings, answer, _because(answer, findings, cannot_grow),
+  )  # fmt: skip
 
 
 def _because(answer: str, findings: dict[str, Finding], cannot_grow: str) -> str:
@@ -272,14 +251,9 @@ def better(assessments: Sequence[Assessment]) -> Assessment | None:
 
 
 def compare(
-  tokenizers: Sequence[str | os.PathLike],
-  *,
-  domain: Sequence[str],
-  general: Sequence[str],
-  domain_gb: float | None = None,
-  budget: str = "",
-  output: str | os.PathLike = "",
-) -> Comparison:
+  tokenizers: Sequence[str | os.PathLike], *, domain: Sequence[str], general: Sequence[str], domain_gb: float | None = None,
+  budget: str = "", output: str | os.PathLike = "",
+) -> Comparison:  # fmt: skip
   """Assesses tokenizers, the base's first, on all of the texts.
 
   Args:
@@ -329,12 +303,9 @@ def compare(
 
 
 def _compare(
-  opened: dict[str, tokenization.Tokenizer],
-  files: dict[str, list[str]],
-  *,
-  domain_bytes: float | None,
+  opened: dict[str, tokenization.Tokenizer], files: dict[str, list[str]], *, domain_bytes: float | None,
   budget_tokens: float | None,
-) -> Comparison:
+) -> Comparison:  # fmt: skip
   """Reads both texts once and measures every tokenizer on them."""
   sampler = texts_lib.Sampler(
     wanted_bytes=SAMPLE_BYTES, there_bytes=texts_lib.total_bytes(files["domain"]), heldout_frac=HELDOUT_FRAC
@@ -354,17 +325,10 @@ def _compare(
         own_tokens[size] = corpus.own_vocabulary_tokens(sample.train, sample.heldout, vocab_size=size)
       found.append(
         assess(
-          path,
-          tokenizer,
-          counted["domain"].halves_2V[at],
-          counted["general"].halves_2V[at],
-          domain_text=texts["domain"],
-          general_text=texts["general"],
-          sample=sample,
-          own_tokens=own_tokens[size],
-          domain_bytes=domain_bytes,
+          path, tokenizer, counted["domain"].halves_2V[at], counted["general"].halves_2V[at], domain_text=texts["domain"],
+          general_text=texts["general"], sample=sample, own_tokens=own_tokens[size], domain_bytes=domain_bytes,
           budget_tokens=budget_tokens,
         )
-      )
+      )  # fmt: skip
       advance(1)
   return Comparison(found, texts)

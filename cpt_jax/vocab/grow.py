@@ -95,17 +95,9 @@ def words_of(base: Base, texts: Sequence[str]) -> list[Words]:
 
 
 def grow(
-  base: Base,
-  train: Sequence[str],
-  *,
-  size: int,
-  band: tuple[float, float] = BANDS["all"],
-  band_by: str = "use",
-  saving: float = 1.0,
-  general_counts_V: np.ndarray | None = None,
-  protect: Batches | None = None,
-  min_count: int = MIN_COUNT,
-) -> Grown:
+  base: Base, train: Sequence[str], *, size: int, band: tuple[float, float] = BANDS["all"], band_by: str = "use",
+  saving: float = 1.0, general_counts_V: np.ndarray | None = None, protect: Batches | None = None, min_count: int = MIN_COUNT,
+) -> Grown:  # fmt: skip
   """The base with up to `size` pieces that shorten `train` most.
 
   `band`: quantiles of the candidates by `band_by`. "use": how often the most used of the old pieces that a candidate replaces

@@ -60,7 +60,7 @@ class SentencePieceBase(Base):
     """The file with more pieces; ids that belong to added tokens are kept free by control pieces, which no text gives."""
     check_pieces(self, pieces)
     added = _Proto()
-    names = dict(self._added_names())
+    names = {number: text for text, number in self.tokenizer.added_ids.items()}  # by the directory's side files
     for number in range(self.num_pieces, self.vocab_size):
       added.pieces.add(piece=names.get(number, f"<kept_{number}>"), score=0.0, type=_CONTROL)
     if self.is_unigram:
@@ -71,10 +71,6 @@ class SentencePieceBase(Base):
     for piece, score in zip(pieces, scores, strict=True):
       added.pieces.add(piece=piece.text, score=score, type=_NORMAL)
     return self._raw + added.SerializeToString()
-
-  def _added_names(self) -> list[tuple[int, str]]:
-    """Tokens added behind the pieces, by the directory's side files."""
-    return [(number, text) for text, number in self.tokenizer.added_ids.items() if number >= self.num_pieces]
 
   def unreachable(self, grown: bytes, pieces: Sequence[Piece]) -> list[int]:
     """By the grown model without its normaliser, which would put a space before each text."""

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 
+import in_process
 import jax
 import numpy as np
 import pytest
@@ -174,30 +175,44 @@ def test_two_processes_do_the_run_of_one(fleet, tmp_path):
   assert parts == {"ocdbt.process_0", "ocdbt.process_1"}, "each process saves its own shards"
 
 
+def alone(place, workdir, *options):
+  """The run on one process: this one."""
+  with contextlib.chdir(place):
+    done = in_process.cpt("train", f"--config={place}/config.py", f"--workdir={workdir}", *options)
+  assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
-def whole(root, place, tmp_path_factory):
+def whole(place, tmp_path_factory):
   """The whole run on one process."""
   workdir = tmp_path_factory.mktemp("whole") / "run"
-  alone = Fleet(root, place, workdir, num=1)
-  assert alone.codes() == [0], str(alone)
+  alone(place, workdir)
   return workdir
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("first", [2, 4])
-def test_killed_and_resumed_on_any_number_of_processes_it_is_the_same_run(fleet, whole, tmp_path, first):
+STAGES = ((1, 3, None), (2, 6, by_slurm), (3, 9, by_open_mpi))  # processes, steps since the kill, started by
+
+
+@pytest.mark.parametrize(
+  ("first", "stages", "last"),
+  [(2, (), 1), pytest.param(2, STAGES, 4, marks=pytest.mark.slow), pytest.param(4, STAGES, 4, marks=pytest.mark.slow)],
+)
+def test_killed_and_resumed_on_any_number_of_processes_it_is_the_same_run(fleet, place, whole, tmp_path, first, stages, last):
   workdir = tmp_path / "run"
   started = fleet(workdir, num=first)
   started.until(lambda: len(trained(workdir)) > 5 and checkpoint.saved_steps(workdir))
   started.kill()
   at = checkpoint.saved_steps(workdir)[-1]
   assert at < 48
-  for num, stop_after, launcher in ((1, at + 3, None), (2, at + 6, by_slurm), (3, at + 9, by_open_mpi)):
-    stage = fleet(workdir, f"--config.debug.stop_after={stop_after}", num=num, launcher=launcher)
+  for num, steps, launcher in stages:
+    stage = fleet(workdir, f"--config.debug.stop_after={at + steps}", num=num, launcher=launcher)
     assert stage.codes() == [0] * num, str(stage)
-    assert trained(workdir)[-1]["step"] == stop_after
-  last = fleet(workdir, num=4)
-  assert last.codes() == [0] * 4, str(last)
+    assert trained(workdir)[-1]["step"] == at + steps
+  if last == 1:
+    alone(place, workdir)
+  else:
+    ended = fleet(workdir, num=last)
+    assert ended.codes() == [0] * last, str(ended)
   # The ends of the stages were evaluated too, which makes the windows of the ledger shorter; the rest of the record is that of
   # the run that never stopped.
   records, expected = (read_in_all(where) for where in (workdir, whole))

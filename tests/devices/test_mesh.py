@@ -5,7 +5,6 @@ import functools
 import itertools
 import math
 
-import compiling
 import factory
 import hypothesis
 import jax
@@ -63,12 +62,6 @@ def loss_and_gradient(params, batch, *, remat, chunk, attention):
   return jax.grad(objective, has_aux=True)(params)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-  with compiling.quickly():
-    yield
-
-
 @pytest.fixture(scope="module")
 def one_device():
   params = transformer.init(SPEC, jax.random.key(0))
@@ -79,9 +72,9 @@ def one_device():
   ("sizes", "attention"),
   [
     (dict(), "blockwise"),
-    (dict(data=8), "blockwise"),
-    (dict(fsdp=8), "plain"),
-    (dict(data=2, fsdp=2, tensor=2), "blockwise"),
+    pytest.param(dict(data=8), "blockwise", marks=pytest.mark.slow),
+    pytest.param(dict(fsdp=8), "plain", marks=pytest.mark.slow),
+    pytest.param(dict(data=2, fsdp=2, tensor=2), "blockwise", marks=pytest.mark.slow),
     (dict(fsdp=2, context=2, tensor=2), "blockwise"),
     (dict(context=4, tensor=2), "plain"),  # too many for the heads: keys and values are gathered
     (dict(data=4, context=2), "auto"),  # each device has heads of its own

@@ -2,12 +2,10 @@
 
 import itertools
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import factory
+import in_process
 import jax
 import numpy as np
 import oracle
@@ -211,14 +209,8 @@ def steps_of(workdir):
 # ---- one process ----
 
 
-@pytest.fixture
-def main(root):
-  def run(directory, workdir, *options):
-    command = [sys.executable, "-m", "cpt_jax.main", f"--config={directory}/config.py", f"--workdir={workdir}", *options]
-    env = {**os.environ, "PYTHONPATH": str(root), "JAX_NUM_CPU_DEVICES": "1"}
-    return subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, timeout=300)
-
-  return run
+def main(directory, workdir, *options):
+  return in_process.cpt("train", f"--config={directory}/config.py", f"--workdir={workdir}", *options)
 
 
 def base_loss(place, record, name) -> float:
@@ -235,7 +227,7 @@ def base_loss(place, record, name) -> float:
   return total / count
 
 
-def test_a_source_that_joins_is_compared_with_the_base(main, write_config, place, tmp_path):
+def test_a_source_that_joins_is_compared_with_the_base(write_config, place, tmp_path):
   workdir, mixed = tmp_path / "run", {"general": dict(share=1.0, role="replay"), "watched": dict(share=0.0)}
   (place / "watched.jsonl").write_text((place / "small.jsonl").read_text())
   before = write_config("before", mixed, steps=12)
@@ -259,7 +251,7 @@ def test_a_source_that_joins_is_compared_with_the_base(main, write_config, place
     inputs_lib.open_inputs(config, workdir)
 
 
-def test_a_run_that_a_source_stops_is_exported_and_complete(main, write_config, tmp_path):
+def test_a_run_that_a_source_stops_is_exported_and_complete(write_config, tmp_path):
   directory = write_config(
     "stops", {"general": dict(role="replay", share=0.5), "small": dict(share=0.5, at_end="stop")}, steps=99
   )
@@ -279,7 +271,7 @@ def test_a_run_that_a_source_stops_is_exported_and_complete(main, write_config, 
   assert again.returncode == 0 and f"is complete at step {end}; nothing to do" in again.stdout
 
 
-def test_ends_are_said_before_training_or_refused(main, write_config, place, tmp_path):
+def test_ends_are_said_before_training_or_refused(write_config, place, tmp_path):
   mixed = {"general": dict(role="replay", share=0.25), "small": dict(share=0.25, at_end="renormalise"), "poetry": dict(share=0.5)}
   directory = write_config("ends", mixed, steps=60)
   dry = main(directory, tmp_path / "run", "--dry_run")

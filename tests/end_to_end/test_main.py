@@ -1,4 +1,4 @@
-"""The program as its user runs it: a subprocess of `python -m cpt_jax.main`."""
+"""The program by its command line; in a process of its own where it is killed, or where nobody reads what it prints."""
 
 import json
 import os
@@ -8,64 +8,15 @@ import subprocess
 import sys
 import time
 
-import jax
+import in_process
 import numpy as np
 import pytest
 
 from cpt_jax import config as config_lib
 from cpt_jax import journal
 from cpt_jax.config import ConfigError
-from cpt_jax.model import pretrained, transformer
 from cpt_jax.model import spec as spec_lib
-from cpt_jax.store import prepare
-from cpt_jax.training import checkpoint
-
-CONFIG = """
-from cpt_jax import config
-
-def get_config():
-  c = config.default()
-  c.start.hf = {base!r}
-  c.data.row_len = 32
-  c.data.heldout_frac = 0.1
-  c.data.sources.general = config.source(store={store!r}, text={text!r}, role="replay", share=0.5)
-  c.data.sources.poetry = config.source(store={store!r}, text={text!r}, share=[(0, 0.1), ("50%", 0.9)])
-  c.train.length = "{steps} steps"
-  c.train.batch_rows = 4
-  c.train.microbatches = 2
-  c.schedule.lr_peak = 3e-3
-  c.eval.every = "50%"
-  c.eval.tokens = 500
-  c.checkpoint.every = "{every} steps"
-  c.log.every = 5
-  return c
-"""
-
-
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory, fixtures, tiny_hf_config):
-  """A Hugging Face directory with random weights and the fixture's tokenizer."""
-  where = tmp_path_factory.mktemp("base") / "hf"
-  tiny = spec_lib.from_hf(tiny_hf_config)
-  pretrained.save_params(
-    transformer.init(tiny, jax.random.key(0)), tiny, where, source_dir=fixtures / "tokenizer", hf_config=tiny_hf_config
-  )
-  return where
-
-
-@pytest.fixture(scope="session")
-def write_config(tmp_path_factory, tiny_base, fixtures):
-  directory = tmp_path_factory.mktemp("config")
-
-  def write(*, steps=20, every=10, name="tiny"):
-    file = directory / f"{name}.py"
-    text = CONFIG.format(
-      base=str(tiny_base), store=str(directory / "store"), text=str(fixtures / "corpus.jsonl"), steps=steps, every=every
-    )
-    file.write_text(text)
-    return file
-
-  return write
+from cpt_jax.training import checkpoint, metrics
 
 
 def command(config_file, workdir, *more):
@@ -76,14 +27,8 @@ def environment(root):
   return {**os.environ, "PYTHONPATH": str(root), "JAX_NUM_CPU_DEVICES": "1"}
 
 
-@pytest.fixture
-def main(root):
-  def run(config_file, workdir, *more):
-    return subprocess.run(
-      command(config_file, workdir, *more), cwd=root, env=environment(root), capture_output=True, text=True, timeout=600
-    )
-
-  return run
+def main(config_file, workdir, *more):
+  return in_process.cpt("train", f"--config={config_file}", f"--workdir={workdir}", *more)
 
 
 def records(workdir, kind):
@@ -95,10 +40,8 @@ def weights(workdir):
   return (workdir / "hf" / "model.safetensors").read_bytes()
 
 
-def test_a_run_trains_evaluates_and_exports(main, write_config, tmp_path, tiny_base):
-  workdir = tmp_path / "run"
-  done = main(write_config(), workdir)
-  assert done.returncode == 0, done.stdout + done.stderr
+def test_a_run_trains_evaluates_and_exports(finished_run, write_config, tiny_base):
+  workdir = finished_run
   assert [record["step"] for record in records(workdir, "eval")] == [0, 10, 20]
   first, *_, last = records(workdir, "eval")
   assert all(source["change"] == 0 for source in first["sources"].values()) and first["drift"]["layers"] == [0.0, 0.0]
@@ -112,7 +55,7 @@ def test_a_run_trains_evaluates_and_exports(main, write_config, tmp_path, tiny_b
   causal, _ = spec_lib.flops_per_token(spec_lib.from_hf(spec_lib.load_hf_config(tiny_base)), 32)
   assert [record["flops"] for record in records(workdir, "eval")] == pytest.approx([0, causal * 32 * 40, causal * 32 * 80])
   for part in ("general", "poetry", "bits", "checkpoint", str(workdir / "hf")):
-    assert part in done.stdout, part
+    assert part in (workdir / "printed.txt").read_text(), part
   exported = spec_lib.load_hf_config(workdir / "hf")
   assert spec_lib.from_hf(exported) == spec_lib.from_hf(spec_lib.load_hf_config(tiny_base))
   assert (workdir / "hf" / "tokenizer.json").exists()
@@ -124,8 +67,56 @@ def test_a_run_trains_evaluates_and_exports(main, write_config, tmp_path, tiny_b
   assert other.returncode == 78 and "schedule.lr_peak: 0.003 -> 0.001" in other.stderr and "Traceback" not in other.stderr
 
 
+# The program, killed as soon as it has handed its second checkpoint to the threads that write it.
+KILLED = """
+import os, signal, sys
+from cpt_jax.training import checkpoint
+
+save = checkpoint.Checkpoints.save
+
+def save_and_die(self, state, step, **more):
+  save(self, state, step, **more)
+  if step == 10:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.Checkpoints.save = save_and_die
+import runpy
+runpy.run_module("cpt_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_killed_while_it_saves_and_stopped_by_a_signal_it_is_the_same_run(
+  finished_run, write_config, tmp_path, root, monkeypatch
+):
+  more = (write_config(), tmp_path / "run", "--config.checkpoint.every=5 steps")
+  killed = [sys.executable, "-c", KILLED, *command(*more)[3:]]
+  assert subprocess.run(killed, cwd=root, env=environment(root), capture_output=True).returncode == -signal.SIGKILL
+  assert 5 in checkpoint.saved_steps(tmp_path / "run") and records_so_far(tmp_path / "run")[-1]["step"] >= 5
+
+  write = metrics.Writer.train
+  with monkeypatch.context() as patch:  # a signal that comes while a step runs
+    patch.setattr(metrics.Writer, "train", lambda self, *a: (write(self, *a), signal.raise_signal(signal.SIGTERM)))
+    stopped = main(*more)
+  assert stopped.returncode == 75, stopped.stdout + stopped.stderr
+  [*_, at] = checkpoint.saved_steps(tmp_path / "run")
+  assert 5 < at < 20 and f"stopped by a signal at step {at}" in stopped.stdout
+  assert main(*more).returncode == 0
+  assert_the_same_run(tmp_path / "run", finished_run)
+
+
+def assert_the_same_run(workdir, whole):
+  """The same weights, and the same records but for the speed."""
+  assert weights(workdir) == weights(whole)
+  for kind in ("train", "eval"):
+    # A record that a kill cut in two goes on from what the checkpoint kept of it.
+    found, wanted = (
+      [{k: v for k, v in record.items() if k != "tokens_per_sec"} for record in records(run, kind)] for run in (workdir, whole)
+    )
+    assert found == wanted
+
+
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_ends_with_the_same_parameters(main, write_config, tmp_path, root):
+def test_a_run_killed_at_any_moment_ends_with_the_same_parameters(write_config, tmp_path, root):
   config_file = write_config(steps=400, every=7, name="killed")
   assert main(config_file, tmp_path / "whole").returncode == 0
   workdir = tmp_path / "killed"
@@ -139,35 +130,24 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_parameters(main, write_co
     code = process.wait(timeout=300)
     assert code == (75 if number == signal.SIGTERM else -signal.SIGKILL)
   assert main(config_file, workdir).returncode == 0
-  assert weights(workdir) == weights(tmp_path / "whole")
-  for kind in ("train", "eval"):
-    strip = [{key: value for key, value in record.items() if key != "tokens_per_sec"} for record in records(workdir, kind)]
-    whole = [
-      {key: value for key, value in record.items() if key != "tokens_per_sec"} for record in records(tmp_path / "whole", kind)
-    ]
-    # A record that a kill cut in two goes on from what the checkpoint kept of it.
-    assert strip == whole
+  assert_the_same_run(workdir, tmp_path / "whole")
 
 
 def records_so_far(workdir):
   return journal.read(workdir / "metrics.jsonl")
 
 
-def test_moments_and_data_position_survive_too(write_config, main, tmp_path):
+def test_moments_and_data_position_survive_too(write_config, finished_run, tmp_path):
   # stop_after ends early without touching the schedules, so the rest must be as if nothing had happened.
   config_file = write_config()
-  assert main(config_file, tmp_path / "whole").returncode == 0
   assert main(config_file, tmp_path / "parts", "--config.debug.stop_after=7").returncode == 0
   assert not (tmp_path / "parts" / "hf").exists()
   assert main(config_file, tmp_path / "parts").returncode == 0
-  assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+  assert weights(tmp_path / "parts") == weights(finished_run)
 
 
-def test_a_dry_run_says_what_would_happen_and_trains_nothing(main, write_config, fixtures, tmp_path):
-  config_file = write_config()
-  store, text, tokenizer = config_file.parent / "store", fixtures / "corpus.jsonl", fixtures / "tokenizer"
-  prepare.prepare([str(text)], tokenizer=str(tokenizer), output=str(store), progress=False)
-  done = main(config_file, tmp_path / "run", "--dry_run")
+def test_a_dry_run_says_what_would_happen_and_trains_nothing(write_config, tmp_path):
+  done = main(write_config(), tmp_path / "run", "--dry_run")
   assert done.returncode == 0, done.stdout + done.stderr
   for part in (
     "general",
@@ -186,7 +166,7 @@ def test_a_dry_run_says_what_would_happen_and_trains_nothing(main, write_config,
 
 
 @pytest.mark.parametrize("name", ["domain", "language", "pretrain", "quickstart"])
-def test_every_shipped_config_dry_runs(main, root, tmp_path, tiny_base, fixtures, name):
+def test_every_shipped_config_dry_runs(root, tmp_path, tiny_base, fixtures, name):
   assert {file.stem for file in (root / "configs").glob("*.py")} == {"domain", "language", "pretrain", "quickstart"}
   options = ["--dry_run", "--config.data.row_len=64", "--config.data.heldout_frac=0.1"]
   options += [f"--config.model.scratch={tiny_base}/config.json", f"--config.data.tokenizer={tiny_base}"]
@@ -215,7 +195,7 @@ def test_every_shipped_config_dry_runs(main, root, tmp_path, tiny_base, fixtures
     (["--config.data.row_len=4096"], ["data.row_len=4096", "128"]),
   ],
 )
-def test_wrong_input_is_named_with_the_fix_and_ends_with_code_78(main, write_config, tmp_path, options, parts):
+def test_wrong_input_is_named_with_the_fix_and_ends_with_code_78(write_config, tmp_path, options, parts):
   done = main(write_config(), tmp_path / "run", *options)
   assert done.returncode == 78, done.stdout + done.stderr
   assert "Traceback" not in done.stderr
@@ -260,23 +240,22 @@ def test_a_run_goes_on_when_nobody_reads_its_output(write_config, root, tmp_path
   assert (tmp_path / "run" / "summary.json").exists()
 
 
-def test_a_path_that_cannot_be_written_ends_with_code_74(main, write_config, tmp_path):
+def test_a_path_that_cannot_be_written_ends_with_code_74(write_config, tmp_path):
   (tmp_path / "file").write_text("")
   done = main(write_config(), tmp_path / "file" / "run")
   assert done.returncode == 74, done.stdout + done.stderr
   assert str(tmp_path / "file") in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_code_86(main, write_config, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run_with_code_86(write_config, tmp_path):
   done = main(write_config(), tmp_path / "run", "--config.optimizer.weight_decay=1e38", "--config.optimizer.clip_norm=0")
   assert done.returncode == 86, done.stdout + done.stderr
   assert "step" in done.stderr and "lr_peak" in done.stderr
 
 
-def test_another_run_can_be_resumed_or_lent_its_weights(main, write_config, tmp_path):
+def test_another_run_can_be_resumed_or_lent_its_weights(finished_run, write_config, tmp_path):
   config_file = write_config()
-  first = tmp_path / "first"
-  assert main(config_file, first).returncode == 0
+  first = shutil.copytree(finished_run, tmp_path / "first")
   after = ["--config.start.hf=", "--config.train.length=30 steps"]
   longer = main(config_file, tmp_path / "longer", f"--config.start.resume={first}", *after)
   assert longer.returncode == 0, longer.stdout + longer.stderr
@@ -298,7 +277,7 @@ def test_another_run_can_be_resumed_or_lent_its_weights(main, write_config, tmp_
   assert "drift is not measured" in more.stdout and records(tmp_path / "lent", "eval")[-1]["drift"] == {}
 
 
-def test_questions_and_answers_are_replayed_in_stages_with_a_weight_of_their_own(main, write_config, tmp_path, fixtures):
+def test_questions_and_answers_are_replayed_in_stages_with_a_weight_of_their_own(write_config, tmp_path, fixtures):
   texts = [json.loads(line)["text"] for line in (fixtures / "corpus.jsonl").read_text().splitlines()]
   records = [{"prompt": text[:40], "answer": text[40:120]} for text in texts if len(text) > 60]
   (tmp_path / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*records, {"prompt": "no answer"}]))

@@ -11,16 +11,16 @@ from cpt_jax.laws import cpt_law, curves
 from cpt_jax.laws import fit as fit_lib
 from cpt_jax.laws.cpt_law import REPLAY_FORMS, CptLaw
 
-# 2505.07796, fitted examples (106M parameters, FineWeb -> Knowledge-Pile and -> Pile-of-Law): L0, A, alpha, C1, C2, B, E, beta.
+# 2505.07796, fitted examples (106M parameters, FineWeb -> Knowledge-Pile and -> Pile-of-Law): L0, A, alpha, C2, B, E, beta.
 PUBLISHED = {
-  "old, knowledge": ([3.057, 0.490, 0.497, 0.299, 0.298, 0.366, 28, 0.189], 0.216),
-  "new, knowledge": ([3.024, 0.412, 0.677, 0.278, 0.324, -0.666, 5662, 0.146], -0.512),
-  "old, law": ([3.064, 0.482, 0.511, 0.294, 0.264, 1.353, 37, 0.262], 0.99),
+  "old, knowledge": ([3.057, 0.490, 0.497, 0.298, 0.366, 28, 0.189], 0.216),
+  "new, knowledge": ([3.024, 0.412, 0.677, 0.324, -0.666, 5662, 0.146], -0.512),
+  "old, law": ([3.064, 0.482, 0.511, 0.264, 1.353, 37, 0.262], 0.99),
 }
 REPLAY_TRUTH = {"none": [], "exponential": [2.5], "power": [1.7], "log": [0.01]}
 
 
-def run(kind, *, num_steps=3000, peak=2e-4, replay_frac=0.0, law=None, theta=None, noise=0.0, seed=0, base_area=2.0, every=60):
+def run(kind, *, num_steps=3000, peak=2e-4, replay_frac=0.0, law=None, theta=None, noise=0.0, seed=0, every=60):
   """A curve of continual pretraining whose losses are the law's."""
   step = np.arange(num_steps)
   down = {
@@ -30,7 +30,7 @@ def run(kind, *, num_steps=3000, peak=2e-4, replay_frac=0.0, law=None, theta=Non
   }
   made = curves.Curve(
     f"{kind}_{replay_frac}", peak * np.broadcast_to(down[kind], num_steps), np.arange(every, num_steps + 1, every), np.ones(0),
-    base_area=base_area, base_annealing=0.1, replay_frac=replay_frac,
+    replay_frac=replay_frac,
   )  # fmt: skip
   if law is None:
     return made
@@ -40,9 +40,9 @@ def run(kind, *, num_steps=3000, peak=2e-4, replay_frac=0.0, law=None, theta=Non
 
 @pytest.mark.parametrize("which", PUBLISHED)
 def test_published_shifts_at_a_summed_rate_of_four(which):
-  theta_P, shift = PUBLISHED[which]
-  law = CptLaw(is_base_known=True)
-  assert law.parameters == ("L0", "A", "alpha", "C1", "C2", "B", "E", "beta")
+  (L0, A, alpha, *others), shift = PUBLISHED[which]
+  law, theta_P = CptLaw(), [L0, A, alpha, 2.0, *others, 1000.0]
+  assert law.parameters == ("L0", "A", "alpha", "S1_pt", "C2", "B", "E", "beta", "decay_steps")
   inputs = [run("constant", num_steps=20_000, every=20_000)]
   assert inputs[0].area_n == pytest.approx([4.0])
   without = [0.0 if name == "B" else value for name, value in zip(law.parameters, theta_P, strict=True)]
@@ -51,56 +51,46 @@ def test_published_shifts_at_a_summed_rate_of_four(which):
 
 
 def test_the_law_by_hand():
-  law = CptLaw(is_base_known=True, replay=REPLAY_FORMS["power"], has_replay_annealing=True, decay_steps=10.0)
-  rates = np.array([2.0, 2.0, 1.0, 1.0])
-  inputs = [curves.Curve("hand", rates, np.array([4]), np.ones(1), base_area=3.0, base_annealing=0.5, replay_frac=0.25)]
-  p = dict(L0=2.0, A=1.5, alpha=0.5, C1=0.2, C2=0.1, B=0.7, E=3.0, beta=0.4, annealing_a=0.3, replay_p=2.0)
+  law = CptLaw(REPLAY_FORMS["power"])
+  inputs = [curves.Curve("hand", np.array([2.0, 2.0, 1.0, 1.0]), np.array([4]), np.ones(1), replay_frac=0.25)]
+  p = dict(L0=2.0, A=1.5, alpha=0.5, S1_pt=3.0, C2=0.1, B=0.7, E=3.0, beta=0.4, decay_steps=10.0, replay_p=2.0)
   assert law.parameters == tuple(p)
-  s2 = 1.0 + (1.0 + 0.9)  # m: 0, 0, 1, 0.9 -> sums 0, 0, 1, 1.9
-  s2 = 1.0 + 0.9
-  expected = 2.0 + 1.5 * 9.0**-0.5 - 0.2 * 0.5 - 0.1 * np.exp(0.3 * 0.25) * s2 + 0.7 * 0.75**2 * (1 - 19.0**-0.4)
+  s2 = 1.0 + 0.9  # m: 0, 0, 1, 0.9
+  expected = 2.0 + 1.5 * 9.0**-0.5 - 0.1 * s2 + 0.7 * 0.75**2 * (1 - 19.0**-0.4)
   assert law.predict(np.array(list(p.values())), inputs) == pytest.approx([expected])
 
 
 @pytest.mark.parametrize("form", REPLAY_FORMS.values(), ids=lambda form: form.name)
 @hypothesis.given(draw=st.integers(0, 1000))
 def test_replay_takes_the_shift_from_all_to_nothing(form, draw):
-  theta_R = form.starts(num=1, rng=np.random.default_rng(draw))[0]
-  replay_n = np.linspace(0, 1, 21)
-  factor_n, slope_nR = form.factor(theta_R, replay_n)
-  assert factor_n[0] == pytest.approx(1.0)
+  (value,) = form.starts(np.random.default_rng(draw), 1)
+  factors, slopes = zip(*[form.factor(value, share) for share in np.linspace(0, 1, 21)], strict=True)
+  assert factors[0] == pytest.approx(1.0)
   if form.name != "none":
-    assert factor_n[-1] == pytest.approx(0.0, abs=1e-9) and (np.diff(factor_n) <= 0).all()
-  step = 1e-6 * max(np.abs(theta_R).max(initial=0), 1e-3)
-  for i in range(len(theta_R)):
-    above, below = (form.factor(theta_R + side * step, replay_n)[0] for side in (1, -1))
-    np.testing.assert_allclose(slope_nR[:, i], (above - below) / (2 * step), rtol=1e-4, atol=1e-6)
+    assert factors[-1] == pytest.approx(0.0, abs=1e-9) and (np.diff(factors) <= 0).all()
+  step = 1e-6 * max(abs(value), 1e-3)
+  above, below = ([form.factor(value + side * step, share)[0] for share in np.linspace(0, 1, 21)] for side in (1, -1))
+  np.testing.assert_allclose(slopes, (np.array(above) - below) / (2 * step), rtol=1e-4, atol=1e-6)
 
 
 def test_the_exponential_form_bends_both_ways_and_has_no_seam_at_zero():
-  replay_n = np.array([0.0, 0.33, 0.5, 0.67])
   exponential = REPLAY_FORMS["exponential"]
   # The published a2 of the two domains: which of the two bends belongs to which is left to the data.
-  assert exponential.factor(np.array([3.238]), 1 - np.array([0.67, 0.5, 0.33]))[0] == pytest.approx(
-    [0.317, 0.165, 0.078], abs=3e-3
-  )
-  assert exponential.factor(np.array([-5.696]), 1 - np.array([0.67, 0.5, 0.33]))[0] == pytest.approx(
-    [0.981, 0.945, 0.850], abs=3e-3
-  )
-  plain = lambda a: np.expm1(a * (1 - replay_n)) / np.expm1(a)  # noqa: E731
-  for a in (0.9e-3, -0.9e-3, 1.1e-3, -1.1e-3):  # to both sides of where the series takes over
-    factor_n, slope_nR = exponential.factor(np.array([a]), replay_n)
-    np.testing.assert_allclose(factor_n, plain(a), atol=1e-11)
-    np.testing.assert_allclose(slope_nR[:, 0], (plain(a + 1e-4) - plain(a - 1e-4)) / 2e-4, atol=1e-9)
-  np.testing.assert_allclose(exponential.factor(np.array([0.0]), replay_n)[0], 1 - replay_n)
+  for a, expected in ((3.238, [0.317, 0.165, 0.078]), (-5.696, [0.981, 0.945, 0.850])):
+    assert [exponential.factor(a, 1 - new)[0] for new in (0.67, 0.5, 0.33)] == pytest.approx(expected, abs=3e-3)
+  for share in (0.0, 0.33, 0.5, 0.67):
+    plain = lambda a, new=1 - share: np.expm1(a * new) / np.expm1(a)  # noqa: E731
+    for a in (0.9e-3, -0.9e-3, 1.1e-3, -1.1e-3):  # to both sides of where the series takes over
+      factor, slope = exponential.factor(a, share)
+      np.testing.assert_allclose(factor, plain(a), atol=1e-11)
+      np.testing.assert_allclose(slope, (plain(a + 1e-4) - plain(a - 1e-4)) / 2e-4, atol=1e-9)
+    assert exponential.factor(0.0, share)[0] == pytest.approx(1 - share)
 
 
 @pytest.mark.parametrize("form", REPLAY_FORMS.values(), ids=lambda form: form.name)
-@pytest.mark.parametrize("is_base_known", [True, False])
-def test_gradients_are_difference_quotients(form, is_base_known):
-  law = CptLaw(replay=form, is_base_known=is_base_known, decay_steps=None, has_replay_annealing=True)
-  base = [0.3] if is_base_known else [2.0]
-  theta_P = np.array([3.0, 0.5, 0.5, *base, 0.3, -0.6, 28.0, 0.2, 400.0, 0.2, *REPLAY_TRUTH[form.name]])
+def test_gradients_are_difference_quotients(form):
+  law = CptLaw(form)
+  theta_P = np.array([3.0, 0.5, 0.5, 2.0, 0.3, -0.6, 28.0, 0.2, 400.0, *REPLAY_TRUTH[form.name]])
   assert len(theta_P) == len(law.parameters)
   inputs = [run("cosine", replay_frac=0.1), run("wsd", replay_frac=0.5)]
   gradient_nP = law.gradient(theta_P, inputs)
@@ -116,7 +106,7 @@ def test_gradients_are_difference_quotients(form, is_base_known):
 def test_unseen_schedules_lengths_and_shares_are_predicted_from_noisy_runs(side):
   law = CptLaw(replay=REPLAY_FORMS["log"])
   B, E, beta = (0.366, 28.0, 0.189) if side == "old" else (-0.666, 5662.0, 0.146)
-  theta = [3.05, 0.45, 0.5, 3.0, 0.3, B, E, beta, 0.01]
+  theta = [3.05, 0.45, 0.5, 3.0, 0.3, B, E, beta, 1000.0, 0.01]
   kinds = [("constant", 0.0), ("cosine", 0.05), ("constant", 0.25), ("cosine", 0.0)]
   seen = [run(kind, replay_frac=share, law=law, theta=theta, noise=1e-3, seed=i) for i, (kind, share) in enumerate(kinds)]
   starts_QP = law.starts(seen, curves.losses(seen), num=8, rng=np.random.default_rng(0))
@@ -134,7 +124,7 @@ def test_unseen_schedules_lengths_and_shares_are_predicted_from_noisy_runs(side)
 
 def test_the_form_of_replay_is_chosen_by_held_out_error():
   truth = CptLaw(replay=REPLAY_FORMS["log"])
-  theta = [3.05, 0.45, 0.5, 3.0, 0.3, 0.5, 28.0, 0.189, 0.005]
+  theta = [3.05, 0.45, 0.5, 3.0, 0.3, 0.5, 28.0, 0.189, 1000.0, 0.005]
   seen = [
     run("constant", replay_frac=share, law=truth, theta=theta, noise=5e-4, seed=i)
     for i, share in enumerate((0.0, 0.01, 0.1, 0.5))

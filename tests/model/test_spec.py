@@ -69,13 +69,7 @@ QWEN25_05B = {
   "use_sliding_window": False,
   "vocab_size": 151936,
 }
-SMALL = {
-  "vocab_size": 50,
-  "hidden_size": 16,
-  "intermediate_size": 24,
-  "num_hidden_layers": 2,
-  "num_attention_heads": 4,
-}
+SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def small(family: str = "llama", **changes) -> dict:

@@ -114,6 +114,7 @@ def test_each_class_falls_by_what_makes_it_smaller(step_memory):
   assert less.total < step_memory.total
 
 
+@pytest.mark.slow
 def test_without_a_loop_over_the_layers_as_much_is_kept():
   spec = dataclasses.replace(SPEC, num_layers=3)
   stacked, single = (of_step(spec, model__remat="none", model__scan=scan) for scan in (True, False))
@@ -123,8 +124,16 @@ def test_without_a_loop_over_the_layers_as_much_is_kept():
   assert single.layer < stacked.layer
 
 
-def test_a_microbatch_keeps_what_a_batch_of_its_size_keeps(step_memory):
-  parts = of_step(model__remat="dots", train__batch_rows=2 * ROWS, train__microbatches=2)
+PARTS = dict(model__remat="dots", train__batch_rows=2 * ROWS, train__microbatches=2)
+
+
+@pytest.fixture(scope="module")
+def parts_memory():
+  return of_step(**PARTS)
+
+
+def test_a_microbatch_keeps_what_a_batch_of_its_size_keeps(step_memory, parts_memory):
+  parts = parts_memory
   assert parts.kept == pytest.approx(step_memory.kept, rel=0.03)
   assert parts.gradients > 1.8 * parts.parameters  # of the part, and their sum; the embedding's comes last
 
@@ -135,8 +144,8 @@ def test_the_logits_are_the_loss_where_they_are_the_most():
   assert logits <= of_step(wide, model__remat="full").loss <= 3 * logits
 
 
-def test_bfloat16_sums_of_gradients_take_half():
-  full, half = (of_step(model__remat="full", train__microbatches=4, train__accumulate_dtype=d) for d in ("float32", "bfloat16"))
+def test_bfloat16_sums_of_gradients_take_half(parts_memory):
+  full, half = parts_memory, of_step(**PARTS, train__accumulate_dtype="bfloat16")
   assert 0.4 * full.parameters < full.gradients - half.gradients <= 0.5 * full.parameters
   assert half.total < full.total
 
@@ -191,6 +200,8 @@ def describe(tiny_plan, monkeypatch):
 
 
 def test_the_dry_run_says_whether_it_fits_and_what_to_change(describe, monkeypatch):
+  of_step, compiled = memory.of_step, []
+  monkeypatch.setattr(memory, "of_step", lambda *a, **k: (compiled or compiled.append(of_step(*a, **k)) or compiled)[0])
   monkeypatch.setattr(memory, "device_bytes", lambda: 1000)
   text = describe(model__remat="full_offload")
   assert "compiled for 1 x cpu" in text and "does NOT fit: a device has 1000 B. Try " in text

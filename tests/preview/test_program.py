@@ -250,10 +250,7 @@ def test_groups_in_a_form_that_is_not_known_are_an_error_not_a_guess():
     collectives.collectives(read(text), MESH)
 
 
-@given(
-  dims=st.lists(st.integers(1, 4), min_size=1, max_size=4),
-  data=st.data(),
-)
+@given(dims=st.lists(st.integers(1, 4), min_size=1, max_size=4), data=st.data())
 def test_every_way_to_write_a_group_gives_the_devices_that_numpy_gives(dims, data):
   devices = np.arange(math.prod(dims)).reshape(dims)
   chosen = sorted(data.draw(st.sets(st.integers(0, len(dims) - 1), min_size=1)))

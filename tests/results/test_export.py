@@ -1,9 +1,6 @@
 """The export tool: a run's checkpoint to a Hugging Face directory, and what it says when there is none."""
 
 import json
-import os
-import subprocess
-import sys
 
 import factory
 import jax
@@ -60,10 +57,9 @@ def run(tmp_path_factory):
   return run_dir, *saved
 
 
-def test_the_newest_step_is_exported_in_the_dtype_of_the_base(run, root, tmp_path):
+def test_the_newest_step_is_exported_in_the_dtype_of_the_base(run, cpt, tmp_path):
   run_dir, _, newest = run
-  command = [sys.executable, "-m", "cpt_jax.cli", "export", "--run", run_dir, "--output", tmp_path / "out"]
-  done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=os.environ)
+  done = cpt("export", "--run", run_dir, "--output", tmp_path / "out")
   assert done.returncode == 0, done.stderr
   assert f"{run_dir} at step 7 -> {tmp_path / 'out'}" in done.stdout.splitlines()[-1]
   assert {line.split()[0] for line in done.stdout.splitlines()[:-1]} == {path.name for path in (tmp_path / "out").iterdir()}

@@ -102,10 +102,7 @@ def test_fingerprint_is_of_the_content(tmp_path):
 
 
 def test_unfinished_store_does_not_open(tmp_path):
-  with (
-    pytest.raises(RuntimeError),
-    StoreWriter(tmp_path / "s", vocab_size=300, eos_id=0, max_file_tokens=1) as writer,
-  ):
+  with pytest.raises(RuntimeError), StoreWriter(tmp_path / "s", vocab_size=300, eos_id=0, max_file_tokens=1) as writer:
     writer.add([1, 0], text="a")
     writer.add([1, 0], text="a")
     raise RuntimeError

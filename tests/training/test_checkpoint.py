@@ -59,7 +59,7 @@ def test_bfloat16_moments_come_back_bit_for_bit_and_are_not_taken_for_float32(ti
   with jax.set_mesh(mesh_lib.make_mesh(data=1, fsdp=1, context=1, tensor=1, devices=jax.devices()[:1])):
     saved = make_state(tiny_spec, mu_dtype="bfloat16")
     tx = make_tx(saved.params, "bfloat16")
-    _, opt_state = tx.update(jax.tree.map(lambda p: p + 0.1, saved.params), saved.opt_state, saved.params, rate=0.1)
+    _, opt_state = jax.jit(tx.update)(saved.params, saved.opt_state, saved.params, rate=0.1)
     saved = saved._replace(opt_state=opt_state)
     checkpoints.save(saved, 0, meta={}, losses={})
     checkpoints.wait()

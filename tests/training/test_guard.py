@@ -81,7 +81,9 @@ def test_without_such_numbers_the_guard_changes_no_bit(tiny_spec, random_batch, 
 
   @jax.jit
   def plain(state, batch, rate):
-    grads, sums = step.accumulate(jax.grad(loss_of, has_aux=True), state.params, batch, microbatches=microbatches)
+    grads, sums = step.accumulate(
+      jax.grad(loss_of, has_aux=True), state.params, batch, microbatches=microbatches, dtype="float32"
+    )
     tokens = jnp.sum(weights_M * sums.tokens_M.astype(jnp.float32))
     scale = 1.0 / jnp.where(tokens > 0, tokens, 1.0)
     grads = jax.tree.map(lambda g: g * scale, grads)
@@ -207,14 +209,7 @@ class Rows:
 
 def watch(settings=DEFAULT, *, state=None, decisions=(), first_step=0, knots=RAMP):
   return guard.Watch(
-    settings,
-    protected=["en"],
-    asked=RAMP,
-    knots=knots,
-    decisions=decisions,
-    state=state,
-    first_step=first_step,
-    log_every=2,
+    settings, protected=["en"], asked=RAMP, knots=knots, decisions=decisions, state=state, first_step=first_step, log_every=2
   )
 
 
@@ -289,6 +284,18 @@ def test_a_loss_that_comes_back_is_no_spike_and_a_falling_one_never():
   for at in range(2, 200, 2):
     w.saw(reading(at, {"zh": 8.0 - at / 50 + (3.0 if at % 20 == 0 else 0.0)}), Rows())
     assert w.decide(at, Rows()) is None
+
+
+def test_a_band_is_of_8_records_to_50_and_never_narrower_than_a_thousandth_of_their_median():
+  assert guard.upper([4.0] * 8, 5.0) == pytest.approx(4.02) and guard.upper([3.0, 4.0, 6.0], 5.0) == 9.0
+  for num_inside, is_spike in ((7, False), (8, True)):
+    w = watch()
+    for at, loss in enumerate([4.0] * num_inside + [9.0] * 2, 1):
+      w.saw(reading(at, {"zh": loss}), Rows())
+    assert (w.decide(num_inside + 2, Rows()) is not None) == is_spike
+  for at in range(60):
+    w.saw(reading(at, {"en": 3.0}), Rows())
+  assert len(w.state()["windows"]["en"]) == 50
 
 
 events = st.lists(

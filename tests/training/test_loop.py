@@ -1,7 +1,5 @@
 """What the loop hands to a checkpoint is what a start that goes on needs."""
 
-import compiling
-
 from cpt_jax import exits
 from cpt_jax.stream import pipeline
 from cpt_jax.training import checkpoint, loop
@@ -19,8 +17,7 @@ def test_under_new_shares_each_source_goes_on_with_the_row_after_its_last(tiny_p
   c.train.length, c.debug.stop_after = "6 steps", 3
   c.schedule.warmup = "0 steps"
   workdir = tmp_path / "run"
-  with compiling.quickly():
-    assert loop.run(c, workdir) == exits.DONE
+  assert loop.run(c, workdir) == exits.DONE
   kept = checkpoint.read_meta(workdir, 3)["loader"]
   c.data.sources.general.share, c.data.sources.poetry.share = 0.75, 0.25
   record = inputs_lib.open_inputs(c, workdir).loader.periods()

@@ -3,55 +3,33 @@
 import collections
 import copy
 
-import jax
 import pytest
 
 from cpt_jax import config as config_lib
-from cpt_jax.model import pretrained, transformer
+from tools.bench import bench_endurance
 
 
 @pytest.fixture
-def bench_endurance(root, monkeypatch):
-  monkeypatch.syspath_prepend(root / "tools" / "bench")
-  import bench_endurance
-
-  return bench_endurance
-
-
-@pytest.fixture
-def tiny_run(tmp_path, fixtures, tiny_spec, tiny_hf_config):
+def tiny_run(tiny_plan):
   """20 steps of 4 rows; the rows that are evaluated, 8 at a time, do not fill their last batch."""
-  params = transformer.init(tiny_spec, jax.random.key(0))
-  pretrained.save_params(params, tiny_spec, tmp_path / "base", source_dir=fixtures / "tokenizer", hf_config=tiny_hf_config)
-  c = config_lib.default()
-  c.start.hf = str(tmp_path / "base")
-  c.data.row_len = 32
-  c.data.heldout_frac = 0.1
-  for name, role in (("general", "replay"), ("poetry", "domain")):
-    text = str(fixtures / "corpus.jsonl")
-    c.data.sources[name] = config_lib.source(store=str(tmp_path / "store"), text=text, role=role, share=0.5)
+  c = tiny_plan.copy_and_resolve_references()
+  c.schedule = config_lib.default().schedule
   c.train.length = "20 steps"
-  c.train.batch_rows = 4
   c.train.microbatches = 2
   c.schedule.lr_peak = 1e-3
   c.eval.every = "6 steps"
-  c.eval.tokens = 500
   c.eval.batch_rows = 8
   c.checkpoint.every = "5 steps"
   c.log.every = 3
   return c
 
 
-def test_every_program_is_compiled_once(bench_endurance, one_device, tiny_run, tmp_path):
-  jax.config.update("jax_disable_most_optimizations", True)
-  try:
-    found = []
-    for stop_after in (14, 0):
-      config = copy.deepcopy(tiny_run)
-      config.debug.stop_after = stop_after
-      found.append(bench_endurance.watched(config, tmp_path / "run", every=1))
-  finally:
-    jax.config.update("jax_disable_most_optimizations", False)
+def test_every_program_is_compiled_once(one_device, tiny_run, tmp_path):
+  found = []
+  for stop_after in (14, 0):
+    config = copy.deepcopy(tiny_run)
+    config.debug.stop_after = stop_after
+    found.append(bench_endurance.watched(config, tmp_path / "run", every=1))
   first, second = found
   assert [step for step, _ in first.memory] == list(range(1, 15)) and [step for step, _ in second.memory] == list(range(15, 21))
   for watch in found:

@@ -2,7 +2,6 @@
 
 import itertools
 
-import compiling
 import factory
 import jax
 import jax.numpy as jnp
@@ -35,20 +34,20 @@ def batch(row_len=ROW_LEN):
   return tokens_BT, np.broadcast_to(np.arange(row_len, dtype=np.int32), tokens_BT.shape), segments_BT
 
 
-def compiled(remat, *, row_len=512, **kwargs):
-  abstract = [jax.ShapeDtypeStruct((ROWS, row_len), jnp.int32)] * 3
-  gradient = jax.jit(jax.grad(lambda *arguments: loss(*arguments, remat=remat, **kwargs)))
-  return gradient.lower(transformer.abstract_params(SPEC), *abstract).compile()
-
-
 @pytest.mark.parametrize("attention", ["plain", pytest.param("blockwise", marks=pytest.mark.slow)])
-def test_every_choice_gives_the_same_loss_and_gradients(attention):
-  params, arrays = transformer.init(SPEC, jax.random.key(0)), batch(row_len=24)
-  with compiling.quickly():
-    found = {
-      remat: jax.jit(jax.value_and_grad(lambda p, remat=remat: loss(p, *arrays, remat=remat, attention=attention)))(params)
-      for remat in [*LADDER, "dots_offload"]
-    }
+def test_down_the_ladder_memory_falls_work_rises_and_the_gradients_stay(attention):
+  params, arrays = transformer.init(SPEC, jax.random.key(0)), batch()
+  programs = {
+    remat: jax.jit(jax.value_and_grad(lambda p, *arrays, remat=remat: loss(p, *arrays, remat=remat, attention=attention)))
+    .lower(params, *arrays)
+    .compile()
+    for remat in [*LADDER, "dots_offload"]
+  }
+  memory = [programs[remat].memory_analysis().temp_size_in_bytes for remat in LADDER]
+  assert all(a > b for a, b in itertools.pairwise(memory)), memory
+  work = [programs[remat].cost_analysis()["flops"] for remat in LADDER[1:]]  # XLA counts a loop's body once: none differs by more
+  assert all(a < b for a, b in itertools.pairwise(work)), work
+  found = {remat: program(params, *arrays) for remat, program in programs.items()}
   for remat, (value, grads) in found.items():
     assert value == found["none"][0], remat
     for (path, a), b in zip(trees.paths(grads).items(), jax.tree.leaves(found["none"][1]), strict=True):
@@ -70,15 +69,6 @@ def test_a_position_keeps_as_many_bytes_as_is_written_down(remat, dtype):
   kept = [x for x in kept if x.size >= SPEC.num_layers * ROWS * ROW_LEN]
   found = sum(x.size * x.dtype.itemsize for x in kept) / (SPEC.num_layers * ROWS * ROW_LEN)
   assert found == transformer.kept_bytes(SPEC, remat, itemsize=jnp.dtype(dtype).itemsize, tensor=1)
-
-
-@pytest.mark.parametrize("attention", ["plain", pytest.param("blockwise", marks=pytest.mark.slow)])
-def test_down_the_ladder_memory_falls_and_work_rises(attention):
-  programs = [compiled(remat, attention=attention) for remat in LADDER]
-  memory = [program.memory_analysis().temp_size_in_bytes for program in programs]
-  assert all(a > b for a, b in itertools.pairwise(memory)), memory
-  work = [program.cost_analysis()["flops"] for program in programs[1:]]  # XLA counts a loop's body once: none differs by more
-  assert all(a < b for a, b in itertools.pairwise(work)), work
 
 
 def primitives(jaxpr, name):

@@ -56,11 +56,7 @@ def phases(draw):
   ("name", "shape"),
   [("constant", ""), ("linear", ""), ("cosine", ""), ("rewarm", ""), ("wsd", "linear"), ("wsd", "1-sqrt"), ("infinite", "")],
 )
-@hypothesis.given(
-  lengths=phases(),
-  start=st.sampled_from([0.0, START, PEAK]),
-  final=st.sampled_from([FINAL, CONST]),
-)
+@hypothesis.given(lengths=phases(), start=st.sampled_from([0.0, START, PEAK]), final=st.sampled_from([FINAL, CONST]))
 def test_every_step_follows_the_formula(name, shape, lengths, start, final):
   n, w, cool, anneal = lengths["n"], lengths["w"], lengths["cool"], lengths["anneal"]
   made = factory.schedule(

@@ -1,9 +1,9 @@
 """The update: accumulation, meshes, padding, the sources' weights and the division that is done once."""
 
 import dataclasses
+import functools
 import math
 
-import compiling
 import factory
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,6 @@ from cpt_jax.stream.batch import Batch
 from cpt_jax.training import state, step
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-  with compiling.quickly():
-    yield
-
-
 def train(spec, batches, place=lambda b: b, **kwargs):
   now, update, rates = build(spec, **kwargs)
   measured = []
@@ -35,19 +29,19 @@ def train(spec, batches, place=lambda b: b, **kwargs):
   return jax.device_get(now), measured
 
 
-def gradient(spec, batch, *, params=None, settings=SETTINGS, source_weights=(1.0, 1.0), microbatches=1, z_loss=1e-2):
+@functools.cache
+def compiled_gradient(spec, **options):
+  """(optimizer that keeps the newest gradient, the jitted step)."""
+  tx = optax.trace(0.0)
+  return tx, jax.jit(factory.train_step(spec, tx, **options))
+
+
+def gradient(spec, batch, *, params=None, **changes):
   """What the optimizer is given for one batch, and what the step measured."""
-  tx = optax.trace(0.0)  # keeps the newest gradient
+  options = dict(settings=SETTINGS, source_weights=(1.0, 1.0), microbatches=1, z_loss=1e-2)
+  tx, update = compiled_gradient(spec, **(options | changes))
   now = state.create(transformer.init(spec, jax.random.key(0)) if params is None else params, tx)
-  update = factory.train_step(
-    spec,
-    tx,
-    settings=settings,
-    source_weights=source_weights,
-    microbatches=microbatches,
-    z_loss=z_loss,
-  )
-  now, metrics = jax.jit(update)(now, batch, 1.0)
+  now, metrics = update(now, batch, 1.0)
   return jax.device_get(now.opt_state.trace), jax.device_get(metrics)
 
 
@@ -188,7 +182,7 @@ def test_equal_weights_are_the_mean_over_all_tokens(tiny_spec, random_batch):
 def test_a_factor_of_all_weights_changes_nothing(tiny_spec, random_batch):
   batch = masked(random_batch(14))
   found, metrics = gradient(tiny_spec, batch, source_weights=(0.3, 2.0))
-  for factor in (5.0, 1e-30, 1e300):
+  for factor in (1e-30, 1e300):
     again = gradient(tiny_spec, batch, source_weights=(0.3 * factor, 2.0 * factor))
     jax.tree.map(np.testing.assert_array_equal, again, (found, metrics))
 
@@ -240,15 +234,8 @@ def on_one_device(tiny_spec, random_batch):
 
 @pytest.mark.parametrize(
   ("axes", "microbatches"),
-  [
-    ((1, 1, 1, 1), 2),
-    ((1, 1, 1, 1), 4),
-    ((8, 1, 1, 1), 2),
-    ((1, 8, 1, 1), 1),
-    ((1, 1, 8, 1), 1),
-    ((1, 1, 4, 2), 4),
-    ((2, 2, 1, 2), 2),
-  ],
+  [((1, 1, 1, 1), 4), ((1, 1, 4, 2), 4)]
+  + [pytest.param(*case, marks=pytest.mark.slow) for case in (((8, 1, 1, 1), 2), ((1, 8, 1, 1), 1), ((2, 2, 1, 2), 2))],
   ids=str,
 )
 def test_uneven_weights_give_the_gradient_of_one_device_on_every_mesh_and_by_parts(tiny_spec, on_one_device, axes, microbatches):
@@ -294,13 +281,6 @@ def test_the_abstract_state_is_the_real_one(tiny_spec):
   assert not trees.diff(now, planned)
   for (path, leaf), wanted in zip(trees.paths(now).items(), jax.tree.leaves(planned), strict=True):
     assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim), path
-
-
-def test_the_step_compiles_once(tiny_spec, random_batch):
-  now, update, rates = build(tiny_spec)
-  for seed in range(3):
-    now, _ = update(now, Batch(*map(jnp.asarray, random_batch(seed))), rates(seed))
-  assert update._cache_size() == 1
 
 
 def test_frozen_leaves_stay_and_do_not_count_in_the_gradient_norm(tiny_spec, random_batch):

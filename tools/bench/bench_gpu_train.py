@@ -126,12 +126,7 @@ def _speed(samples: list[float], num_positions: int, causal: float, palm: float)
 
   peak = metrics.peak_flops(jax.devices()[0].device_kind) or math.nan
   rate = num_positions / statistics.median(samples)
-  return {
-    "step_secs": samples,
-    "tokens_per_sec": rate,
-    "mfu_palm": palm * rate / peak,
-    "mfu_causal": causal * rate / peak,
-  }
+  return {"step_secs": samples, "tokens_per_sec": rate, "mfu_palm": palm * rate / peak, "mfu_causal": causal * rate / peak}
 
 
 def _peak_bytes() -> int | None:

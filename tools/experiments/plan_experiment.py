@@ -216,7 +216,7 @@ def curve_fit(data: MeasuredRuns, source: str) -> fit_lib.Fit:
 
   # decay_steps=None: these runs are shorter than the thousand steps after which the papers' areas forget a fall of the rate.
   forms = [form for name, form in cpt_law.REPLAY_FORMS.items() if name != "none"]
-  return fitted(min((cpt_law.CptLaw(replay=form, decay_steps=None) for form in forms), key=held_out_error), means)
+  return fitted(min((cpt_law.CptLaw(form) for form in forms), key=held_out_error), means)
 
 
 def _ends(fitted: fit_lib.Fit, runs: Sequence[Record], source: str) -> np.ndarray:

@@ -18,7 +18,7 @@ from scipy import stats
 
 from cpt_jax.config import ConfigError
 from cpt_jax.results import recovery
-from cpt_jax.results.report import COLOURS, GREY, pyplot
+from cpt_jax.results.report import COLOURS, GREY, panels
 
 Record = dict[str, Any]
 SOURCES = {"domain": "the domain", "general": "English"}
@@ -261,9 +261,7 @@ def report(data: Experiment) -> list[str]:
 
 def draw(experiments: Sequence[Experiment], path: pathlib.Path) -> None:
   """Each band's difference to `none` over training, mean and range of the seeds; needs the extra [plots]."""
-  plt = pyplot()
-  size = (11.0, 3.4 * len(experiments))
-  made, grid = plt.subplots(len(experiments), len(SOURCES), figsize=size, squeeze=False, layout="constrained")
+  made, grid = panels(len(experiments), len(SOURCES), size=(11.0, 3.4 * len(experiments)))
   for row, data in zip(grid, experiments, strict=True):
     for ax, (source, text) in zip(row, SOURCES.items(), strict=True):
       for arm, colour in zip(BANDS, COLOURS, strict=True):
@@ -284,7 +282,6 @@ def draw(experiments: Sequence[Experiment], path: pathlib.Path) -> None:
   shown = [arm for arm in BANDS if arm in handle_of]  # not every direction has every arm
   made.legend([handle_of[arm] for arm in shown], shown, loc="outside lower center", fontsize=8, ncols=len(BANDS))
   made.savefig(path, dpi=80)
-  plt.close(made)
 
 
 def main(argv: Sequence[str]) -> int:
