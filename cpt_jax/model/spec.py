@@ -120,19 +120,10 @@ _OTHERS = ("model_type", "architectures", "num_key_value_heads", "head_dim", "ma
 _PARSED = {*_REQUIRED, *_COMMON_DEFAULTS, *_ROPE, *_WINDOWS, *_OTHERS}
 # Keys that would change the mathematics: accepted only with the values that leave it as it is.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-  "mlp_bias": (False,),
-  "attention_dropout": (0, None),
-  "hidden_dropout": (0, None),
-  "residual_dropout": (0, None),
-  "rope_interleaved": (False,),
-  "use_mrope": (False,),
-  "is_encoder_decoder": (False,),
-  "add_cross_attention": (False,),
-  "cross_attention_hidden_size": (None,),
-  "pruned_heads": ({}, None),
-  "per_layer_config": ({}, None),
-  "quantization_config": (None,),
-  "auto_map": ({}, None),
+  **dict.fromkeys(("mlp_bias", "rope_interleaved", "use_mrope", "is_encoder_decoder", "add_cross_attention"), (False,)),
+  **dict.fromkeys(("attention_dropout", "hidden_dropout", "residual_dropout"), (0, None)),
+  **dict.fromkeys(("pruned_heads", "per_layer_config", "auto_map"), ({}, None)),
+  **dict.fromkeys(("cross_attention_hidden_size", "quantization_config"), (None,)),
 }
 # Keys that say how a model is stored, described or sampled from.
 _HARMLESS = frozenset(

@@ -195,10 +195,7 @@ def write_manifest(
     "tokenizer_fingerprint": tokenizer_fingerprint,
     "eos_id": eos_id,
     "max_token_id": max((f.max_token_id for f in files), default=-1),
-    "num_documents": sum(f.num_documents for f in files),
-    "num_tokens": sum(f.num_tokens for f in files),
-    "num_bytes": sum(f.num_bytes for f in files),
-    "num_targets": sum(f.num_targets for f in files),
+    **{key: sum(getattr(f, key) for f in files) for key in ("num_documents", "num_tokens", "num_bytes", "num_targets")},
     **extra,
     "files": [f._asdict() for f in files],
   }
