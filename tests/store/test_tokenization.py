@@ -137,7 +137,7 @@ def test_no_eos_is_a_named_error_and_can_be_given(copy):
   loaded = tokenization.load(directory)
   assert loaded.eos_id is None and loaded.vocab_size == 300
   with pytest.raises(ConfigError, match="name one with --eos_token"):
-    loaded.encode_documents(["a"]).ids
+    loaded.encode_documents(["a"])
   given = tokenization.load(directory, eos_token="</s>")
   assert given.encode_documents(["a"]).ids[0][-1] == 2
   assert given.fingerprint == loaded.fingerprint  # so that a run, which names no EOS, takes the store
