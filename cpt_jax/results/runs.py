@@ -65,15 +65,10 @@ def read_run(path: str | pathlib.Path) -> Run:
   names = [name for name in config.data.sources if name in losses]
   read = dict(zip(ledger["source"].tolist(), ledger["tokens"].tolist(), strict=True))  # the last entry of each
   return Run(
-    opened.path,
-    config,
-    np.asarray(schedule.from_config(config)(np.arange(config_lib.num_steps(config))), np.float64),
-    np.array([entry["step"] for entry in opened.evaluations]),
-    {name: np.array(losses[name]) for name in names},
-    {name: config.data.sources[name].role for name in names},
-    {name: read.get(name, 0) for name in names},
-    bool(opened.summary),
-  )
+    opened.path, config, np.asarray(schedule.from_config(config)(np.arange(config_lib.num_steps(config))), np.float64),
+    np.array([entry["step"] for entry in opened.evaluations]), {name: np.array(losses[name]) for name in names},
+    {name: config.data.sources[name].role for name in names}, {name: read.get(name, 0) for name in names}, bool(opened.summary),
+  )  # fmt: skip
 
 
 def read_runs(folder: str | pathlib.Path) -> list[Run]:
