@@ -31,7 +31,7 @@ LAYERS = [
   + ["training.stack", "training.recorder", "training.loop"],
   ["preview.hlo", "preview.buffers", "preview.memory", "preview.dry_run", "preview.program", "preview.collectives"]
   + ["preview.roofline", "preview.step_report", "preview.absent_chips", "preview.compile_ahead", "preview.step_tables"],
-  ["results.runs", "results.report", "results.tables", "results.learning", "results.export", "results.recovery"]
+  ["results.tables", "results.runs", "results.report", "results.learning", "results.export", "results.recovery"]
   + ["results.recovery_tables", "results.batches"],
   ["diagnosis.verdict", "diagnosis.measure", "diagnosis.diagnose", "diagnosis.tables", "diagnosis.vocab_tables"],
   ["laws.fit", "laws.curves", "laws.annealing", "laws.cpt_law", "laws.separable", "laws.change", "laws.replay", "laws.domain"]

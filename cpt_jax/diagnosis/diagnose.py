@@ -235,10 +235,8 @@ def _command(
   row_len = base.spec.max_positions if one.practice == "long" else min(recipe.data.row_len, base.spec.max_positions)
   general, source = pair.values()
   keys: dict[str, Any] = {
-    "start.hf": base.path,
-    "data.sources.general.store": str(general.path),
-    f"data.sources.{learnt}.store": str(source.path),
-  }
+    "start.hf": base.path, "data.sources.general.store": str(general.path), f"data.sources.{learnt}.store": str(source.path),
+  }  # fmt: skip
   if learnt == "domain":  # the language recipe has a ramp
     share = practice.replay[1]
     keys |= {"data.sources.general.share": f"{share:g}", "data.sources.domain.share": f"{1 - share:g}"}

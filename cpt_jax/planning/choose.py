@@ -78,11 +78,9 @@ def candidates(role: str, inputs: dict[str, np.ndarray]) -> list[Any]:
   units = {"rate0": float(np.median(inputs["rate"])), "tokens0": float(np.median(inputs["tokens"]))}
   shares = [name for name in inputs if name.startswith("share:")]
   shared = [
-    replay.Surface(**units),
-    dcpt.DCpt(role=role, **units),
-    dcpt.DCptRate(role=role, **units),
+    replay.Surface(**units), dcpt.DCpt(role=role, **units), dcpt.DCptRate(role=role, **units),
     mixing.Mixing(names=tuple(shares[:-1]) if len(shares) > 2 else ("replay",), **units),
-  ]
+  ]  # fmt: skip
   if role == cells_lib.REPLAY:
     return [
       law(**units) for law in (replay.Additive, replay.Multiplicative, replay.Metric, replay.Power, replay.Balance)

@@ -114,11 +114,9 @@ class Counted:
 
 
 def count(
-  tokenizer_list: Sequence[tokenization.Tokenizer],
-  batches: Iterator[list[str]],
-  *,
+  tokenizer_list: Sequence[tokenization.Tokenizer], batches: Iterator[list[str]], *,
   on_part: Callable[[str], object] = lambda _: None,
-) -> Counted:
+) -> Counted:  # fmt: skip
   """Counts the ids of all tokenizers in one pass; `on_part` sees every part."""
   counted = Counted([np.zeros((2, tokenizer.vocab_size), np.int64) for tokenizer in tokenizer_list])
 
@@ -143,13 +141,11 @@ def fit(tokenizer: tokenization.Tokenizer, counts_V: np.ndarray, text: corpus.Te
     raise ConfigError(f"{tokenizer.path}: makes no token of the text; give text with words in it")
   units = text.words if text.unit == "word" else text.characters
   return Fit(
-    tokens=tokens,
-    bytes_per_token=text.bytes / tokens,
-    fertility=tokens / max(units, 1),
+    tokens=tokens, bytes_per_token=text.bytes / tokens, fertility=tokens / max(units, 1),
     byte_frac=float(counts_V[sorted(tokenizer.byte_ids)].sum() / tokens),
     unknown_frac=0.0 if tokenizer.unk_id is None else float(counts_V[tokenizer.unk_id] / tokens),
     used_frac=float((counts_V > 0).mean()),
-  )
+  )  # fmt: skip
 
 
 def distance(domain_2V: np.ndarray, general_2V: np.ndarray) -> tuple[float, float]:
