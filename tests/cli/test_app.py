@@ -134,7 +134,7 @@ def test_ctrl_c_is_quiet(root, tmp_path):
   assert process.stdout.readline() == "up\n"
   time.sleep(0.1)
   process.send_signal(signal.SIGINT)
-  _, err = process.communicate(timeout=30)
+  _, err = process.communicate(timeout=300)
   assert process.returncode == exits.INTERRUPTED and err == "interrupted\n"
 
 
