@@ -11,8 +11,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cpt_jax import config as config_lib
-from cpt_jax import exits, shipped
+from cpt_jax import config as config_lib, exits, shipped
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.devices import environment
 

@@ -13,8 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cpt_jax import config as config_lib
-from cpt_jax import journal, shipped
+from cpt_jax import config as config_lib, journal, shipped
 from cpt_jax.config import Problems
 from cpt_jax.diagnosis import measure, verdict
 from cpt_jax.diagnosis.measure import Base

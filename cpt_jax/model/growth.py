@@ -20,8 +20,7 @@ from cpt_jax.config import Problems
 from cpt_jax.model import expansion, hf_files
 from cpt_jax.progress import Progress
 from cpt_jax.store import documents
-from cpt_jax.vocab import grow, initialise, kinds, similarity
-from cpt_jax.vocab import texts as texts_lib
+from cpt_jax.vocab import grow, initialise, kinds, similarity, texts as texts_lib
 from cpt_jax.vocab.bases import Base
 from cpt_jax.vocab.changes import Changes
 from cpt_jax.vocab.grow import Grown

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError
-from cpt_jax.laws import change, dcpt, domain, mixing, replay
-from cpt_jax.laws import fit as fit_lib
+from cpt_jax.laws import change, dcpt, domain, fit as fit_lib, mixing, replay
 from cpt_jax.laws.separable import TOLERANCE
 from cpt_jax.planning import cells as cells_lib
 from cpt_jax.planning.cells import Cell

@@ -13,8 +13,7 @@ import numpy as np
 
 from cpt_jax.config import ConfigError
 from cpt_jax.laws.change import SMALL
-from cpt_jax.planning import cells as cells_lib
-from cpt_jax.planning import choose
+from cpt_jax.planning import cells as cells_lib, choose
 from cpt_jax.planning.cells import Cell
 from cpt_jax.planning.choose import REPLAY0, Choice
 

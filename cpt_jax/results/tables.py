@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cpt_jax import config as config_lib
-from cpt_jax import journal
+from cpt_jax import config as config_lib, journal
 from cpt_jax.config import ConfigError
 
 

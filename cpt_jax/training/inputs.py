@@ -12,10 +12,8 @@ import optax
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import Problems
-from cpt_jax.devices import hosts
-from cpt_jax.devices import mesh as mesh_lib
-from cpt_jax.model import pretrained
-from cpt_jax.model import spec as spec_lib
+from cpt_jax.devices import hosts, mesh as mesh_lib
+from cpt_jax.model import pretrained, spec as spec_lib
 from cpt_jax.store import prepare, token_files
 from cpt_jax.store.records import Rules
 from cpt_jax.stream import pipeline, sources

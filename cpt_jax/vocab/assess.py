@@ -14,14 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cpt_jax import config as config_lib
-from cpt_jax import shipped
+from cpt_jax import config as config_lib, shipped
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.journal import write_atomically
 from cpt_jax.progress import Progress
 from cpt_jax.store import corpus, documents, tokenization
-from cpt_jax.vocab import candidates, grow, kinds, verdict
-from cpt_jax.vocab import texts as texts_lib
+from cpt_jax.vocab import candidates, grow, kinds, texts as texts_lib, verdict
 from cpt_jax.vocab.bases import Base
 from cpt_jax.vocab.verdict import RULES, Finding
 

@@ -14,8 +14,7 @@ import factory
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from loaders import UNIQUE, assert_same, write
 from store_writer import StoreWriter
 
