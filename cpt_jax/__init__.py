@@ -13,10 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from cpt_jax import config as config
   from cpt_jax.diagnosis.diagnose import diagnose as diagnose
-  from cpt_jax.library import evaluate as evaluate
-  from cpt_jax.library import load_model as load_model
-  from cpt_jax.library import save_model as save_model
-  from cpt_jax.library import train as train
+  from cpt_jax.library import evaluate as evaluate, load_model as load_model, save_model as save_model, train as train
   from cpt_jax.planning.planner import plan as plan
   from cpt_jax.results.export import export as export
   from cpt_jax.results.tables import open_run as open_run

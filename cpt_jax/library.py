@@ -10,14 +10,11 @@ from typing import Any
 
 import jax
 
-from cpt_jax import config as config_lib
-from cpt_jax import exits, shipped
+from cpt_jax import config as config_lib, exits, shipped
 from cpt_jax.config import Problems
-from cpt_jax.devices import hosts
-from cpt_jax.devices import mesh as mesh_lib
+from cpt_jax.devices import hosts, mesh as mesh_lib
 from cpt_jax.diagnosis import measure, verdict
-from cpt_jax.model import pretrained, transformer
-from cpt_jax.model import spec as spec_lib
+from cpt_jax.model import pretrained, spec as spec_lib, transformer
 from cpt_jax.progress import Progress
 from cpt_jax.results import tables
 from cpt_jax.training import checkpoint, loop

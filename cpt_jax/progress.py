@@ -14,23 +14,21 @@ import rich.progress
 EVERY_SECS = 20.0  # between two lines of one part
 
 
+def columns(what: str, *middle: rich.progress.ProgressColumn) -> tuple[rich.progress.ProgressColumn, ...]:
+  """Those of all bars: what is done, the bar, `middle`, the time that it took and that is left."""
+  text, bar, left = rich.progress.TextColumn, rich.progress.BarColumn(bar_width=24), rich.progress.TimeRemainingColumn()
+  return text(f"[bold]{what}"), bar, *middle, rich.progress.TimeElapsedColumn(), text("left"), left
+
+
 class Progress:
   """`with Progress() as progress: advance = progress.part("read the domain", total); ...; advance(1)`."""
 
   def __init__(self):
     self._is_terminal = sys.stderr.isatty()
-    self._bar = rich.progress.Progress(
-      rich.progress.TextColumn("[bold]{task.description}"),
-      rich.progress.BarColumn(bar_width=24),
-      rich.progress.MofNCompleteColumn(),
-      rich.progress.TimeElapsedColumn(),
-      rich.progress.TextColumn("left"),
-      rich.progress.TimeRemainingColumn(),
-      console=rich.console.Console(stderr=True, highlight=False),
-      transient=True,
-      redirect_stdout=False,
-      disable=not self._is_terminal,
-    )
+    console = rich.console.Console(stderr=True, highlight=False)
+    found = columns("{task.description}", rich.progress.MofNCompleteColumn())
+    hidden = not self._is_terminal
+    self._bar = rich.progress.Progress(*found, console=console, transient=True, redirect_stdout=False, disable=hidden)
 
   def part(self, what: str, total: int | None = None, *, unit: int = 1) -> Callable[[int], None]:
     """Begins a part of the work; what is returned is called with how much more of `total` is done, shown in `unit`s."""

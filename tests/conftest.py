@@ -144,8 +144,7 @@ def made_once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_base(made_once, fixtures, tiny_hf_config):
   """A Hugging Face directory with random weights and the fixture's tokenizer."""
-  from cpt_jax.model import pretrained, transformer
-  from cpt_jax.model import spec as spec_lib
+  from cpt_jax.model import pretrained, spec as spec_lib, transformer
 
   def make(where):
     tiny = spec_lib.from_hf(tiny_hf_config)

@@ -16,7 +16,7 @@ LAYERS = [
   ["devices.environment", "devices.chips", "devices.hosts", "devices.mesh", "devices.signals", "devices.launch", "devices.ssh"],
   ["store.records", "store.compressed", "store.lines", "store.parquet", "store.documents"]
   + ["store.spelling", "store.tokenizer_files", "store.tokenizer_json", "store.sentencepiece_model", "store.tokenization"]
-  + ["store.corpus", "store.chat", "store.token_files", "store.token_store", "store.integrity", "store.decontaminate"]
+  + ["store.corpus", "store.chat", "store.token_files", "store.token_store", "store.decontaminate"]
   + ["store.units", "store.work", "store.processes", "store.assembly", "store.prepare", "store.cluster", "store.machines"],
   ["stream.batch", "stream.sources", "stream.selection", "stream.policies", "stream.packing", "stream.layout_files"]
   + ["stream.shuffle", "stream.quotas", "stream.mixture", "stream.order", "stream.tally", "stream.heldout", "stream.pipeline"]
@@ -31,7 +31,7 @@ LAYERS = [
   + ["training.stack", "training.recorder", "training.loop"],
   ["preview.hlo", "preview.buffers", "preview.memory", "preview.dry_run", "preview.program", "preview.collectives"]
   + ["preview.roofline", "preview.step_report", "preview.absent_chips", "preview.compile_ahead", "preview.step_tables"],
-  ["results.runs", "results.report", "results.tables", "results.learning", "results.export", "results.recovery"]
+  ["results.tables", "results.runs", "results.report", "results.learning", "results.export", "results.recovery"]
   + ["results.recovery_tables", "results.batches"],
   ["diagnosis.verdict", "diagnosis.measure", "diagnosis.diagnose", "diagnosis.tables", "diagnosis.vocab_tables"],
   ["laws.fit", "laws.curves", "laws.annealing", "laws.cpt_law", "laws.separable", "laws.change", "laws.replay", "laws.domain"]

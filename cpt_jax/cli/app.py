@@ -56,12 +56,8 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str], *, environ: MutableMapping[str, str] | None = None) -> int:
-  """Runs one command line, without the program's name; returns the exit code.
-
-  Args:
-    argv: e.g. ["show", "--run=runs/quickstart", "--step=3"].
-    environ: where the variables of jax are set before it starts; None = nothing is set.
-  """
+  """Runs one command line, e.g. ["show", "--run=runs/quickstart", "--step=3"]; returns the exit code.
+  `environ`: where the variables of jax are set before it starts; None = nothing is set."""
   try:
     return _main(list(argv), {} if environ is None else environ)
   except BaseException as error:

@@ -2,8 +2,7 @@
 
 import argparse
 
-from cpt_jax import config as config_lib
-from cpt_jax import exits
+from cpt_jax import config as config_lib, exits
 from cpt_jax.cli import manual
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from cpt_jax import exits, shipped
 from cpt_jax.cli import manual
-from cpt_jax.store import chat, decontaminate, integrity, machines
+from cpt_jax.store import chat, decontaminate, machines, token_store
 from cpt_jax.store.records import RECORDS, Rules
 
 _FILTERS = "datatrove's rules for English web text, in this order"
@@ -69,7 +69,7 @@ def parser() -> manual.Parser:
 def run(args: Namespace) -> int:
   """Prepares, describes or verifies."""
   if args.verify:
-    print(integrity.verify(args.verify))
+    print(token_store.verify(args.verify))
     return exits.DONE
   missing = [f"--{name}" for name in ("input", "tokenizer", "output") if not getattr(args, name)]
   uses_datatrove = bool(args.executor or args.filters or args.dedup or args.dry_run)

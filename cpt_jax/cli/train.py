@@ -3,8 +3,7 @@
 import pathlib
 from argparse import Namespace
 
-from cpt_jax import config as config_lib
-from cpt_jax import exits
+from cpt_jax import config as config_lib, exits
 from cpt_jax.cli import manual
 
 

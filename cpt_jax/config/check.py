@@ -9,8 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cpt_jax.config import keys, shares
-from cpt_jax.config import stages as stages_lib
+from cpt_jax.config import keys, shares, stages as stages_lib
 from cpt_jax.config.durations import Duration
 from cpt_jax.config.errors import Problems, did_you_mean
 from cpt_jax.config.shares import Share

@@ -11,8 +11,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cpt_jax import config as config_lib
-from cpt_jax import exits, shipped
+from cpt_jax import config as config_lib, exits, shipped
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.devices import environment
 
@@ -98,12 +97,8 @@ def by_xpk(run: Run, options: Mapping[str, Any]) -> list[str]:
 def slurm_script(run: Run, options: Mapping[str, Any], more: Sequence[str], *, nodes: int, stop_secs: int) -> str:
   """The script that sbatch is given: one task for each node; a job that ends before its run does goes back into the queue.
 
-  Args:
-    run: what each node runs; all nodes see its directory.
-    options: of sbatch, None where one is not given.
-    more: other options of sbatch, name=value, which win.
-    nodes: and so processes.
-    stop_secs: so long before the limit the run is told to save and end.
+  All nodes see the directory of `run`. `options` are of sbatch, None where one is not given; `more` are others, name=value, which
+  win. So many `stop_secs` before the limit the run is told to save and end.
   """
   if any("\n" in str(option) for option in (*options.values(), *more)):
     raise ConfigError("an option of sbatch is one line: --name, --output and --sbatch take no line breaks")

@@ -13,8 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cpt_jax import config as config_lib
-from cpt_jax import journal, shipped
+from cpt_jax import config as config_lib, journal, shipped
 from cpt_jax.config import Problems
 from cpt_jax.diagnosis import measure, verdict
 from cpt_jax.diagnosis.measure import Base
@@ -235,10 +234,8 @@ def _command(
   row_len = base.spec.max_positions if one.practice == "long" else min(recipe.data.row_len, base.spec.max_positions)
   general, source = pair.values()
   keys: dict[str, Any] = {
-    "start.hf": base.path,
-    "data.sources.general.store": str(general.path),
-    f"data.sources.{learnt}.store": str(source.path),
-  }
+    "start.hf": base.path, "data.sources.general.store": str(general.path), f"data.sources.{learnt}.store": str(source.path),
+  }  # fmt: skip
   if learnt == "domain":  # the language recipe has a ramp
     share = practice.replay[1]
     keys |= {"data.sources.general.share": f"{share:g}", "data.sources.domain.share": f"{1 - share:g}"}

@@ -12,14 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cpt_jax import config as config_lib
-from cpt_jax import hub
+from cpt_jax import config as config_lib, hub
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.diagnosis import verdict
 from cpt_jax.diagnosis.verdict import Figures
-from cpt_jax.model import pretrained, transformer
-from cpt_jax.model import spec as spec_lib
+from cpt_jax.model import pretrained, spec as spec_lib, transformer
 from cpt_jax.progress import Progress
 from cpt_jax.store import corpus, token_store, tokenization
 from cpt_jax.stream import excerpts, heldout, sources

@@ -65,20 +65,11 @@ def _figures(figures: dict[str, Figures], general: str) -> None:
   rows = []
   for name, figure in figures.items():
     vocabulary, store, saving = figure.vocabulary, figure.store, figure.vocabulary.own_saving_frac
-    rows.append(
-      [
-        name,
-        f"{store.tokens_per_byte:.3f}",
-        f"{1 / store.tokens_per_byte:.2f}",
-        f"{figure.text.fertility:.2f} a {figure.text.unit}",
-      ]
-      + [f"{vocabulary.byte_frac:.1%}", f"{vocabulary.unknown_frac:.1%}", f"{vocabulary.used_frac:.0%}"]
-      + [
-        "?" if saving is None else f"{round(saving, 2) + 0.0:.0%}",
-        f"{figure.distance.bits:.3f}",
-        f"{figure.distance.floor_bits:.3f}",
-      ]
-    )
+    rows.append([name, f"{store.tokens_per_byte:.3f}", f"{1 / store.tokens_per_byte:.2f}"])
+    rows[-1] += [f"{figure.text.fertility:.2f} a {figure.text.unit}"]
+    rows[-1] += [f"{vocabulary.byte_frac:.1%}", f"{vocabulary.unknown_frac:.1%}", f"{vocabulary.used_frac:.0%}"]
+    rows[-1] += ["?" if saving is None else f"{round(saving, 2) + 0.0:.0%}"]
+    rows[-1] += [f"{figure.distance.bits:.3f}", f"{figure.distance.floor_bits:.3f}"]
   console.table(
     "how the base's vocabulary fits",
     ["source", "tokens/byte", "bytes/token", "tokens", "byte tokens", "unknown", "vocab used", "own saves", "JS bits", "noise"],
@@ -88,12 +79,9 @@ def _figures(figures: dict[str, Figures], general: str) -> None:
   for name, figure in figures.items():
     lengths, store = figure.lengths, figure.store
     scripts = [f"{script} {share:.0%}" for script, share in figure.text.scripts.items() if share >= 0.01][:3]
-    rows.append(
-      [name, console.count(store.documents), console.count(store.tokens)]
-      + [f"{lengths.median:,.0f}", f"{lengths.p90:,.0f}", f"{lengths.p99:,.0f}"]
-      + [f"{share:.0%}" for share in lengths[4:]]
-      + [", ".join(scripts) or "no letters"]
-    )
+    rows.append([name, console.count(store.documents), console.count(store.tokens)])
+    rows[-1] += [f"{lengths.median:,.0f}", f"{lengths.p90:,.0f}", f"{lengths.p99:,.0f}"]
+    rows[-1] += [*(f"{share:.0%}" for share in lengths[4:]), ", ".join(scripts) or "no letters"]
   console.table(
     "documents, in tokens; shares of the tokens",
     ["source", "documents", "tokens", "median", "p90", "p99", "in > 4k", "in > 32k", "in > context", "past context", "letters"],

@@ -103,12 +103,10 @@ def growth(made: Growth) -> None:
   rows = []
   for name, change in made.changes.items():
     rows.append([name, f"{change.documents:,}", f"{change.changed_documents:,}", console.count(change.tokens)])
+    rows[-1] += [f"{change.changed_tokens:,}", f"{change.changed_tokens / max(change.tokens, 1):.3%}"]
     rows[-1] += [
-      f"{change.changed_tokens:,}",
-      f"{change.changed_tokens / max(change.tokens, 1):.3%}",
-      console.count(change.tokens_after),
-    ]
-    rows[-1] += [f"{change.saved_frac:.1%}", f"{change.bytes / max(change.tokens_after, 1):.2f}"]
+      console.count(change.tokens_after), f"{change.saved_frac:.1%}", f"{change.bytes / max(change.tokens_after, 1):.2f}",
+    ]  # fmt: skip
   heads = ["text", "parts", "changed", "tokens", "changed", "share", "tokens after", "saved", "bytes/token"]
   console.table("what growth changes in tokenisation (parts: documents, long ones cut)", heads, rows)
   kind = "a unigram model: the best path over all pieces may change anywhere" if base.is_unigram else "old merges are done first"

@@ -119,7 +119,7 @@ class CptLaw:
     def of_curve(curve: Curve) -> np.ndarray:
       L0, A, alpha, S1_pt, C2, B, E, beta, steps, *of_replay = theta_P
       shift_n = -np.expm1(-beta * np.log1p(E * curve.area_n))
-      left, _ = self.replay.factor(*(of_replay or [0.0]), curve.replay_frac)
+      left, _ = self.replay.factor(of_replay[0] if of_replay else 0.0, curve.replay_frac)
       return L0 + A * (S1_pt + curve.area_n) ** -alpha - C2 * curve.annealing(1 - 1 / steps)[0] + B * left * shift_n
 
     return annealing.over_curves(of_curve, inputs)
@@ -135,7 +135,7 @@ class CptLaw:
     annealed_n, annealed_slope_n = curve.annealing(1 - 1 / steps)
     log_n = np.log1p(E * curve.area_n)
     shift_n = -np.expm1(-beta * log_n)
-    left, left_slope = self.replay.factor(*(of_replay or [0.0]), curve.replay_frac)
+    left, left_slope = self.replay.factor(of_replay[0] if of_replay else 0.0, curve.replay_frac)
     slopes = [-alpha * A * whole_n ** (-alpha - 1), -annealed_n, left * shift_n]
     slopes += [B * left * beta * (1 - shift_n) * curve.area_n / (1 + E * curve.area_n), B * left * (1 - shift_n) * log_n]
     slopes += [-C2 * annealed_slope_n / steps**2, B * shift_n * left_slope]
@@ -151,7 +151,7 @@ class CptLaw:
       "beta": annealing.log_uniform(rng, 0.05, 1.0, num),
       "decay_steps": np.clip(longest * annealing.log_uniform(rng, 1e-3, 1.0, num), *annealing.DECAY_STEPS),
     }
-    rng.random(num)  # drawn for nothing: a seed gives the starts with which the figures of docs/laws.md were measured
+    rng.random(num)  # drawn for nothing: a seed gives the starts with which the figures of docs/guide/fit_laws.md were measured
     draws["E"] = (2 ** (1 / draws["beta"]) - 1) / (area * annealing.log_uniform(rng, 1e-5, 0.5, num))
     draws[self.replay.parameter] = self.replay.starts(rng, num)
     linear = ["L0", "A", "C2", "B"]

@@ -250,6 +250,7 @@ class CurveLaw(Law, Protocol):
   @property
   def priors(self) -> Mapping[str, Prior]:
     """For what a few curves cannot fix."""
+    ...
 
 
 def fit(law: CurveLaw, curves: Sequence[Curve], *, num_starts: int = 48, seed: int = 0) -> Fit:

@@ -34,7 +34,6 @@ class DCpt(Separable):
     return 1.0, np.where(r > 0, powers, 0.0), np.exp(-gamma * np.log(r + np.exp(ln_eps)))
 
 
-@dataclasses.dataclass(frozen=True)
 class DCptRate(DCpt):
   """The D-CPT law with a learning rate, which the paper keeps fixed: E + B r^eta / (D e)^beta + C e^k / (r + eps)^gamma.
 

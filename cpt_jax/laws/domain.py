@@ -6,7 +6,6 @@ The gain grows with the rate, the tokens and the domain's share, by a logarithm 
 some of it back. Which form serves is decided by held-out error (laws.choose), not here.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,7 +17,6 @@ from cpt_jax.laws.separable import ANY, POSITIVE, Inputs, Separable
 SHARE0 = 0.01
 
 
-@dataclasses.dataclass(frozen=True)
 class LogGain(Separable):
   """loss = base + g0 - a ln e + q (ln e)^2 - d ln t - s ln(1 - rho): Sailor's quadratic (2404.03608) for new text."""
 
@@ -30,7 +28,6 @@ class LogGain(Separable):
     return 1.0, -ln_e, ln_e**2, -ln_t, -_log_share(inputs)
 
 
-@dataclasses.dataclass(frozen=True)
 class Shift(Separable):
   """loss = base - B (1 - (1 + x)^-beta) + h e, x = E (e t)^k (1 - rho)^s: the CPT law's shift at the end of a run.
 
@@ -49,7 +46,6 @@ class Shift(Separable):
     return np.exp(-beta * np.log1p(x)) - 1.0, inputs["rate"] / self.rate0
 
 
-@dataclasses.dataclass(frozen=True)
 class PowerGain(Separable):
   """loss = base + g0 + A x^-1 + h e, x = e^k t^m (1 - rho)^s: a power law in rate, tokens and share."""
 

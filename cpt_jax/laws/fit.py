@@ -50,23 +50,29 @@ class Law(Protocol):
   @property
   def name(self) -> str:
     """What people call it."""
+    ...
 
   @property
   def parameters(self) -> tuple[str, ...]:
     """The names of theta_P."""
+    ...
 
   @property
   def bounds(self) -> tuple[tuple[float, float], ...]:
     """(low, high) of each parameter, infinities allowed; with low above 0 the search is in the logarithm."""
+    ...
 
   def predict(self, theta_P: np.ndarray, inputs: Any) -> np.ndarray:
     """loss_n of every observation."""
+    ...
 
   def gradient(self, theta_P: np.ndarray, inputs: Any) -> np.ndarray:
     """(n, P): the derivative of `predict`."""
+    ...
 
   def starts(self, inputs: Any, loss_n: np.ndarray, *, num: int, rng: np.random.Generator) -> np.ndarray:
     """(num, P): where to begin, from the data and wide ranges, whatever the units of the rates and the size of the model."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)

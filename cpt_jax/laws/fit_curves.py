@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError, did_you_mean
-from cpt_jax.laws import annealing, curves
-from cpt_jax.laws import fit as fit_lib
+from cpt_jax.laws import annealing, curves, fit as fit_lib
 from cpt_jax.laws.cpt_law import REPLAY_FORMS, CptLaw
 from cpt_jax.laws.curves import Curve, CurveLaw
 from cpt_jax.laws.fit import Fit, Scores

@@ -7,7 +7,6 @@ F = f0 - b ln(rho) has R2 .998 for a strong shift and .977 for a weak one, where
 rho = 0 finite. Rates and tokens enter in the ways below; which one serves is decided by held-out error (laws.choose), not here.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,7 +17,6 @@ from cpt_jax.laws.separable import ANY, POSITIVE, Inputs, Separable
 _LOG_SHARE = (float(np.log(1e-6)), 0.0)  # of rho0: from one token in a million to all of them
 
 
-@dataclasses.dataclass(frozen=True)
 class Additive(Separable):
   """F = f0 + a ln e + d ln t - b ln(rho + rho0): Sailor's log(share) - log(rate) (2404.03608) with free weights."""
 
@@ -30,7 +28,6 @@ class Additive(Separable):
     return 1.0, *self.logs(inputs), -np.log(inputs["replay"] + np.exp(shape_Q[0]))
 
 
-@dataclasses.dataclass(frozen=True)
 class Multiplicative(Separable):
   """F = e^k t^m (c - b ln(rho + rho0)): each e-fold of replay saves the same part of what the rate and the length forget."""
 
@@ -44,7 +41,6 @@ class Multiplicative(Separable):
     return power, -power * np.log(inputs["replay"] + np.exp(ln_rho0))
 
 
-@dataclasses.dataclass(frozen=True)
 class Metric(Separable):
   """F = f0 + f1 z + f2 z^2, z = ln(rho + rho0) - kappa ln e - mu ln t: one scalar tells all (2404.03608, kappa = 1)."""
 
@@ -58,7 +54,6 @@ class Metric(Separable):
     return 1.0, z, z**2
 
 
-@dataclasses.dataclass(frozen=True)
 class Power(Separable):
   """F = f0 + A e^k t^m (1 + rho / rho0)^-alpha: Bethune et al. (2502.06042) for one model size, with the rate added.
 
@@ -75,7 +70,6 @@ class Power(Separable):
     return 1.0, np.exp(k * ln_e + m * ln_t - alpha * np.log1p(inputs["replay"] / np.exp(ln_rho0)))
 
 
-@dataclasses.dataclass(frozen=True)
 class Balance(Separable):
   """F = f0 + A e^k t^m (1 + rho (e t)^j / rho0)^-alpha: `Power`, in which replay, too, is learnt by rate times tokens.
 
@@ -92,7 +86,6 @@ class Balance(Separable):
     return 1.0, np.exp(k * ln_e + m * ln_t - alpha * np.log1p(x))
 
 
-@dataclasses.dataclass(frozen=True)
 class Surface(Separable):
   """Quadratic in ln e and r = ln(rho + rho0), straight in ln t: no theory; what a law must beat to be worth having.
 

@@ -76,7 +76,7 @@ class Separable:
     if not num_shapes:
       return columns_nK
     moved_QQ1 = (shape_Q[:, None] + 1j * _TINY * np.eye(num_shapes))[:, :, None]  # column q has only parameter q moved
-    slopes_QnK = self.columns(moved_QQ1, inputs).imag / _TINY
+    slopes_QnK = np.imag(self.columns(moved_QQ1, inputs)) / _TINY
     return np.concatenate([columns_nK, (slopes_QnK @ theta_P[:num_linear]).T], axis=1)
 
   def starts(self, inputs: Inputs, loss_n: np.ndarray, *, num: int, rng: np.random.Generator) -> np.ndarray:

@@ -20,8 +20,7 @@ from cpt_jax.config import Problems
 from cpt_jax.model import expansion, hf_files
 from cpt_jax.progress import Progress
 from cpt_jax.store import documents
-from cpt_jax.vocab import grow, initialise, kinds, similarity
-from cpt_jax.vocab import texts as texts_lib
+from cpt_jax.vocab import grow, initialise, kinds, similarity, texts as texts_lib
 from cpt_jax.vocab.bases import Base
 from cpt_jax.vocab.changes import Changes
 from cpt_jax.vocab.grow import Grown
@@ -62,47 +61,27 @@ class _Read(NamedTuple):
 
 
 def grow_base(
-  hf: str | os.PathLike,
+  hf: str | os.PathLike,  # the base, a Hugging Face directory, or a tokenizer alone
   *,
-  domain: Sequence[str],
-  output: str | os.PathLike,
-  general: Sequence[str] = (),
-  protect: Sequence[str] = (),
-  size: int = 8000,
-  saving: float = 1.0,
-  band: str = "all",
-  band_by: str = "use",
-  min_count: int = grow.MIN_COUNT,
-  sample_mb: float = 50,
-  input_rows: str = "mean",
-  output_rows: str = "",
-  scale: float = 1.0,
-  seed: int = 0,
-  multiple: int = 128,
+  domain: Sequence[str],  # text files or globs that pieces are chosen from
+  output: str | os.PathLike,  # the directory to write
+  general: Sequence[str] = (),  # text like the base's own
+  protect: Sequence[str] = (),  # text whose tokenisation must not change at all
+  size: int = 8000,  # pieces to add, at most
+  saving: float = 1.0,  # stop once the pieces save this share of the domain's tokens
+  band: str = "all",  # low, high, all, or quantiles such as "0.2:0.6"
+  band_by: str = "use",  # what the band is of, "use" or "count"; see vocab.grow.grow
+  min_count: int = grow.MIN_COUNT,  # times that a piece must stand in the sample of the domain
+  sample_mb: float = 50,  # 10^6 bytes of the domain that pieces are chosen from, at most
+  input_rows: str = "mean",  # how new embedding rows are made, of vocab.initialise.INITIALISERS
+  output_rows: str = "",  # new head rows, of the same choices; "" = mean. Not for tied models
+  scale: float = 1.0,  # of the noise of gaussian and random rows, in standard deviations
+  seed: int = 0,  # of that noise
+  multiple: int = 128,  # rows are padded to a multiple of it
 ) -> Growth:
   """Chooses pieces that shorten the domain's text, writes the base with them, and measures what they change.
 
-  Args:
-    hf: the base, a Hugging Face directory, or a tokenizer alone.
-    domain: text files or globs that pieces are chosen from.
-    output: the directory to write.
-    general: text like the base's own.
-    protect: text whose tokenisation must not change at all.
-    size: pieces to add, at most.
-    saving: stop once the pieces save this share of the domain's tokens.
-    band: low, high, all, or quantiles such as "0.2:0.6".
-    band_by: what the band is of, "use" or "count"; see vocab.grow.grow.
-    min_count: times that a piece must stand in the sample of the domain.
-    sample_mb: 10^6 bytes of the domain that pieces are chosen from, at most.
-    input_rows: how new embedding rows are made, of vocab.initialise.INITIALISERS.
-    output_rows: new head rows, of the same choices; "" = mean. Not for tied models.
-    scale: of the noise of gaussian and random rows, in standard deviations.
-    seed: of that noise.
-    multiple: rows are padded to a multiple of it.
-
-  Raises:
-    ConfigError: all that is wrong with the settings, the base and the texts.
-    DataError: text that cannot be read.
+  Raises ConfigError: all that is wrong with the settings, the base and the texts; DataError: text that cannot be read.
   """
   problems, files = Problems(), {}
   for name, patterns in ("domain", domain), ("general", general), ("protect", protect):
@@ -224,15 +203,9 @@ def _write(base: _Base, grown: Grown, read: _Read, output: pathlib.Path, *, rows
     hf_files.write_file(partial / tokenizer.file_name, grown.raw)
     if model is not None:
       num_padding = rows - grown.vocab_size
-      expansion.write(
-        model,
-        partial,
-        num_old=tokenizer.vocab_size,
-        vocab_size=grown.vocab_size,
-        rows=rows,
-        new={name: expansion.make_rows(base.initialisers[name], old, num_padding=num_padding) for name in model.tables},
-        on_bytes=progress.part("write the model (kB)", needed, unit=1000),
-      )
+      new = {name: expansion.make_rows(base.initialisers[name], old, num_padding=num_padding) for name in model.tables}
+      sizes = {"num_old": tokenizer.vocab_size, "vocab_size": grown.vocab_size, "rows": rows}
+      expansion.write(model, partial, **sizes, new=new, on_bytes=progress.part("write the model (kB)", needed, unit=1000))
     elif (source / "config.json").is_file():
       sizes = {"vocab_size": rows, expansion.TRUE_SIZE: grown.vocab_size, expansion.BASE_SIZE: tokenizer.vocab_size}
       config = hf_files.load_json(source / "config.json") | sizes

@@ -67,10 +67,7 @@ def objective(
   """`sum_m source_weights[m] * (loss_m + z_loss * z_loss_m)`, float32 [], and the sums that it is made of.
 
   Its gradient is computed along with it, chunk by chunk, so that no logits are kept or computed twice. The sums are measured
-  only: a gradient through them is an error.
-
-  Args:
-    chunk: positions of each device whose logits exist at once; 0 = all.
+  only: a gradient through them is an error. `chunk`: positions of each device whose logits exist at once; 0 = all.
   """
   weights_M = np.asarray(source_weights, np.float32)
   targets_BT, weights_BT = (mesh_lib.constrain(x, "batch", "seq") for x in (batch.targets_BT, batch.weights_BT))

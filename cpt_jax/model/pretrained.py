@@ -309,28 +309,13 @@ def _describes(config: dict[str, Any], spec: ModelSpec) -> bool:
 
 def to_hf(spec: ModelSpec) -> dict[str, Any]:
   """The config.json of a spec: `from_hf(to_hf(spec)) == spec`."""
-  config = {
-    "architectures": [f"{ARCHITECTURES[spec.family]}ForCausalLM"],
-    "model_type": spec.family,
-    "hidden_act": "silu",
-    "vocab_size": spec.vocab_size,
-    "hidden_size": spec.width,
-    "intermediate_size": spec.mlp_width,
-    "num_hidden_layers": spec.num_layers,
-    "num_attention_heads": spec.num_heads,
-    "num_key_value_heads": spec.num_kv_heads,
-    "head_dim": spec.head_dim,
-    "max_position_embeddings": spec.max_positions,
-    "rms_norm_eps": spec.norm_eps,
-    "rope_theta": spec.rope_theta,
-    "rope_scaling": scaling_to_hf(spec.rope_scaling),
-    "tie_word_embeddings": spec.tied,
-    "initializer_range": spec.init_std,
-  }
-  if spec.true_vocab_size:
-    config["true_vocab_size"] = spec.true_vocab_size
-  if spec.base_vocab_size:
-    config["base_vocab_size"] = spec.base_vocab_size
+  config: dict[str, Any] = {"architectures": [f"{ARCHITECTURES[spec.family]}ForCausalLM"], "model_type": spec.family}
+  config |= {"hidden_act": "silu", "vocab_size": spec.vocab_size, "hidden_size": spec.width, "intermediate_size": spec.mlp_width}
+  config |= {"num_hidden_layers": spec.num_layers, "num_attention_heads": spec.num_heads}
+  config |= {"num_key_value_heads": spec.num_kv_heads, "head_dim": spec.head_dim, "max_position_embeddings": spec.max_positions}
+  config |= {"rms_norm_eps": spec.norm_eps, "rope_theta": spec.rope_theta, "rope_scaling": scaling_to_hf(spec.rope_scaling)}
+  config |= {"tie_word_embeddings": spec.tied, "initializer_range": spec.init_std}
+  config |= {key: getattr(spec, key) for key in ("true_vocab_size", "base_vocab_size") if getattr(spec, key)}
   if spec.family != "llama":
     config["sliding_window"] = max(spec.windows, default=0) or None
   if spec.family in ("qwen2", "qwen3"):

@@ -120,19 +120,10 @@ _OTHERS = ("model_type", "architectures", "num_key_value_heads", "head_dim", "ma
 _PARSED = {*_REQUIRED, *_COMMON_DEFAULTS, *_ROPE, *_WINDOWS, *_OTHERS}
 # Keys that would change the mathematics: accepted only with the values that leave it as it is.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-  "mlp_bias": (False,),
-  "attention_dropout": (0, None),
-  "hidden_dropout": (0, None),
-  "residual_dropout": (0, None),
-  "rope_interleaved": (False,),
-  "use_mrope": (False,),
-  "is_encoder_decoder": (False,),
-  "add_cross_attention": (False,),
-  "cross_attention_hidden_size": (None,),
-  "pruned_heads": ({}, None),
-  "per_layer_config": ({}, None),
-  "quantization_config": (None,),
-  "auto_map": ({}, None),
+  **dict.fromkeys(("mlp_bias", "rope_interleaved", "use_mrope", "is_encoder_decoder", "add_cross_attention"), (False,)),
+  **dict.fromkeys(("attention_dropout", "hidden_dropout", "residual_dropout"), (0, None)),
+  **dict.fromkeys(("pruned_heads", "per_layer_config", "auto_map"), ({}, None)),
+  **dict.fromkeys(("cross_attention_hidden_size", "quantization_config"), (None,)),
 }
 # Keys that say how a model is stored, described or sampled from.
 _HARMLESS = frozenset(
@@ -189,23 +180,14 @@ def from_hf(hf_config: Mapping[str, Any], *, where: str = "config.json") -> Mode
   num_layers, max_positions = read.count("num_hidden_layers"), read.count("max_position_embeddings")
   rope_theta, rope_scaling = _rope(read, max_positions, head_dim)
   windows = _windows(read, family, num_layers)
+  sizes = {"width": width, "num_layers": num_layers, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+  places = {"max_positions": max_positions, "rope_theta": rope_theta, "rope_scaling": rope_scaling, "windows": windows}
   spec = ModelSpec(
-    family=family,
+    **{"family": family, "qkv_bias": family == "qwen2", "qk_norm": family == "qwen3", **sizes, **places},
     vocab_size=read.count("vocab_size"),
-    width=width,
-    num_layers=num_layers,
-    num_heads=num_heads,
-    num_kv_heads=num_kv_heads,
-    head_dim=head_dim,
     mlp_width=read.count("intermediate_size"),
-    max_positions=max_positions,
-    rope_theta=rope_theta,
-    rope_scaling=rope_scaling,
     norm_eps=read.number("rms_norm_eps"),
     tied=read.flag("tie_word_embeddings"),
-    qkv_bias=family == "qwen2",
-    qk_norm=family == "qwen3",
-    windows=windows,
     init_std=read.number("initializer_range"),
     true_vocab_size=read.count("true_vocab_size") if read.value("true_vocab_size") else 0,
     base_vocab_size=read.count("base_vocab_size") if read.value("base_vocab_size") else 0,

@@ -9,8 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel, splash_attention_mask as mask
 
 from cpt_jax.model.visible import KEPT
 
@@ -31,19 +30,13 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, window: int | None, interpret
   causal = mask.CausalMask((row_len, row_len))
   if window is not None and window < row_len:
     causal = mask.LocalMask((row_len, row_len), window_size=(window - 1, 0), offset=0)
+  sizes = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"), size)
+  sizes |= dict.fromkeys(("block_kv_compute", "block_kv_dkv_compute"), min(size, 512))
   attend_row = kernel.make_splash_mha(
     mask.MultiHeadMask([causal] * num_heads),
     head_shards=1,
     q_seq_shards=1,
-    block_sizes=kernel.BlockSizes(
-      block_q=size,
-      block_kv=size,
-      block_kv_compute=min(size, 512),
-      block_q_dkv=size,
-      block_kv_dkv=size,
-      block_kv_dkv_compute=min(size, 512),
-      use_fused_bwd_kernel=True,
-    ),
+    block_sizes=kernel.BlockSizes(**sizes, use_fused_bwd_kernel=True),
     residual_checkpoint_name=KEPT,
     interpret=interpret,
   )

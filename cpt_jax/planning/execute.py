@@ -19,8 +19,7 @@ from typing import Any
 
 import jax
 
-from cpt_jax import config as config_lib
-from cpt_jax import exits
+from cpt_jax import config as config_lib, exits
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.journal import write_atomically
 from cpt_jax.model import spec as spec_lib
@@ -29,8 +28,7 @@ from cpt_jax.planning.outcome import FinishedTrial, is_stable
 from cpt_jax.planning.trials import Trial, by_role, replay_share, trial_config
 from cpt_jax.preview import memory
 from cpt_jax.results import runs
-from cpt_jax.training import checkpoint, console, loop, metrics, start, step
-from cpt_jax.training import inputs as inputs_lib
+from cpt_jax.training import checkpoint, console, inputs as inputs_lib, loop, metrics, start, step
 from cpt_jax.training.stack import ONE_DEVICE
 
 DIVERGED = "diverged.json"

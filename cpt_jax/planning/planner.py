@@ -9,8 +9,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cpt_jax import config as config_lib
-from cpt_jax import exits
+from cpt_jax import config as config_lib, exits
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.planning import design, execute, outcome, plots, recommend, tables, trials
 from cpt_jax.planning.design import Design
@@ -20,8 +19,7 @@ from cpt_jax.planning.trials import Trial
 from cpt_jax.preview.dry_run import mesh_sizes
 from cpt_jax.store import documents
 from cpt_jax.stream import sources
-from cpt_jax.training import console
-from cpt_jax.training import inputs as inputs_lib
+from cpt_jax.training import console, inputs as inputs_lib
 from cpt_jax.training.stack import ONE_DEVICE
 
 GENERAL_LOSS_RISE = 0.05  # nats, where no objective is given; that of 2407.17467

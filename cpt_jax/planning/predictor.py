@@ -13,8 +13,7 @@ import numpy as np
 
 from cpt_jax.config import ConfigError
 from cpt_jax.laws.change import SMALL
-from cpt_jax.planning import cells as cells_lib
-from cpt_jax.planning import choose
+from cpt_jax.planning import cells as cells_lib, choose
 from cpt_jax.planning.cells import Cell
 from cpt_jax.planning.choose import REPLAY0, Choice
 
@@ -152,19 +151,11 @@ def fit_sources(
   cells: Sequence[Cell], *, tokens: float, laws: Mapping[str, Sequence[Any]] | None = None, level: float = 0.9,
   confidence: float | None = None, seed: int = 0,
 ) -> Predictor:  # fmt: skip
-  """Chooses and fits a law for every source.
+  """Chooses and fits a law for every source, for a run of `tokens` from finished runs of one base.
 
-  Args:
-    cells: finished runs of one base.
-    tokens: of the run that is planned.
-    laws: source -> laws to choose from; None = `choose.candidates` of its role.
-    level: of the intervals.
-    confidence: with which the general loss shall keep its limit, .5..1; None = the prediction itself keeps it.
-    seed: of folds and starts.
-
-  Raises:
-    ConfigError: cells that do not fit together or are too few, or a budget too far beyond the measured ones.
-  """
+  `laws`: source -> laws to choose from; None = `choose.candidates` of its role. `level`: of the intervals. `confidence`: with
+  which the general loss shall keep its limit, .5..1; None = the prediction itself keeps it. `seed`: of folds and starts. Raises
+  ConfigError: cells that do not fit together or are too few, or a budget too far beyond the measured ones."""
   cells = cells_lib.checked(cells)
   if confidence is not None and not 0.5 < confidence < 1:
     raise ConfigError(f"confidence={confidence:g}: must be above 0.5 and below 1, e.g. 0.9")

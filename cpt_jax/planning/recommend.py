@@ -185,11 +185,9 @@ def _frontier(
 def _alternatives(predictor: Predictor, best: Point, limit: float | None) -> tuple[Point, ...]:
   """One step away in each direction, and the best cell that was measured; those beyond what may be predicted are left out."""
   wanted = [
-    ("half the rate", best.rate / 2, best.replay),
-    ("double the rate", best.rate * 2, best.replay),
-    ("half the replay", best.rate, best.replay / 2),
-    ("double the replay", best.rate, min(2 * best.replay, 1.0)),
-  ]
+    ("half the rate", best.rate / 2, best.replay), ("double the rate", best.rate * 2, best.replay),
+    ("half the replay", best.rate, best.replay / 2), ("double the replay", best.rate, min(2 * best.replay, 1.0)),
+  ]  # fmt: skip
   low, high = predictor.range("replay")
   if best.replay == 0:
     wanted[2:] = [("1% replay", best.rate, 0.01)]

@@ -29,11 +29,9 @@ def design(planned: Design, *, num_over: int) -> None:
     rows[-1] += [f"{steps * planned.tokens_per_step:,}", f"{sum(t.steps for t in trials) * planned.tokens_per_step:,}"]
   share = planned.num_tokens / planned.budget_tokens
   table(
-    "the probe",
-    ["part", "rates", "replay shares", "seeds", "trials", "steps each", "tokens each", "tokens"],
-    [*rows, ["all", "", "", "", len(planned.trials()), "", "", f"{planned.num_tokens:,}"]],
-    left=4,
-  )
+    "the probe", ["part", "rates", "replay shares", "seeds", "trials", "steps each", "tokens each", "tokens"],
+    [*rows, ["all", "", "", "", len(planned.trials()), "", "", f"{planned.num_tokens:,}"]], left=4,
+  )  # fmt: skip
   shared = "; those of the sweep count in the grid, too" if planned.ladder else ""
   say(f"there    {num_over} of {len(planned.trials())} trials are finished{shared}")
   say(f"cost     {planned.num_tokens:,} tokens at most, {share:.2%} of the run's {planned.budget_tokens:,}")

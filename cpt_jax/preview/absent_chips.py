@@ -21,8 +21,7 @@ from cpt_jax.devices.chips import Chip, Topology
 from cpt_jax.model.spec import ModelSpec
 from cpt_jax.preview import hlo, memory
 from cpt_jax.preview.roofline import Place
-from cpt_jax.training import inputs as inputs_lib
-from cpt_jax.training import optimizer, start, state
+from cpt_jax.training import inputs as inputs_lib, optimizer, start, state
 
 # platform -> (module of the compiler, extra that installs it)
 _COMPILERS = {"tpu": ("libtpu", "tpu-aot"), "cuda": ("jax_plugins.xla_cuda13", "gpu-aot")}

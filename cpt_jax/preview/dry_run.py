@@ -11,16 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cpt_jax import config as config_lib
-from cpt_jax import exits, trees
+from cpt_jax import config as config_lib, exits, trees
 from cpt_jax.config import Problems
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.preview import memory
 from cpt_jax.store import documents, tokenization
 from cpt_jax.stream import sources, summary
-from cpt_jax.training import console, guard, optimizer, schedule, start, state, step
-from cpt_jax.training import inputs as inputs_lib
+from cpt_jax.training import console, guard, inputs as inputs_lib, optimizer, schedule, start, state, step
 
 
 def describe(config: Any, workdir: pathlib.Path) -> int:

@@ -55,14 +55,9 @@ class Memory(NamedTuple):
 
 
 def of_compiled(stats: Any, program: hlo.Module, train_state: state.TrainState, *, is_scanned: bool) -> Memory:
-  """The classes of a compiled `train_step(state, batch, rate)`, whose state was like `train_state` (shapes and shardings).
+  """The classes of a compiled `train_step(state, batch, rate)`, whose state was like `train_state` (ShapeDtypeStructs).
 
-  Args:
-    stats: jax's `memory_analysis()` of it.
-    program: its text, read.
-    train_state: ShapeDtypeStructs.
-    is_scanned: the layers are one loop (model.scan), not one after the other.
-  """
+  `stats` is jax's `memory_analysis()` of it, `program` its text, read; `is_scanned`: the layers are one loop (model.scan)."""
   shapes = {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(train_state.params)}
   # Gradients outside of the loop over layers are whole before they are scattered.
   shapes |= {leaf.shape for name, leaf in train_state.params.items() if name != "layers"}

@@ -134,11 +134,9 @@ def _speeds(roof: roofline.Roofline, counted: Mapping[str, Any], job: Job) -> di
 
   def at(secs: float) -> dict[str, float]:
     return {
-      "step_secs": secs,
-      "mfu_causal": counted["model_causal"] / secs / peak,
-      "mfu_palm": counted["model_palm"] / secs / peak,
+      "step_secs": secs, "mfu_causal": counted["model_causal"] / secs / peak, "mfu_palm": counted["model_palm"] / secs / peak,
       "tokens_per_sec_per_chip": job.tokens_per_chip / secs,
-    }
+    }  # fmt: skip
 
   return {
     "compute_secs": roof.compute_secs, "hbm_secs": roof.hbm_secs, "link_secs": roof.link_secs,

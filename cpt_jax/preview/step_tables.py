@@ -9,11 +9,9 @@ from cpt_jax.devices import chips
 from cpt_jax.training import console
 
 _MEMORY_WORDS = {
-  "update": "new parameters and moments",
-  "kept": "activations of all layers, kept for the backward pass",
-  "layer": "the layer at work, gathered parameters, the rest",
-  "packing": "gaps, or (below 0) memory used twice",
-}
+  "update": "new parameters and moments", "kept": "activations of all layers, kept for the backward pass",
+  "layer": "the layer at work, gathered parameters, the rest", "packing": "gaps, or (below 0) memory used twice",
+}  # fmt: skip
 
 
 def show(record: dict[str, Any]) -> None:

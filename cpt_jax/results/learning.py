@@ -51,11 +51,9 @@ def say(run: runs.Run, predicted: list[report.Row], plan: report.Prediction | No
   console.say(f"run           {run.path}, {'complete' if run.is_complete else at}")
   if not predicted:
     console.table(
-      "held-out loss, nats per token",
-      ["source", "role", "tokens", "base", "result", "change", ""],
-      rows(tables.open_run(run.path)),
-      left=2,
-    )
+      "held-out loss, nats per token", ["source", "role", "tokens", "base", "result", "change", ""],
+      rows(tables.open_run(run.path)), left=2,
+    )  # fmt: skip
     return
   for line in report.differences(run, plan) if plan else []:
     console.say(f"note: {line}; the prediction is not for this run")

@@ -159,7 +159,7 @@ def _frontier(ax: Any, table: list[Row], plan: Prediction) -> None:
   label(ax, "general loss less the base's, nats/token", "domain loss, nats/token", "where the run came out")
 
 
-def panels(rows: int = 1, columns: int = 1, *, size: tuple[float, float], layout: str = "constrained") -> tuple[Any, Any]:
+def panels(rows: int = 1, columns: int = 1, *, size: tuple[float, float], layout: Any = "constrained") -> tuple[Any, Any]:
   """A figure of so many inches and its axes [rows, columns], of no global state: a caller's own figures are left alone.
 
   Raises ConfigError: matplotlib is not installed.

@@ -3,15 +3,14 @@
 Invariant: reads the records alone, never a checkpoint, and needs no jax; a run that is still going is read up to where it is.
 """
 
-import json
 import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cpt_jax import config as config_lib
-from cpt_jax import journal
 from cpt_jax.config import ConfigError
+from cpt_jax.results import tables
 from cpt_jax.training import schedule
 
 
@@ -59,24 +58,16 @@ class Run(NamedTuple):
 
 def read_run(path: str | pathlib.Path) -> Run:
   """Reads one run. Raises ConfigError: no run there, or one without its first evaluation."""
-  path = pathlib.Path(path)
-  if not (path / "config.json").is_file():
-    raise ConfigError(f"{path}: not a run (no config.json); name the --workdir of a run")
-  config: Any = config_lib.completed(json.loads((path / "config.json").read_text(encoding="utf-8")))
-  evals = [r for r in journal.read(path / "metrics.jsonl") if r["kind"] == "eval"]
-  if not evals:
+  opened = tables.open_run(path)
+  config, ledger, losses = opened.config, opened.ledger, opened.by_source("loss")
+  if not opened.evaluations:
     raise ConfigError(f"{path}: no evaluation yet; let the run reach its first step")
-  evals = list({record["step"]: record for record in evals}.values())  # a resumed run may measure a step once more
-  names = [name for name in config.data.sources if any(name in record["sources"] for record in evals)]
-  ledger = journal.read(path / "ledger.jsonl")
-  read = {entry["source"]: entry["tokens"] for entry in ledger[-1]["sources"]} if ledger else {}
-  missing = {"loss": float("nan")}
+  names = [name for name in config.data.sources if name in losses]
+  read = dict(zip(ledger["source"].tolist(), ledger["tokens"].tolist(), strict=True))  # the last entry of each
   return Run(
-    path, config, np.asarray(schedule.from_config(config)(np.arange(config_lib.num_steps(config))), np.float64),
-    np.array([record["step"] for record in evals]),
-    {name: np.array([record["sources"].get(name, missing)["loss"] for record in evals]) for name in names},
-    {name: config.data.sources[name].role for name in names}, {name: read.get(name, 0) for name in names},
-    (path / "summary.json").is_file(),
+    opened.path, config, np.asarray(schedule.from_config(config)(np.arange(config_lib.num_steps(config))), np.float64),
+    np.array([entry["step"] for entry in opened.evaluations]), {name: np.array(losses[name]) for name in names},
+    {name: config.data.sources[name].role for name in names}, {name: read.get(name, 0) for name in names}, bool(opened.summary),
   )  # fmt: skip
 
 

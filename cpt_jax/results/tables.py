@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cpt_jax import config as config_lib
-from cpt_jax import journal
+from cpt_jax import config as config_lib, journal
 from cpt_jax.config import ConfigError
 
 
@@ -60,16 +59,17 @@ class OpenRun:
   def losses(self) -> Table:
     """Held-out nats per token: `step`, `tokens` trained on by then, and a column for each source."""
     read = {0: 0} | {entry["step"]: sum(source["tokens"] for source in entry["sources"]) for entry in self._ledger}
-    steps = [entry["step"] for entry in self._evaluations]
-    return _table({"step": steps, "tokens": [read.get(step, math.nan) for step in steps]} | self._by_source("loss"))
+    steps = [entry["step"] for entry in self.evaluations]
+    return _table({"step": steps, "tokens": [read.get(step, math.nan) for step in steps]} | self.by_source("loss"))
 
   @functools.cached_property
   def bits_per_byte(self) -> Table:
     """The same in bits per byte, which compare between tokenizers."""
-    return _table({"step": [entry["step"] for entry in self._evaluations]} | self._by_source("bits_per_byte"))
+    return _table({"step": [entry["step"] for entry in self.evaluations]} | self.by_source("bits_per_byte"))
 
-  def _by_source(self, key: str) -> dict[str, list]:
-    evaluated = [entry["sources"] for entry in self._evaluations]
+  def by_source(self, key: str) -> dict[str, list[float]]:
+    """A figure of every source at each evaluation; nan where it was not measured."""
+    evaluated = [entry["sources"] for entry in self.evaluations]
     return {name: [sources.get(name, {}).get(key, math.nan) for sources in evaluated] for name in self._names(*evaluated)}
 
   @functools.cached_property
@@ -94,7 +94,7 @@ class OpenRun:
   @functools.cached_property
   def drift(self) -> Table:
     """How far the parameters have moved from the base's, relative to their size, at each evaluation, by layer."""
-    rows = [{"step": entry["step"], **_by_leaf(entry["drift"])} for entry in self._evaluations if entry.get("drift")]
+    rows = [{"step": entry["step"], **_by_leaf(entry["drift"])} for entry in self.evaluations if entry.get("drift")]
     return _table({name: [row.get(name, math.nan) for row in rows] for name in self._names(*rows)})
 
   @functools.cached_property
@@ -112,7 +112,8 @@ class OpenRun:
     return journal.read(self.path / "metrics.jsonl")
 
   @functools.cached_property
-  def _evaluations(self) -> list[dict]:
+  def evaluations(self) -> list[dict[str, Any]]:
+    """The entries of metrics.jsonl, by step."""
     newest = {entry["step"]: entry for entry in self._metrics if entry["kind"] == "eval"}  # a resumed run may measure once more
     return [newest[step] for step in sorted(newest)]
 

@@ -324,9 +324,7 @@ def _executors(asked: Asked, found: list[Phase], directory: Path, *, job_name: s
       SlurmPipelineExecutor(
         **common,
         job_name=f"{job_name}-{phase.name}",
-        partition=asked.partition,
-        time=asked.time,
-        qos=asked.qos,
+        **{name: getattr(asked, name) for name in ("partition", "time", "qos")},
         env_command=f"{asked.env_command or activate}; export PYTHONPATH={root}:$PYTHONPATH",
         sbatch_args=dict(option.split("=", 1) for option in asked.sbatch),
         depends=executors[-1] if executors else None,

@@ -142,27 +142,18 @@ def load(path: str | os.PathLike) -> Contamination:
   with np.load(path) as arrays:
     lengths = sorted(int(name.removeprefix("hash_")) for name in arrays.files if name.startswith("hash_"))
     ngram_words, num_short = arrays["counts"].tolist()
-    return Contamination(
-      _Words(*(arrays[name] for name in _Words._fields)),
-      [_Grams(n, arrays[f"hash_{n}"], arrays[f"first_{n}"]) for n in lengths],
-      files=arrays["files"].tolist(),
-      file_T=arrays["file_T"],
-      ngram_words=ngram_words,
-      num_short=num_short,
-    )
+    words = _Words(*(arrays[name] for name in _Words._fields))
+    grams = [_Grams(n, arrays[f"hash_{n}"], arrays[f"first_{n}"]) for n in lengths]
+    of_files = {"files": arrays["files"].tolist(), "file_T": arrays["file_T"]}
+    return Contamination(words, grams, **of_files, ngram_words=ngram_words, num_short=num_short)
 
 
 def build(inputs: list[str], *, fields: list[str], ngram_words: int = NGRAM_WORDS) -> Contamination:
-  """Reads evaluation texts.
+  """Reads evaluation texts; `inputs` are as `documents.find_files` takes them, `ngram_words` in a row make a match.
 
-  Args:
-    inputs: paths and globs of .txt, .jsonl and .parquet files, as `documents.find_files` takes them.
-    fields: of .jsonl and .parquet records; each is a text of its own, and a record needs one of them at least.
-    ngram_words: words in a row that make a match.
-
-  Raises:
-    ConfigError: no file, or a run of words so short that it is shared by chance.
-    DataError: a record that cannot be read: a benchmark is compared with as a whole.
+  Each of the `fields` of .jsonl and .parquet records is a text of its own, and a record needs one of them at least.
+  Raises ConfigError: no file, or a run of words so short that it is shared by chance; DataError: a record that cannot be read,
+  for a benchmark is compared with as a whole.
   """
   if ngram_words < MIN_WORDS:
     raise ConfigError(f"--ngram_words={ngram_words}: must be {MIN_WORDS} or more; shorter runs of words are shared by chance")

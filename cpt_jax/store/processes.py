@@ -103,34 +103,27 @@ class _Display:
     self._is_plain = is_shown and not console.is_terminal
     self._start_bytes, self._start_secs = counters["bytes"], time.monotonic()
     self._line_secs = self._start_secs
-    self._bar = None
     if is_shown and num_done:
       print(f"{job.task.output}: goes on; {num_done} of {len(job.units)} units of work are finished", file=sys.stderr)
-    if is_shown and console.is_terminal:
-      self._bar = rich.progress.Progress(
-        rich.progress.TextColumn("prepare"),
-        rich.progress.BarColumn(),
-        rich.progress.TaskProgressColumn(),
-        rich.progress.TextColumn("{task.fields[figures]}"),
-        rich.progress.TimeRemainingColumn(compact=True),
-        console=console,
-      )
-      self._row = self._bar.add_task("", total=self._total, completed=self._start_bytes, figures="")
+    self._has_bar, text = is_shown and console.is_terminal, rich.progress.TextColumn
+    columns = text("prepare"), rich.progress.BarColumn(), rich.progress.TaskProgressColumn(), text("{task.fields[figures]}")
+    left = rich.progress.TimeRemainingColumn(compact=True)
+    self._bar = rich.progress.Progress(*columns, left, console=console, disable=not self._has_bar)
+    self._row = self._bar.add_task("", total=self._total, completed=self._start_bytes, figures="")
 
   def __enter__(self) -> "_Display":
-    if self._bar:
-      self._bar.start()
+    self._bar.start()
     return self
 
   def __exit__(self, *_) -> None:
-    if self._bar:
+    if self._has_bar:
       self.show()
-      self._bar.stop()
+    self._bar.stop()
 
   def show(self) -> None:
     """Brings the display up to date."""
     now = time.monotonic()
-    if not self._bar and not (self._is_plain and now - self._line_secs >= self._LINE_SECS):
+    if not self._has_bar and not (self._is_plain and now - self._line_secs >= self._LINE_SECS):
       return
     counted = self._counters
     done, num_bad = counted["bytes"], counted["bad"]
@@ -138,7 +131,7 @@ class _Display:
     bad = f"  {num_bad:,} bad" if num_bad else ""
     tokens = f"{counted['documents']:,} documents  {counted['tokens'] / 1e6:,.1f} M tokens"
     figures = f"{rate / 1e6:.2f} MB/s  {tokens}{bad}"
-    if self._bar:
+    if self._has_bar:
       self._bar.update(self._row, completed=done, figures=figures)
     else:
       self._line_secs = now

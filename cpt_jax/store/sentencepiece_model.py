@@ -69,16 +69,8 @@ def load(file: Path, raw: bytes, side: SideFiles, *, eos_token: str) -> tuple[Se
   tokenizer_files.check_ids(file, vocab_size=vocab_size, eos=eos_id, bos=ids["bos"])
   adds_bos = side.tokenizer_config.get("add_bos_token", True)  # as Llama's tokenizer; models without BOS (T5) have no id for it
   prefix = [ids["bos"]] if adds_bos and ids["bos"] is not None else []
-  tokens = SpecialTokens(
-    bos_id=ids["bos"],
-    eos_id=eos_id,
-    eos_problem=eos_problem,
-    special_tokens=special,
-    special_ids=frozenset(),
-    added_tokens=[],
-    added_ids=added,
-    named_tokens=side.named_tokens(),
-  )
+  beside = {"added_tokens": [], "added_ids": added, "named_tokens": side.named_tokens()}
+  tokens = SpecialTokens(ids["bos"], eos_id, eos_problem, special_tokens=special, special_ids=frozenset(), **beside)
   content = [hashlib.sha256(raw).hexdigest(), sorted(added.items()), ids["eos"], ids["bos"], prefix]
   return SentencePieceModel(model, vocab_size=vocab_size, prefix=prefix), tokens, content
 

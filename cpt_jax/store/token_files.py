@@ -110,17 +110,9 @@ class TokenFileWriter:
   def add(
     self, tokens: np.ndarray | list[int], *, num_bytes: int, text_hash: int, loss_mask: np.ndarray | list[bool] | None = None
   ) -> None:
-    """Appends a document.
-
-    Args:
-      tokens: ids.
-      num_bytes: of the text, as far as it counts in the loss.
-      text_hash: of the text, or of the conversation.
-      loss_mask: for each id, whether it counts in the loss; all documents of a store have one, or none has.
-
-    Raises:
-      ValueError: for ids that the dtype cannot hold, a document with no token, or a mask that does not fit.
-    """
+    """Appends a document: its ids, bytes of its text as far as it counts in the loss, and the hash of the text or conversation.
+    `loss_mask`: for each id, whether it counts in the loss; all documents of a store have one, or none has.
+    Raises ValueError: ids that the dtype cannot hold, a document with no token, or a mask that does not fit."""
     ids = np.asarray(tokens)
     if ids.size == 0:
       raise ValueError("a document has no token; every document ends in EOS")
@@ -203,10 +195,7 @@ def write_manifest(
     "tokenizer_fingerprint": tokenizer_fingerprint,
     "eos_id": eos_id,
     "max_token_id": max((f.max_token_id for f in files), default=-1),
-    "num_documents": sum(f.num_documents for f in files),
-    "num_tokens": sum(f.num_tokens for f in files),
-    "num_bytes": sum(f.num_bytes for f in files),
-    "num_targets": sum(f.num_targets for f in files),
+    **{key: sum(getattr(f, key) for f in files) for key in ("num_documents", "num_tokens", "num_bytes", "num_targets")},
     **extra,
     "files": [f._asdict() for f in files],
   }

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError
+from cpt_jax.store.documents import DataError
 from cpt_jax.store.token_files import IN_PROGRESS, MANIFEST, part_path, read_manifest, text_hash
 
 _MAX_MAPS = 400  # each map holds a file descriptor, of which a process commonly has 1024
@@ -195,6 +196,17 @@ def open_store(path: str | os.PathLike) -> TokenStore:
     ]
   fingerprint = hashlib.blake2b(json.dumps([dtype.name, content]).encode(), digest_size=16).hexdigest()
   return TokenStore(path, files=files, dtype=dtype, manifest=manifest, fingerprint=fingerprint)
+
+
+def verify(path: str) -> str:
+  """Reads a whole store: a line for people, that every file of it is as it was written.
+  Raises ConfigError: no whole store there, or one without digests; DataError: files that are not what was written, a line each.
+  """
+  opened = open_store(path)
+  damaged = opened.verify()
+  if damaged:
+    raise DataError("\n".join([f"{path}: damaged; copy it again or make it again:", *damaged]))
+  return f"{path}: whole; {opened.num_documents:,} documents, {opened.num_tokens:,} tokens"
 
 
 def _size(file: str | os.PathLike) -> int:

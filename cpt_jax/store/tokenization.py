@@ -117,7 +117,7 @@ class Tokenizer:
     return self.eos_id
 
   def encode_documents(self, texts: list[str]) -> Encoded:
-    """Ids of each document, EOS last; texts must be valid Unicode (no lone surrogates)."""
+    """Ids of each document: what the tokenizer adds, and EOS once, at the end; texts are valid Unicode (no lone surrogates)."""
     prefix, suffix = self.surroundings()
     control = {self.require_eos(), self.bos_id} - {None}
     contents = self.encode_contents(texts)
@@ -135,10 +135,6 @@ class Tokenizer:
     """The ids that stand before and behind those of a document's text, EOS the last of them."""
     eos_id = self.require_eos()
     return self._model.prefix, self._model.suffix if self._model.suffix[-1:] == [eos_id] else [*self._model.suffix, eos_id]
-
-  def encode_batch(self, texts: list[str]) -> list[list[int]]:
-    """Ids of each document: what the tokenizer itself adds, and EOS exactly once, at the end."""
-    return self.encode_documents(texts).ids
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of ids, without special tokens."""

@@ -91,16 +91,10 @@ def load(file: Path, raw: bytes, side: SideFiles, *, eos_token: str) -> tuple[Fa
     token = None if number is None else model.id_to_token(number)
     if token is not None:
       named.setdefault(key, token)
-  tokens = SpecialTokens(
-    bos_id=bos_id,
-    eos_id=eos_id,
-    eos_problem=eos_problem,
-    special_tokens=special,
-    special_ids=frozenset(t["id"] for t in added if t.get("special")),
-    added_tokens=[t["content"] for t in added if not t.get("special")],
-    added_ids={t["content"]: t["id"] for t in added},
-    named_tokens=named,
-  )
+  special_ids = frozenset(t["id"] for t in added if t.get("special"))
+  others, ids = [t["content"] for t in added if not t.get("special")], {t["content"]: t["id"] for t in added}
+  beside = {"added_tokens": others, "added_ids": ids, "named_tokens": named}
+  tokens = SpecialTokens(bos_id, eos_id, eos_problem, special_tokens=special, special_ids=special_ids, **beside)
   return fast, tokens, [canonical, vocab_size, eos_in_files, bos_in_files, fast.prefix, fast.suffix]
 
 

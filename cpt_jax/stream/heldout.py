@@ -77,15 +77,8 @@ def evaluation_rows(
   """
   firsts = [(int(store.tokens(i, 0, 1)[0]), bool(store.loss_mask(i, 0, 1)[0])) for i in documents.tolist()]
   unpredicted = [int(opening_bytes_V[token]) if counts else 0 for token, counts in firsts]
-  layout = packing.lay_out(
-    lengths,
-    row_len=row_len,
-    policy="best_fit",
-    cross_documents=False,
-    documents=documents,
-    shuffle=False,
-    count_targets=packing.target_counter(store),
-  )
+  what = {"documents": documents, "shuffle": False, "count_targets": packing.target_counter(store)}
+  layout = packing.lay_out(lengths, row_len=row_len, policy="best_fit", cross_documents=False, **what)
 
   def make(number: int) -> Batch:
     part = range(number * batch_rows, (number + 1) * batch_rows)[rows or slice(None)]

@@ -19,6 +19,8 @@ from cpt_jax.stream.sources import mix64
 
 FORMAT = 2  # of what a layout of given inputs holds, and of the files that keep it
 
+# (document, first pair, pairs) of pieces, int arrays of one length -> how many targets of each piece count. A piece
+# (document, -1, 1) is the joint before a document.
 CountTargets = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -92,14 +94,14 @@ class Layout:
 
 
 def lay_out(
-  lengths: np.ndarray,
+  lengths: np.ndarray,  # int [documents of the store], in tokens
   *,
-  row_len: int,
+  row_len: int,  # pairs in a row
   policy: str,
-  cross_documents: bool,
-  documents: np.ndarray | None = None,
+  cross_documents: bool,  # rows are one stream, see below
+  documents: np.ndarray | None = None,  # int [..], those to pack, one as often as it is named; None = all
   shuffle: bool = True,
-  count_targets: CountTargets | None = None,
+  count_targets: CountTargets | None = None,  # as `target_counter` makes it; None = all count
 ) -> Layout:
   """Packs documents of `lengths` tokens into rows.
 
@@ -110,18 +112,8 @@ def lay_out(
   helped. Rows stay unfilled where the documents that fit leave more room than there is text of longer ones.
 
   With `cross_documents` the pair (last token of a piece, first token of the next piece of the row) takes a position too.
-
-  Args:
-    lengths: int [documents of the store], in tokens.
-    row_len: pairs in a row.
-    policy: concat, best_fit or pad.
-    cross_documents: rows are one stream, see above.
-    documents: int [..], those to pack, one as often as it is named; None = all. Documents of less than two tokens have no pair
-      and are left out.
-    shuffle: packs them in a fixed pseudo-random order, so that neighbours in the store share rows no more than others do; False
-      keeps the order given.
-    count_targets: (document, first pair, pairs) of pieces, int arrays of one length -> how many targets of each piece count, as
-      `target_counter` makes it. A piece (document, -1, 1) is the joint before a document. None = all count.
+  `shuffle` packs in a fixed pseudo-random order, so that neighbours in the store share rows no more than others do; False keeps
+  the order given. Documents of less than two tokens have no pair and are left out.
   """
   documents = np.arange(len(lengths)) if documents is None else np.asarray(documents)
   documents = documents[lengths[documents] > 1]

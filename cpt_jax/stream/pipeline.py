@@ -227,18 +227,9 @@ class Loader:
     a segment of its own (also where training crosses documents), so a document no longer than a row is never cut and its loss
     depends on nothing else. A document's first token is never a target.
     """
-    m = self.names.index(source_name)
-    return heldout.rows_of_source(
-      self.sources[m],
-      m,
-      max_tokens=max_tokens,
-      max_bytes=max_bytes,
-      tokenizer=self._tokenizer,
-      row_len=self.row_len,
-      batch_rows=batch_rows or self.eval_batch_rows,
-      rows=rows,
-      check=self._check_ids,
-    )
+    m, limits = self.names.index(source_name), {"max_tokens": max_tokens, "max_bytes": max_bytes}
+    shape = {"row_len": self.row_len, "batch_rows": batch_rows or self.eval_batch_rows, "rows": rows}
+    return heldout.rows_of_source(self.sources[m], m, **limits, tokenizer=self._tokenizer, **shape, check=self._check_ids)
 
   def check_ends(self, problems: Problems) -> None:
     """Adds a problem for each source that runs out where its `at_end` forbids it."""
@@ -358,15 +349,10 @@ def _check_past(past: Mapping[str, Any], settings: Settings) -> None:
 
 
 def _select(source: Source) -> Selection:
+  store, rules = source.store, {key: getattr(source, key) for key in ("min_tokens", "max_tokens", "length_shares")}
+  hashes = store.doc_hashes() if source.length_shares else None
   try:
-    return selection.select(
-      source.store.lengths,
-      source.train_documents,
-      min_tokens=source.min_tokens,
-      max_tokens=source.max_tokens,
-      length_shares=source.length_shares,
-      hashes=source.store.doc_hashes() if source.length_shares else None,
-    )
+    return selection.select(store.lengths, source.train_documents, **rules, hashes=hashes)
   except ConfigError as error:
     raise ConfigError(f"data.sources.{source.name}.{error}") from None
 
@@ -375,19 +361,12 @@ def _lay_out(source: Source, chosen: Selection, settings: Settings, *, keep: boo
   policy = {"row_len": settings.row_len, "policy": settings.packing, "cross_documents": settings.cross_documents}
   key = {
     "store": source.store.fingerprint,
-    "heldout_frac": source.heldout_frac,
-    "min_tokens": source.min_tokens,
-    "max_tokens": source.max_tokens,
+    **{name: getattr(source, name) for name in ("heldout_frac", "min_tokens", "max_tokens")},
     "length_shares": [list(bracket) for bracket in source.length_shares],
     **policy,
   }
-  make = functools.partial(
-    packing.lay_out,
-    source.store.lengths,
-    **policy,
-    documents=chosen.documents,
-    count_targets=packing.target_counter(source.store),
-  )
+  what = {"documents": chosen.documents, "count_targets": packing.target_counter(source.store)}
+  make = functools.partial(packing.lay_out, source.store.lengths, **policy, **what)
   return layout_files.load_or_make(source.store.path, key=key, make=make, keep=keep)
 
 

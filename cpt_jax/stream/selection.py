@@ -44,13 +44,13 @@ class Selection:
 
 
 def select(
-  lengths: np.ndarray,
-  documents: np.ndarray,
+  lengths: np.ndarray,  # int [documents of the store], in tokens
+  documents: np.ndarray,  # int [..], those to select from, each once
   *,
-  min_tokens: int,
-  max_tokens: int,
-  length_shares: Sequence[tuple[int, float]],
-  hashes: np.ndarray | None = None,
+  min_tokens: int,  # shorter documents are left out
+  max_tokens: int,  # longer documents are left out; 0 = none
+  length_shares: Sequence[tuple[int, float]],  # (from_tokens, share) rising from 0 tokens
+  hashes: np.ndarray | None = None,  # uint64 [documents of the store], for length_shares
 ) -> Selection:
   """Leaves out documents by length, then repeats whole brackets of lengths until each has its share of the tokens.
 
@@ -59,18 +59,8 @@ def select(
   mixture and read one in ten of its documents below 4,096 tokens. Here nothing that has a share is left out: the bracket
   that needs the fewest copies is read once in an epoch, the others as often as their shares ask. What is left after whole copies
   goes to documents in the order of their hashes, so a share is met to within half a document, and a document that is
-  added changes nothing but who stands at that border.
-
-  Args:
-    lengths: int [documents of the store], in tokens.
-    documents: int [..], those to select from, each once.
-    min_tokens: shorter documents are left out.
-    max_tokens: longer documents are left out; 0 = none.
-    length_shares: (from_tokens, share) rising from 0 tokens; the shares are normalised. A share of 0 leaves its documents out.
-    hashes: uint64 [documents of the store], for length_shares.
-
-  Raises:
-    ConfigError: nothing is left, or length_shares is malformed or asks for documents of a length that there is not.
+  added changes nothing but who stands at that border. Shares are normalised; one of 0 leaves its documents out.
+  Raises ConfigError: nothing is left, or length_shares is malformed or asks for documents of a length that there is not.
   """
   documents = np.asarray(documents, np.int64)
   sizes = lengths[documents].astype(np.int64)

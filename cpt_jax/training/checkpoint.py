@@ -23,8 +23,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from cpt_jax import config as config_lib
-from cpt_jax import trees
+from cpt_jax import config as config_lib, trees
 from cpt_jax.config import ConfigError
 from cpt_jax.devices import hosts
 from cpt_jax.journal import write_atomically

@@ -15,6 +15,7 @@ import rich.progress
 import rich.table
 import rich.text
 
+from cpt_jax import progress
 from cpt_jax.training import guard
 
 # Into a file or a pipe tables are written at a fixed width; rich would fold them to 80 columns.
@@ -72,11 +73,9 @@ def size(num_bytes: float) -> str:
   return f"{num_bytes:.0f} B"
 
 
-def _bar(what: str, *columns: rich.progress.ProgressColumn, on: rich.console.Console) -> rich.progress.Progress:
-  """A bar that has begun, with `columns` between its name and the time; one that is never seen where there is no terminal."""
-  text, bar, left = rich.progress.TextColumn, rich.progress.BarColumn(bar_width=24), rich.progress.TimeRemainingColumn()
-  times = rich.progress.TimeElapsedColumn(), text("left"), left
-  made = rich.progress.Progress(text(f"[bold]{what}"), bar, *columns, *times, console=on, disable=not console.is_terminal)
+def _bar(what: str, *middle: rich.progress.ProgressColumn, on: rich.console.Console) -> rich.progress.Progress:
+  """A bar that has begun; one that is never seen where there is no terminal."""
+  made = rich.progress.Progress(*progress.columns(what, *middle), console=on, disable=not console.is_terminal)
   made.start()
   return made
 

@@ -75,16 +75,10 @@ def from_config(
   config: Any, loader: Any, decisions: Sequence[dict], asked: Mapping[str, Knots], *, state: dict | None, first_step: int
 ) -> "Watch":
   """The guards of a run whose `loader` (stream.pipeline) follows the `decisions`; the rest as for `Watch`."""
-  return Watch(
-    settings_from_config(config),
-    protected=[source.name for source in loader.sources if source.role == "replay"],
-    asked=asked,
-    knots={source.name: source.share for source in loader.sources},
-    decisions=decisions,
-    state=state,
-    first_step=first_step,
-    log_every=config.log.every,
-  )
+  protected = [source.name for source in loader.sources if source.role == "replay"]
+  shares = {"asked": asked, "knots": {source.name: source.share for source in loader.sources}}
+  begun = {"decisions": decisions, "state": state, "first_step": first_step}
+  return Watch(settings_from_config(config), protected=protected, **shares, **begun, log_every=config.log.every)
 
 
 def describe(config: Any, knots: Mapping[str, Knots], *, start_step: int) -> list[str]:
@@ -126,13 +120,8 @@ class Watch:
 
   def state(self) -> dict[str, Any]:
     """What a checkpoint keeps, JSON-able."""
-    return {
-      "decisions": len(self._decisions),
-      "good": self._good,
-      "in_a_row": self.in_a_row,
-      "windows": self._windows,
-      "outside": self._outside,
-    }
+    kept = {"decisions": len(self._decisions), "good": self._good, "in_a_row": self.in_a_row}
+    return {**kept, "windows": self._windows, "outside": self._outside}
 
   @property
   def needed(self) -> tuple[int, ...]:

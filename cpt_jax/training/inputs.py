@@ -12,10 +12,8 @@ import optax
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import Problems
-from cpt_jax.devices import hosts
-from cpt_jax.devices import mesh as mesh_lib
-from cpt_jax.model import pretrained
-from cpt_jax.model import spec as spec_lib
+from cpt_jax.devices import hosts, mesh as mesh_lib
+from cpt_jax.model import pretrained, spec as spec_lib
 from cpt_jax.store import prepare, token_files
 from cpt_jax.store.records import Rules
 from cpt_jax.stream import pipeline, sources
@@ -99,15 +97,9 @@ def open_texts(resolved: Resolved, workdir: pathlib.Path | None = None, *, write
       past = None
     # What the run's guards have decided is in force as if the config said it.
     decisions = guard.decisions(workdir, step=begin.step)
-    loader = pipeline.from_config(
-      config,
-      guard.in_force(opened, decisions),
-      vocab_size=resolved.spec.num_ids,
-      past=past,
-      start_step=begin.step,
-      skip=guard.rows_to_skip(decisions, step=begin.step),
-      keep_layouts=writes,
-    )
+    goes_on = {"past": past, "start_step": begin.step, "skip": guard.rows_to_skip(decisions, step=begin.step)}
+    sizes = {"vocab_size": resolved.spec.num_ids, "keep_layouts": writes}
+    loader = pipeline.from_config(config, guard.in_force(opened, decisions), **goes_on, **sizes)
   asked = {source.name: source.share for source in opened}
   return Inputs(**vars(resolved), begin=begin, loader=loader, decisions=decisions, asked=asked)
 

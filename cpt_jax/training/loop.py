@@ -14,15 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from cpt_jax import config as config_lib
-from cpt_jax import exits
+from cpt_jax import config as config_lib, exits
 from cpt_jax.config import ConfigError
-from cpt_jax.devices import hosts, signals
-from cpt_jax.devices import mesh as mesh_lib
+from cpt_jax.devices import hosts, mesh as mesh_lib, signals
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.stream.batch import Batch
-from cpt_jax.training import checkpoint, console, guard, metrics, perplexity, recorder, start, step
-from cpt_jax.training import inputs as inputs_lib
+from cpt_jax.training import checkpoint, console, guard, inputs as inputs_lib, metrics, perplexity, recorder, start, step
 from cpt_jax.training.stack import Stack
 
 _AGAIN = -1  # a guard has changed what lies ahead: start again, from the checkpoint that it names

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cpt_jax import config as config_lib
-from cpt_jax import journal
+from cpt_jax import config as config_lib, journal
 from cpt_jax.config import ConfigError
 from cpt_jax.devices import chips
 from cpt_jax.journal import write_atomically

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cpt_jax import config as config_lib
-from cpt_jax import trees
+from cpt_jax import config as config_lib, trees
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import transformer

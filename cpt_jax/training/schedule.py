@@ -156,18 +156,9 @@ def from_config(config: Any) -> Staged:
 
 def _of_run(config: Any) -> Schedule:
   c = config.schedule
-  return make(
-    c.name,
-    num_steps=config_lib.num_steps(config),
-    warmup_steps=config_lib.steps_of(config, "schedule.warmup"),
-    lr_peak=c.lr_peak,
-    lr_start=c.lr_start,
-    lr_const=c.lr_const,
-    lr_final=c.lr_final,
-    cooldown_steps=config_lib.steps_of(config, "schedule.cooldown"),
-    anneal_steps=config_lib.steps_of(config, "schedule.anneal"),
-    shape=c.shape,
-  )
+  rates = {key: c[key] for key in ("lr_peak", "lr_start", "lr_const", "lr_final")}
+  steps = {f"{key}_steps": config_lib.steps_of(config, f"schedule.{key}") for key in ("warmup", "cooldown", "anneal")}
+  return make(c.name, num_steps=config_lib.num_steps(config), **steps, **rates, shape=c.shape)
 
 
 def table(schedule: Staged, *, num_steps: int) -> list[tuple[str, int, float]]:

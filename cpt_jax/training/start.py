@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from cpt_jax import config as config_lib
-from cpt_jax import hub
+from cpt_jax import config as config_lib, hub
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.model import pretrained, transformer
 from cpt_jax.model.spec import ModelSpec, from_hf, load_hf_config

@@ -14,14 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cpt_jax import config as config_lib
-from cpt_jax import shipped
+from cpt_jax import config as config_lib, shipped
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.journal import write_atomically
 from cpt_jax.progress import Progress
 from cpt_jax.store import corpus, documents, tokenization
-from cpt_jax.vocab import candidates, grow, kinds, verdict
-from cpt_jax.vocab import texts as texts_lib
+from cpt_jax.vocab import candidates, grow, kinds, texts as texts_lib, verdict
 from cpt_jax.vocab.bases import Base
 from cpt_jax.vocab.verdict import RULES, Finding
 
@@ -114,11 +112,9 @@ class Counted:
 
 
 def count(
-  tokenizer_list: Sequence[tokenization.Tokenizer],
-  batches: Iterator[list[str]],
-  *,
+  tokenizer_list: Sequence[tokenization.Tokenizer], batches: Iterator[list[str]], *,
   on_part: Callable[[str], object] = lambda _: None,
-) -> Counted:
+) -> Counted:  # fmt: skip
   """Counts the ids of all tokenizers in one pass; `on_part` sees every part."""
   counted = Counted([np.zeros((2, tokenizer.vocab_size), np.int64) for tokenizer in tokenizer_list])
 
@@ -143,13 +139,11 @@ def fit(tokenizer: tokenization.Tokenizer, counts_V: np.ndarray, text: corpus.Te
     raise ConfigError(f"{tokenizer.path}: makes no token of the text; give text with words in it")
   units = text.words if text.unit == "word" else text.characters
   return Fit(
-    tokens=tokens,
-    bytes_per_token=text.bytes / tokens,
-    fertility=tokens / max(units, 1),
+    tokens=tokens, bytes_per_token=text.bytes / tokens, fertility=tokens / max(units, 1),
     byte_frac=float(counts_V[sorted(tokenizer.byte_ids)].sum() / tokens),
     unknown_frac=0.0 if tokenizer.unk_id is None else float(counts_V[tokenizer.unk_id] / tokens),
     used_frac=float((counts_V > 0).mean()),
-  )
+  )  # fmt: skip
 
 
 def distance(domain_2V: np.ndarray, general_2V: np.ndarray) -> tuple[float, float]:

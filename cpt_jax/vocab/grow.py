@@ -15,8 +15,7 @@ import numpy as np
 
 from cpt_jax.config import ConfigError
 from cpt_jax.store import tokenization
-from cpt_jax.vocab import candidates
-from cpt_jax.vocab import texts as texts_lib
+from cpt_jax.vocab import candidates, texts as texts_lib
 from cpt_jax.vocab.bases import Base, Piece, Words
 from cpt_jax.vocab.candidates import Candidates
 from cpt_jax.vocab.changes import NO_CHANGES, Changes, compare

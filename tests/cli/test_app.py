@@ -11,8 +11,7 @@ import time
 
 import pytest
 
-from cpt_jax import config as config_lib
-from cpt_jax import exits
+from cpt_jax import config as config_lib, exits
 from cpt_jax.cli import app, manual
 from cpt_jax.config import ConfigError
 

@@ -16,13 +16,11 @@ import numpy as np
 import pytest
 from store_writer import StoreWriter
 
-from cpt_jax import config as config_lib
-from cpt_jax import exits
+from cpt_jax import config as config_lib, exits
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.store import prepare
 from cpt_jax.stream import pipeline, sources
-from cpt_jax.training import checkpoint, guard, loop, optimizer, schedule, start, step
-from cpt_jax.training import inputs as inputs_lib
+from cpt_jax.training import checkpoint, guard, inputs as inputs_lib, loop, optimizer, schedule, start, step
 from cpt_jax.training.stack import Stack
 
 

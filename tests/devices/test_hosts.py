@@ -19,8 +19,7 @@ from cpt_jax import exits, journal
 from cpt_jax.config import ConfigError
 from cpt_jax.devices import hosts
 from cpt_jax.devices.hosts import join_arguments
-from cpt_jax.model import pretrained, transformer
-from cpt_jax.model import spec as spec_lib
+from cpt_jax.model import pretrained, spec as spec_lib, transformer
 from cpt_jax.training import checkpoint
 
 CONFIG = """

@@ -10,8 +10,7 @@ import shlex
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 from store_writer import StoreWriter
 
@@ -20,8 +19,7 @@ from cpt_jax import config as config_lib
 from cpt_jax.cli import app
 from cpt_jax.config import Problems
 from cpt_jax.diagnosis import measure, tables, verdict
-from cpt_jax.model import pretrained, transformer
-from cpt_jax.model import spec as spec_lib
+from cpt_jax.model import pretrained, spec as spec_lib, transformer
 from cpt_jax.progress import Progress
 from cpt_jax.store import corpus, prepare, tokenization
 from cpt_jax.store.token_store import open_store

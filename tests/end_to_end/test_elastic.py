@@ -12,17 +12,14 @@ import oracle
 import pytest
 from fleet import Fleet, trained
 
-from cpt_jax import config as config_lib
-from cpt_jax import journal
+from cpt_jax import config as config_lib, journal
 from cpt_jax.config import ConfigError
-from cpt_jax.model import pretrained, transformer
-from cpt_jax.model import spec as spec_lib
+from cpt_jax.model import pretrained, spec as spec_lib, transformer
 from cpt_jax.store import prepare, tokenization
 from cpt_jax.store.token_store import open_store
 from cpt_jax.stream import pipeline
 from cpt_jax.stream.shuffle import Shuffle
-from cpt_jax.training import checkpoint
-from cpt_jax.training import inputs as inputs_lib
+from cpt_jax.training import checkpoint, inputs as inputs_lib
 
 CONFIG = """
 from cpt_jax import config

@@ -18,8 +18,7 @@ import pytest
 
 from cpt_jax import journal
 from cpt_jax.devices import mesh as mesh_lib
-from cpt_jax.model import pretrained, transformer
-from cpt_jax.model import spec as spec_lib
+from cpt_jax.model import pretrained, spec as spec_lib, transformer
 from cpt_jax.stream import pipeline
 from cpt_jax.training import checkpoint, guard
 from cpt_jax.training.state import TrainState

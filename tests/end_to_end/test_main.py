@@ -12,8 +12,7 @@ import in_process
 import numpy as np
 import pytest
 
-from cpt_jax import config as config_lib
-from cpt_jax import journal
+from cpt_jax import config as config_lib, journal
 from cpt_jax.config import ConfigError
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.training import checkpoint, metrics

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from cpt_jax.config import ConfigError
-from cpt_jax.laws import annealing, curves
-from cpt_jax.laws import fit as fit_lib
+from cpt_jax.laws import annealing, curves, fit as fit_lib
 
 LAWS = [annealing.Forward(), annealing.Tissue(), annealing.Tissue(1000.0), annealing.MultiPower()]
 TRUTH = {  # of a run of some thousand steps with a peak of 3e-4

@@ -7,8 +7,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from cpt_jax.laws import cpt_law, curves
-from cpt_jax.laws import fit as fit_lib
+from cpt_jax.laws import cpt_law, curves, fit as fit_lib
 from cpt_jax.laws.cpt_law import REPLAY_FORMS, CptLaw
 
 # 2505.07796, fitted examples (106M parameters, FineWeb -> Knowledge-Pile and -> Pile-of-Law): L0, A, alpha, C2, B, E, beta.

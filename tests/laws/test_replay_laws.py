@@ -3,11 +3,9 @@
 import law_checks
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from cpt_jax.laws import domain, replay
-from cpt_jax.laws import fit as fit_lib
+from cpt_jax.laws import domain, fit as fit_lib, replay
 from cpt_jax.laws.separable import TOLERANCE
 
 # Ibrahim et al. 2403.08763, tables 2, 4 and 12, 405M: replay share -> final loss on the Pile, whose base loss is 2.17.

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from cpt_jax import trees
 from cpt_jax.config import ConfigError
-from cpt_jax.model import spec as spec_lib
-from cpt_jax.model import transformer
+from cpt_jax.model import spec as spec_lib, transformer
 from cpt_jax.model.spec import LinearScaling, Llama3Scaling, ModelSpec, YarnScaling, from_hf, load_hf_config
 
 # As published, in the form of transformers 4.

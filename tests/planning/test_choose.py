@@ -8,13 +8,11 @@ import grids
 import law_checks
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from cpt_jax.config import ConfigError
 from cpt_jax.laws import change, domain, replay
-from cpt_jax.planning import cells as cells_lib
-from cpt_jax.planning import choose
+from cpt_jax.planning import cells as cells_lib, choose
 
 UNITS = {"rate0": 8e-4, "tokens0": 2e5}
 GENERAL = (replay.Additive(**UNITS), replay.Multiplicative(**UNITS))

@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from cpt_jax import config as config_lib
-from cpt_jax import exits, journal, trees
+from cpt_jax import config as config_lib, exits, journal, trees
 from cpt_jax.config import ConfigError
 from cpt_jax.planning import execute, trials
 from cpt_jax.planning.trials import Trial

@@ -7,12 +7,10 @@ import pytest
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError
-from cpt_jax.devices import chips, environment
-from cpt_jax.devices import mesh as mesh_lib
+from cpt_jax.devices import chips, environment, mesh as mesh_lib
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.preview import absent_chips, memory
-from cpt_jax.training import inputs as inputs_lib
-from cpt_jax.training import start
+from cpt_jax.training import inputs as inputs_lib, start
 
 RECIPES = ["llama3_1b_1xh100", "llama3_8b_8xh100", "llama3_8b_v5e_16", "llama3_8b_v5p_64", "llama3_70b_v5p_512"]
 RECIPES += ["llama3_70b_256xh100"]

@@ -11,8 +11,7 @@ from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import transformer
 from cpt_jax.model.spec import ModelSpec
 from cpt_jax.preview import buffers, dry_run, hlo, memory
-from cpt_jax.training import inputs as inputs_lib
-from cpt_jax.training import optimizer, state
+from cpt_jax.training import inputs as inputs_lib, optimizer, state
 
 SPEC = ModelSpec("llama", 384, 64, 5, 4, 2, 16, 192, max_positions=512)
 ROWS, ROW_LEN = 4, 64

@@ -8,12 +8,10 @@ import factory
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from cpt_jax.devices import mesh as mesh_lib
-from cpt_jax.model import spec as spec_lib
-from cpt_jax.model import transformer
+from cpt_jax.model import spec as spec_lib, transformer
 from cpt_jax.preview import collectives, hlo, program
 from cpt_jax.training import optimizer, state
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from run_dirs import write_run
 
-from cpt_jax import config as config_lib
-from cpt_jax import exits, main
+from cpt_jax import config as config_lib, exits, main
 from cpt_jax.config import ConfigError
 from cpt_jax.planning import execute, outcome, trials
 from cpt_jax.planning.trials import Trial

@@ -243,7 +243,7 @@ def test_a_prompt_without_a_template_is_one_text(fixtures, prompt, answer):
   path = fixtures / "tokenizer"  # a normaliser that puts a letter in front, bytes for rare letters
   (found,) = encoder(path, records="prompt").encode([messages(prompt, answer)])
   loaded = tokenization.load(path)
-  assert found.ids == loaded.encode_batch([prompt + answer])[0]
+  assert found.ids == loaded.encode_documents([prompt + answer]).ids[0]
   (whole,) = encoder(path, records="prompt", train_on="all").encode([messages(prompt, answer)])
   assert whole.ids == found.ids and whole.loss_mask is None
   assert found.num_bytes == len(answer.encode()) and whole.num_bytes == len((prompt + answer).encode())
@@ -315,7 +315,7 @@ def test_no_template_or_a_broken_one(directory, template, words):
 def test_sentencepiece_alone_is_refused(tmp_path, fixtures):
   path = shutil.copytree(fixtures / "sentencepiece", tmp_path / "s")
   (found,) = encoder(path, records="prompt", train_on="all").encode([messages("a", "b")])
-  assert found.ids == tokenization.load(path).encode_batch(["ab"])[0]
+  assert found.ids == tokenization.load(path).encode_documents(["ab"]).ids[0]
   with pytest.raises(ConfigError, match=r"convert it to a tokenizer\.json"):
     encoder(path, records="prompt")
   (path / "chat_template.jinja").write_text(CHATML)

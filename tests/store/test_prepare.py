@@ -86,7 +86,7 @@ def test_store_holds_the_documents_in_order(reference, inputs, fixtures):
       (bad if isinstance(record, BadRecord) else expected).append(record)
   opened = token_store.open_store(reference)
   assert opened.num_documents == len(expected) > 300
-  for i, (document, ids) in enumerate(zip(expected, loaded.encode_batch([d.text for d in expected]), strict=True)):
+  for i, (document, ids) in enumerate(zip(expected, loaded.encode_documents([d.text for d in expected]).ids, strict=True)):
     assert opened.document(i).tolist() == ids, document
   assert opened.doc_bytes().tolist() == [len(d.utf8) for d in expected]
   assert opened.doc_hashes().tolist() == [token_files.text_hash(d.text) for d in expected]
@@ -120,7 +120,7 @@ def test_arbitrary_documents(tmp_path_factory, fixtures, files, unit_bytes):
     return
   report = run([path / "*.jsonl"], path / "store", fixtures, unit_bytes=unit_bytes)
   opened = token_store.open_store(path / "store")
-  ids = tokenization.load(fixtures / "tokenizer").encode_batch(kept)
+  ids = tokenization.load(fixtures / "tokenizer").encode_documents(kept).ids
   assert [opened.document(i).tolist() for i in range(opened.num_documents)] == ids
   assert report[1:5] == (len(kept), sum(map(len, ids)), sum(len(t.encode()) for t in kept), len(lost))
   assert [(b.file, b.line) for b in report.bad_records] == lost[:10]

@@ -354,7 +354,7 @@ def test_datatrove_writes_and_reads_the_same_files(tmp_path, fixtures):
   file = str(fixtures / "tokenizer" / "tokenizer.json")
   loaded = tokenization.load(file)
   records = [d for d in documents.open_part(Part(str(fixtures / "corpus.jsonl")), Rules()) if isinstance(d, Document)]
-  ids = loaded.encode_batch([d.text for d in records])
+  ids = loaded.encode_documents([d.text for d in records]).ids
   step = tokens.DocumentTokenizer(str(tmp_path / "theirs"), file, eos_token="</s>", shuffle_documents=False)
   step.run(iter([data.Document(text=d.text, id=str(i)) for i, d in enumerate(records)]))
   theirs = token_store.open_store(tmp_path / "theirs")

@@ -32,7 +32,7 @@ def change(path, edit):
 @hypothesis.given(texts=st.lists(TEXTS, max_size=4))
 def test_ids_give_the_text_back_and_end_in_eos_once(fixtures, kind, texts):
   loaded = tokenization.load(fixtures / kind)
-  for ids, text in zip(loaded.encode_batch(texts), texts, strict=True):
+  for ids, text in zip(loaded.encode_documents(texts).ids, texts, strict=True):
     assert ids[0] == loaded.bos_id == 1 and ids[-1] == loaded.eos_id == 2
     assert not {1, 2} & set(ids[1:-1]) and max(ids) < loaded.vocab_size
     if "\u2581" not in text:  # the letter that stands for a space in these tokenizers
@@ -42,9 +42,9 @@ def test_ids_give_the_text_back_and_end_in_eos_once(fixtures, kind, texts):
 def test_ids_are_those_of_the_libraries(fixtures):
   text = "Emma Woodhouse, handsome, clever, and rich"
   fast = tokenizers.Tokenizer.from_file(str(fixtures / "tokenizer" / "tokenizer.json"))
-  assert tokenization.load(fixtures / "tokenizer").encode_batch([text]) == [[*fast.encode(text).ids, 2]]
+  assert tokenization.load(fixtures / "tokenizer").encode_documents([text]).ids == [[*fast.encode(text).ids, 2]]
   slow = sentencepiece.SentencePieceProcessor(model_file=str(fixtures / "sentencepiece" / "tokenizer.model"))
-  assert tokenization.load(fixtures / "sentencepiece").encode_batch([text]) == [[1, *slow.encode(text), 2]]
+  assert tokenization.load(fixtures / "sentencepiece").encode_documents([text]).ids == [[1, *slow.encode(text), 2]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,23 +73,23 @@ def test_eos_that_the_file_forgot_to_mark_as_special_stays_text_too(copy):
 
 def test_tokenizer_that_adds_eos_itself(copy):
   directory = copy()
-  plain = tokenization.load(directory).encode_batch(["ab"])
+  plain = tokenization.load(directory).encode_documents(["ab"]).ids
 
   def edit(content):
     content["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
     content["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
 
   change(directory / "tokenizer.json", edit)
-  assert tokenization.load(directory).encode_batch(["ab"]) == plain
+  assert tokenization.load(directory).encode_documents(["ab"]).ids == plain
 
 
 def test_tokenizer_that_adds_nothing_itself(copy):
   directory = copy()
   change(directory / "tokenizer.json", lambda c: c.update(post_processor=None))
-  assert tokenization.load(directory).encode_batch(["ab"])[0][0] != 1
+  assert tokenization.load(directory).encode_documents(["ab"]).ids[0][0] != 1
   directory = copy("sentencepiece")
   change(directory / "tokenizer_config.json", lambda c: c.update(add_bos_token=False))
-  assert tokenization.load(directory).encode_batch(["ab"])[0][0] != 1
+  assert tokenization.load(directory).encode_documents(["ab"]).ids[0][0] != 1
 
 
 def test_settings_left_over_from_fine_tuning_do_not_act(copy):
@@ -104,7 +104,7 @@ def test_settings_left_over_from_fine_tuning_do_not_act(copy):
 
   change(directory / "tokenizer.json", edit)
   loaded, text = tokenization.load(directory), "It is a truth universally acknowledged"
-  assert loaded.encode_batch([text]) == plain.encode_batch([text])
+  assert loaded.encode_documents([text]).ids == plain.encode_documents([text]).ids
   assert loaded.fingerprint == plain.fingerprint
 
 
@@ -137,9 +137,9 @@ def test_no_eos_is_a_named_error_and_can_be_given(copy):
   loaded = tokenization.load(directory)
   assert loaded.eos_id is None and loaded.vocab_size == 300
   with pytest.raises(ConfigError, match="name one with --eos_token"):
-    loaded.encode_batch(["a"])
+    loaded.encode_documents(["a"])
   given = tokenization.load(directory, eos_token="</s>")
-  assert given.encode_batch(["a"])[0][-1] == 2
+  assert given.encode_documents(["a"]).ids[0][-1] == 2
   assert given.fingerprint == loaded.fingerprint  # so that a run, which names no EOS, takes the store
   with pytest.raises(ConfigError, match="Did you mean <s>"):
     tokenization.load(directory, eos_token="<s/>")
@@ -272,7 +272,7 @@ def test_ids_are_those_of_transformers(fixtures):
   transformers = pytest.importorskip("transformers")
   texts = [json.loads(line)["text"] for line in (fixtures / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
   theirs = transformers.AutoTokenizer.from_pretrained(str(fixtures / "tokenizer"))
-  assert [ids[:-1] for ids in tokenization.load(fixtures / "tokenizer").encode_batch(texts)] == theirs(texts)["input_ids"]
+  assert [ids[:-1] for ids in tokenization.load(fixtures / "tokenizer").encode_documents(texts).ids] == theirs(texts)["input_ids"]
 
 
 # ---- bytes that a document's first token spells ----

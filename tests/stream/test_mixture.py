@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from cpt_jax.config import ConfigError
 from cpt_jax.stream.mixture import End, Knot, Mixture

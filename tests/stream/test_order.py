@@ -8,8 +8,7 @@ import shutil
 import numpy as np
 import oracle
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from loaders import assert_same, go_on, located, mix
 
 from cpt_jax.config import ConfigError, Problems

@@ -9,8 +9,7 @@ import warnings
 import factory
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from cpt_jax.stream import layout_files, packing, policies
 

@@ -14,8 +14,7 @@ import factory
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from loaders import UNIQUE, assert_same, write
 from store_writer import StoreWriter
 
@@ -241,7 +240,7 @@ def test_bits_per_byte_divide_by_what_the_targets_spell(tmp_path, root, kind):
   loaded = tokenization.load(root / kind)
   texts = [f"{word} {i}, \u4eba\u751f" for i, word in enumerate(["The", "a", "\u98ce", "\n\nOnce", "x1", "Emma"] * 5)]
   with StoreWriter(tmp_path / "s", vocab_size=loaded.vocab_size, eos_id=loaded.eos_id) as writer:
-    for ids, text in zip(loaded.encode_batch(texts), texts, strict=True):
+    for ids, text in zip(loaded.encode_documents(texts).ids, texts, strict=True):
       writer.add(ids, text=text)
   held = loader([source(open_store(tmp_path / "s"), heldout_frac=0.5)], tokenizer=loaded).heldout_rows(
     "a", max_tokens=10**6, max_bytes=0

@@ -3,8 +3,7 @@
 import factory
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from cpt_jax.config import ConfigError
 from cpt_jax.stream.sources import mix64

@@ -5,8 +5,7 @@ import re
 import factory
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from store_writer import StoreWriter
 
 from cpt_jax import config as config_lib

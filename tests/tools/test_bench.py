@@ -9,8 +9,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from tools.bench import bench as bench_lib
-from tools.bench import bench_data, bench_data_sides, bench_endurance, bench_memory, bench_samples, bench_step
+from tools.bench import bench as bench_lib, bench_data, bench_data_sides, bench_endurance, bench_memory, bench_samples, bench_step
 
 # Each section with the keys of its JSON.
 SECTIONS = {

@@ -8,12 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from cpt_jax import config as config_lib
-from cpt_jax import trees
+from cpt_jax import config as config_lib, trees
 from cpt_jax.config import ConfigError
 from cpt_jax.devices import mesh as mesh_lib
-from cpt_jax.model import spec as spec_lib
-from cpt_jax.model import transformer
+from cpt_jax.model import spec as spec_lib, transformer
 from cpt_jax.training import checkpoint, state
 from cpt_jax.training.perplexity import SourceLoss
 

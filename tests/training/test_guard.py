@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from loaders import go_on, located, mix
 from updates import RULES, SETTINGS, build
 
-from cpt_jax import config as config_lib
-from cpt_jax import trees
+from cpt_jax import config as config_lib, trees
 from cpt_jax.config import ConfigError
 from cpt_jax.model.loss import objective
 from cpt_jax.stream import pipeline

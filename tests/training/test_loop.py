@@ -2,8 +2,7 @@
 
 from cpt_jax import exits
 from cpt_jax.stream import pipeline
-from cpt_jax.training import checkpoint, loop
-from cpt_jax.training import inputs as inputs_lib
+from cpt_jax.training import checkpoint, inputs as inputs_lib, loop
 
 
 def rows_read(record: dict, steps: range) -> list[tuple[str, int]]:

@@ -10,8 +10,7 @@ import optax
 import pytest
 from nests import nest
 
-from cpt_jax import config as config_lib
-from cpt_jax import trees
+from cpt_jax import config as config_lib, trees
 from cpt_jax.config import ConfigError
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.training import optimizer

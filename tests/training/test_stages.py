@@ -17,15 +17,12 @@ import pytest
 from nests import nest
 from orbax.checkpoint import v1 as ocp
 
-from cpt_jax import config as config_lib
-from cpt_jax import exits, journal, trees
+from cpt_jax import config as config_lib, exits, journal, trees
 from cpt_jax.config import ConfigError
 from cpt_jax.devices import mesh as mesh_lib
-from cpt_jax.model import expansion, pretrained, transformer
-from cpt_jax.model import spec as spec_lib
+from cpt_jax.model import expansion, pretrained, spec as spec_lib, transformer
 from cpt_jax.preview import dry_run
-from cpt_jax.training import inputs as inputs_lib
-from cpt_jax.training import loop, optimizer, schedule, start, state
+from cpt_jax.training import inputs as inputs_lib, loop, optimizer, schedule, start, state
 from cpt_jax.vocab import initialise
 from cpt_jax.vocab.initialise import OldRows, replaced
 from tools.bench import bench_endurance

@@ -8,15 +8,13 @@ import factory
 import numpy as np
 import pytest
 import tokenizers as tokenizers_library
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from shipped import poems
 
 from cpt_jax.cli import app
 from cpt_jax.model import spec as spec_lib
 from cpt_jax.store import corpus, prepare, tokenization
-from cpt_jax.vocab import assess, grow, kinds, verdict
-from cpt_jax.vocab import texts as texts_lib
+from cpt_jax.vocab import assess, grow, kinds, texts as texts_lib, verdict
 
 
 def test_counts_are_of_all_tokens_in_one_pass(root, fixtures):

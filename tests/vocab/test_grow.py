@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from cpt_jax.config import ConfigError
 from cpt_jax.store import tokenization
-from cpt_jax.vocab import candidates, changes, grow, kinds
-from cpt_jax.vocab import texts as texts_lib
+from cpt_jax.vocab import candidates, changes, grow, kinds, texts as texts_lib
 from cpt_jax.vocab.bases import Piece, Words
 from cpt_jax.vocab.scores import MARGIN, unigram_scores
 

@@ -10,13 +10,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
 from cpt_jax.config import ConfigError
-from cpt_jax.model import expansion, hf_files, pretrained, transformer
-from cpt_jax.model import spec as spec_lib
+from cpt_jax.model import expansion, hf_files, pretrained, spec as spec_lib, transformer
 from cpt_jax.vocab import initialise, similarity
 from cpt_jax.vocab.bases import Piece
 from cpt_jax.vocab.initialise import OldRows, replaced

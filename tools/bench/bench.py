@@ -58,8 +58,7 @@ class Bench:
     """As `base`, with these keys of its config.json changed."""
     import jax
 
-    from cpt_jax.model import pretrained, transformer
-    from cpt_jax.model import spec as spec_lib
+    from cpt_jax.model import pretrained, spec as spec_lib, transformer
 
     hf_config = json.loads((ROOT / "examples/base/config.json").read_text()) | changes
     if self.quick:

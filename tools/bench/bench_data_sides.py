@@ -240,7 +240,7 @@ def make_stores(directory: pathlib.Path, num_sources: int, *, texts: Iterator[st
     store.mkdir(parents=True)
     dtype = token_files.token_dtype(loaded.vocab_size)
     writer = token_files.TokenFileWriter(store / "00000.ds", dtype=dtype, tokenizer_name=loaded.name)
-    for ids, text in zip(loaded.encode_batch(part), part, strict=True):
+    for ids, text in zip(loaded.encode_documents(part).ids, part, strict=True):
       writer.add(ids, num_bytes=len(text.encode()), text_hash=token_files.text_hash(text))
     about = {"vocab_size": loaded.vocab_size, "tokenizer_fingerprint": loaded.fingerprint, "eos_id": loaded.require_eos()}
     token_files.write_manifest(store, files=[writer.close()], **about, extra={"inputs": [], "bad_records": {"num": 0}})

@@ -44,8 +44,7 @@ class Training(bench_step.Training):
     import jax
     import numpy as np
 
-    from cpt_jax.model import spec as spec_lib
-    from cpt_jax.model import transformer
+    from cpt_jax.model import spec as spec_lib, transformer
 
     model, shape, *changes = text.split(",")
     rows, row_len = (int(x) for x in shape.split("x"))

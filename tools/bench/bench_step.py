@@ -78,8 +78,7 @@ class Training:
 
 def of_base(config: Any, base: str | os.PathLike, *, num_sources: int) -> Training:
   """With the weights of a base and the config's rates."""
-  from cpt_jax.model import pretrained, transformer
-  from cpt_jax.model import spec as spec_lib
+  from cpt_jax.model import pretrained, spec as spec_lib, transformer
   from cpt_jax.training import schedule
 
   spec = spec_lib.from_hf(spec_lib.load_hf_config(base))

@@ -13,8 +13,7 @@ from ml_collections import config_flags
 
 from cpt_jax.config import ConfigError
 from cpt_jax.stream.sources import Source
-from cpt_jax.training import console
-from cpt_jax.training import inputs as inputs_lib
+from cpt_jax.training import console, inputs as inputs_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose sources are measured.")
 

@@ -18,11 +18,9 @@ import numpy as np
 
 from cpt_jax import config as config_lib
 from cpt_jax.config import ConfigError
-from cpt_jax.laws import cpt_law, curves
-from cpt_jax.laws import fit as fit_lib
+from cpt_jax.laws import cpt_law, curves, fit as fit_lib
 from cpt_jax.laws.curves import Curve
-from cpt_jax.planning import cells as cells_lib
-from cpt_jax.planning import choose, recommend
+from cpt_jax.planning import cells as cells_lib, choose, recommend
 from cpt_jax.planning.cells import Cell
 from cpt_jax.planning.predictor import fit_sources
 from cpt_jax.planning.trials import replay_share

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cpt_jax import config as config_lib
-from cpt_jax import exits, journal
+from cpt_jax import config as config_lib, exits, journal
 from cpt_jax.cli import app
 from cpt_jax.config import ConfigError
 from cpt_jax.model import spec as spec_lib
@@ -30,8 +29,7 @@ from cpt_jax.store import documents, token_files, token_store
 from cpt_jax.store.records import BadRecord, Part, Rules
 from cpt_jax.stream.shuffle import mix64
 from cpt_jax.training import console, loop
-from cpt_jax.vocab import changes, initialise, kinds
-from cpt_jax.vocab import texts as texts_lib
+from cpt_jax.vocab import changes, initialise, kinds, texts as texts_lib
 from cpt_jax.vocab.bases import Base
 from cpt_jax.vocab.grow import RECORD
 from tools.fixtures import make_example_data

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cpt_jax.devices import mesh as mesh_lib
-from cpt_jax.model import pretrained, transformer
-from cpt_jax.model import spec as spec_lib
+from cpt_jax.model import pretrained, spec as spec_lib, transformer
 from cpt_jax.vocab import kinds
 from cpt_jax.vocab.bases import Base
 from tools.experiments import vocab_experiment
