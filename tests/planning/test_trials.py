@@ -113,8 +113,8 @@ def test_the_default_design_is_a_grid_of_four_by_five_with_two_seeds_below_the_s
 
 def test_the_ladder_ends_where_rates_do():
   config = run_config()
-  config.schedule.lr_peak = 0.2
-  assert design.make(config, trial_tokens="32 steps").ladder == (0.05, 0.1, 0.2, 0.4, 0.8)
+  config.schedule.lr_peak = 2.0
+  assert design.make(config, trial_tokens="32 steps").ladder == (0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 def test_wrong_flags_of_a_design_are_all_named():

@@ -495,7 +495,7 @@ def test_a_guard_without_anything_to_watch_is_refused():
   c.start.hf = "base"
   c.data.sources.zh = config_lib.source(store="zh")
   c.guard.general_loss_rise, c.guard.spike_mads, c.guard.on_spike = 0.1, -1.0, "jump"
-  with pytest.raises(ConfigError, match=r"(?s)guard\.on_spike='jump'.*guard\.spike_mads=-1.*no source has role 'replay'"):
+  with pytest.raises(ConfigError, match=r"(?s)guard\.spike_mads=-1.*guard\.on_spike='jump'.*no source has role 'replay'"):
     config_lib.resolve(c)
   c.guard.on_spike, c.guard.spike_mads = "skip", 0.0
   c.data.sources.en = config_lib.source(store="en", role="replay", share=0.0)

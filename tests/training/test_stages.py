@@ -4,6 +4,7 @@ import collections
 import copy
 import functools
 import json
+import pathlib
 
 import factory
 import hypothesis
@@ -262,7 +263,7 @@ def test_without_stages_the_run_is_one():
     (((5, "20%", 1e-3), ("all", "rest", 1e-4)), "5 names nothing to train"),
     ((((), "20%", 1e-3), ("all", "rest", 1e-4)), "names nothing to train"),
     ((("all", "rest", 0.0),), "lr_peak=0.0: must be above 0"),
-    ((("all", "half", 1e-3),), r"train.stages: 'half' is no duration.*may be as long as the 'rest'"),
+    ((("all", "half", 1e-3),), r"train.stages\[0\]: 'half' is no duration.*may be as long as the 'rest'"),
     ((("all", "rest", 1e-3), ("all", "20%", 1e-3)), "'rest' is no duration"),
     ((("all", "20%", 1e-3), ("all", "30%", 1e-3)), "take 50 steps, the run has 100"),
     ((("all", "80%", 1e-3), ("all", "40%", 1e-3)), "take 120 steps, the run has 100"),
@@ -275,7 +276,7 @@ def test_without_stages_the_run_is_one():
       r"train.stages\[0\]: schedule.name='cosin': choose one of .*Did you mean cosine",
     ),
     ((("all", "rest", 1e-3, {"lr_start": 1.0}),), r"train.stages\[0\]: schedule.lr_start=1: above schedule.lr_peak"),
-    ((("all", "rest", 1e-3, {"warmup": "soon"}),), r"train.stages\[0\]: schedule.warmup: 'soon' is no duration"),
+    ((("all", "rest", 1e-3, {"warmup": "soon"}),), r"train.stages\[0\]: warmup: 'soon' is no duration"),
   ],
 )
 def test_mistakes(stages, message):
@@ -389,7 +390,7 @@ def test_a_base_that_was_not_grown_has_no_rows_to_train(staged_run, tmp_path):
   c = copy.deepcopy(staged_run)
   hf_config = spec_lib.load_hf_config(c.start.hf)
   (tmp_path / "base").mkdir()
-  for file in (config_lib.pathlib.Path(c.start.hf)).iterdir():
+  for file in pathlib.Path(c.start.hf).iterdir():
     (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
   (tmp_path / "base" / "config.json").write_text(json.dumps(hf_config | {"base_vocab_size": 0}))
   c.start.hf = str(tmp_path / "base")
