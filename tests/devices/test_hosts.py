@@ -224,7 +224,8 @@ def test_killed_and_resumed_on_any_number_of_processes_it_is_the_same_run(fleet,
   exported, wanted = (load_file(where / "hf" / "model.safetensors") for where in (workdir, whole))
   assert exported.keys() == wanted.keys()
   for name, tensor in exported.items():
-    np.testing.assert_allclose(tensor, wanted[name], atol=1e-5, err_msg=name)
+    # Sums over processes round otherwise, and Adam makes whole steps of small gradients: a few 1e-5 were seen in rows of rare tokens.
+    np.testing.assert_allclose(tensor, wanted[name], atol=1e-4, err_msg=name)
 
 
 # A step takes milliseconds, and the word of a signal needs some hundred of them to reach the other process. The rate is low, or
