@@ -224,7 +224,7 @@ def test_killed_and_resumed_on_any_number_of_processes_it_is_the_same_run(fleet,
   exported, wanted = (load_file(where / "hf" / "model.safetensors") for where in (workdir, whole))
   assert exported.keys() == wanted.keys()
   for name, tensor in exported.items():
-    # Sums over processes round otherwise, and Adam makes whole steps of small gradients: a few 1e-5 were seen in rows of rare tokens.
+    # Sums over processes round otherwise, and Adam makes whole steps of small gradients: a few 1e-5 were seen for rare tokens.
     np.testing.assert_allclose(tensor, wanted[name], atol=1e-4, err_msg=name)
 
 
