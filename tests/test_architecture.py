@@ -11,7 +11,7 @@ import pytest
 
 # A module imports from its own layer or a lower one; inside a layer only what comes before it.
 LAYERS = [
-  ["exits", "shipped", "progress", "hub", "config.durations", "config.errors", "config.shares", "config.keys", "config.times"]
+  ["exits", "shipped", "progress", "hub", "config.durations", "config.errors", "config.shares", "config.keys"]
   + ["config.stages", "config.check", "config.files", "config.describe", "journal", "trees"],
   ["devices.environment", "devices.chips", "devices.hosts", "devices.mesh", "devices.signals", "devices.launch", "devices.ssh"],
   ["store.records", "store.compressed", "store.lines", "store.parquet", "store.documents"]
@@ -35,7 +35,7 @@ LAYERS = [
   + ["results.recovery_tables", "results.batches"],
   ["diagnosis.verdict", "diagnosis.measure", "diagnosis.diagnose", "diagnosis.tables", "diagnosis.vocab_tables"],
   ["laws.fit", "laws.curves", "laws.annealing", "laws.cpt_law", "laws.separable", "laws.change", "laws.replay", "laws.domain"]
-  + ["laws.dcpt", "laws.mixing", "laws.fit_curves", "laws.tables"],
+  + ["laws.dcpt", "laws.fit_curves", "laws.tables"],
   ["planning.cells", "planning.choose", "planning.predictor", "planning.recommend", "planning.plots"]
   + ["planning.trials", "planning.design", "planning.config_files", "planning.outcome", "planning.execute", "planning.tables"]
   + ["planning.planner"],

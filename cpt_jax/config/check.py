@@ -10,10 +10,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cpt_jax.config import keys, shares, stages as stages_lib
-from cpt_jax.config.durations import Duration
+from cpt_jax.config.durations import Duration, get, num_steps, steps_at
 from cpt_jax.config.errors import Problems, did_you_mean
 from cpt_jax.config.shares import Share
-from cpt_jax.config.times import get, num_steps, steps_at
 
 
 def resolve(config: Any, *, needs_data: bool = True) -> ConfigDict:

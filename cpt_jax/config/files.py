@@ -19,8 +19,8 @@ from ml_collections.config_flags import config_flags
 from cpt_jax import shipped
 from cpt_jax.config import keys
 from cpt_jax.config.check import leaf_keys, parse_times, unknown_key
+from cpt_jax.config.durations import get
 from cpt_jax.config.errors import ConfigError, Problems, did_you_mean
-from cpt_jax.config.times import get
 
 _RENAMED = {"stages": "shares"}  # of `data`, in records of older versions
 

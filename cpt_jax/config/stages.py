@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from cpt_jax.config import keys
-from cpt_jax.config.durations import Duration
+from cpt_jax.config.durations import Duration, num_steps, steps_at
 from cpt_jax.config.errors import Problems, did_you_mean
-from cpt_jax.config.times import num_steps, steps_at
 
 NEW_ROWS = ":new"  # behind a path pattern in a stage: of the leaves that it matches, the rows of new pieces
 STAGES = {"new_rows": (f"embedding{NEW_ROWS}", f"head{NEW_ROWS}"), "embeddings": ("embedding", "head"), "all": (".*",)}

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpt_jax.config import ConfigError
-from cpt_jax.laws import change, dcpt, domain, fit as fit_lib, mixing, replay
+from cpt_jax.laws import change, dcpt, domain, fit as fit_lib, replay
 from cpt_jax.laws.separable import TOLERANCE
 from cpt_jax.planning import cells as cells_lib
 from cpt_jax.planning.cells import Cell
@@ -78,7 +78,7 @@ def candidates(role: str, inputs: dict[str, np.ndarray]) -> list[Any]:
   shares = [name for name in inputs if name.startswith("share:")]
   shared = [
     replay.Surface(**units), dcpt.DCpt(role=role, **units), dcpt.DCptRate(role=role, **units),
-    mixing.Mixing(names=tuple(shares[:-1]) if len(shares) > 2 else ("replay",), **units),
+    dcpt.Mixing(names=tuple(shares[:-1]) if len(shares) > 2 else ("replay",), **units),
   ]  # fmt: skip
   if role == cells_lib.REPLAY:
     return [

@@ -4,7 +4,7 @@ import law_checks
 import numpy as np
 import pytest
 
-from cpt_jax.laws import mixing
+from cpt_jax.laws import dcpt
 
 NAMES = ("share:en", "share:zh")  # code takes the rest
 
@@ -15,7 +15,7 @@ def mixtures(num: int, seed: int) -> dict[str, np.ndarray]:
 
 
 def test_by_hand():
-  law = mixing.Mixing(names=NAMES, rate0=1e-3, tokens0=1e6)
+  law = dcpt.Mixing(names=NAMES, rate0=1e-3, tokens0=1e6)
   inputs = {"share:en": 0.5, "share:zh": 0.25, "rate": 2e-3, "tokens": 3e6, "base": 9.0}
   inputs = {name: np.array([value]) for name, value in inputs.items()}
   expected = 2 + 1.5 * np.exp(-1.0 + 0.1) * 2**0.5 * 3**-0.2
@@ -26,8 +26,8 @@ def test_by_hand():
 @pytest.mark.parametrize(
   "law,theta_P",
   [
-    (mixing.Mixing(names=NAMES, rate0=8e-4, tokens0=2e5), [2.0, 1.5, -2.0, 0.4, 0.5, -0.2]),
-    (mixing.Mixing(rate0=8e-4, tokens0=2e5), [2.0, 1.5, -2.0, 0.5, -0.2]),
+    (dcpt.Mixing(names=NAMES, rate0=8e-4, tokens0=2e5), [2.0, 1.5, -2.0, 0.4, 0.5, -0.2]),
+    (dcpt.Mixing(rate0=8e-4, tokens0=2e5), [2.0, 1.5, -2.0, 0.5, -0.2]),
   ],
 )
 def test_gradient_and_recovery(law, theta_P):
