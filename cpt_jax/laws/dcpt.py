@@ -54,7 +54,7 @@ class Mixing(Separable):
   """The data mixing law over the input columns `names` (all sources but one): c + k e^u t^v exp(sum_j t_j r_j).
 
   Ye et al. (2403.16952): L_i(r) = c_i + k_i exp(sum_j t_ij r_j), a fit for each source i; t_ij < 0 where source j helps source i.
-  Shares sum to 1, so the last source has no exponent of its own: k holds it. The two powers are ours, for grids in which rate and tokens vary.
+  Shares sum to 1, so the last source has no exponent of its own: k holds it. Both powers are ours, for rate and tokens.
   """
 
   names: tuple[str, ...] = ("replay",)
