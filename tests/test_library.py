@@ -65,3 +65,10 @@ def test_a_run_is_trained_read_exported_and_evaluated(tiny_plan, tmp_path, one_d
 def test_a_table_prints_as_one():
   table = tables.Table(step=np.array([0, 30]), loss=np.array([3.5, 3.25]))
   assert str(table).splitlines() == ["step    loss", "   0     3.5", "  30    3.25"]
+
+
+def test_one_path_is_prepared_as_a_list_of_one(fixtures, tmp_path):
+  options = dict(tokenizer=fixtures / "tokenizer", progress=False)
+  one = cpt_jax.prepare(fixtures / "corpus.jsonl", output=tmp_path / "one", **options)
+  several = cpt_jax.prepare([str(fixtures / "corpus.jsonl")], output=str(tmp_path / "several"), **options)
+  assert one.lines()[1:] == several.lines()[1:] and "200" in one.lines()[1]

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,10 +92,10 @@ class PrepareReport(NamedTuple):
 
 
 def prepare(
-  inputs: list[str],
+  inputs: str | os.PathLike | Sequence[str | os.PathLike],
   *,
-  tokenizer: str,
-  output: str,
+  tokenizer: str | os.PathLike,
+  output: str | os.PathLike,
   rules: Rules = Rules(),  # noqa: B008 (never changed)
   contamination: decontaminate.Contamination | None = None,
   num_workers: int = 0,
@@ -104,10 +104,10 @@ def prepare(
 ) -> PrepareReport:
   """Tokenises text files into a token store, or goes on doing so.
 
-  >>> cpt_jax.prepare(["texts/*.jsonl"], tokenizer="examples/base", output="store/mine").lines()  # doctest: +SKIP
+  >>> cpt_jax.prepare("texts/*.jsonl", tokenizer="examples/base", output="store/mine").lines()  # doctest: +SKIP
 
   Args:
-    inputs: paths and globs of .txt, .jsonl and .parquet files, plain or with .gz or .zst.
+    inputs: a path or glob, or several, of .txt, .jsonl and .parquet files, plain or with .gz or .zst.
     tokenizer: as `tokenization.load` takes it.
     output: the store's directory.
     rules: what records hold, which of their tokens count, what is a bad record.
@@ -128,9 +128,10 @@ def prepare(
     processes.run(job, loaded, num_workers=num_workers, progress=progress)
     return True
 
-  task = Task(output, tokenizer, rules)
+  paths = [os.fspath(path) for path in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
+  task = Task(os.fspath(output), os.fspath(tokenizer), rules)
   sizes = {"unit_bytes": unit_bytes, "max_units": _MAX_UNITS}
-  report = prepare_with(run_units, inputs, task=task, contamination=contamination, selection=None, **sizes)
+  report = prepare_with(run_units, paths, task=task, contamination=contamination, selection=None, **sizes)
   assert report is not None
   return report
 
