@@ -17,7 +17,7 @@ def optimizer(params, **changes):
   options = config_lib.default().optimizer.to_dict() | rules | changes
   numbers = {name: options.pop(name) for name in ("b1", "b2", "eps", "mu_dtype", "weight_decay", "clip_norm")}
   return cpt_jax.training.optimizer.make(
-    cpt_jax.training.optimizer.plan(params, **options), **numbers, new_rows=options.get("new_rows")
+    cpt_jax.training.optimizer.apply_rules(params, **options), **numbers, new_rows=options.get("new_rows")
   )
 
 

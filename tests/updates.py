@@ -28,7 +28,7 @@ def compiled(
     source_weights=source_weights,
     microbatches=microbatches,
     z_loss=z_loss,
-    hold=functools.partial(optimizer.hold, leaves=optimizer.plan(params, **rules, stages=("all",))),
+    hold=functools.partial(optimizer.hold, leaves=optimizer.apply_rules(params, **rules, stages=("all",))),
     accumulate_dtype=sums,
   )
   return tx, jax.jit(update)

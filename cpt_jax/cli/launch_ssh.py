@@ -40,7 +40,7 @@ def run(args: Namespace) -> int:
   where = {"coordinator": args.coordinator, "port": args.port, "options": args.ssh_option}
   started = ssh.commands(of_hosts, names, **where)
   if args.print:
-    launch.print_plan([shlex.join(each) for each in started], kind="gpu")
+    launch.print_commands([shlex.join(each) for each in started], kind="gpu")
     return exits.DONE
   if shutil.which("ssh") is None:
     raise ConfigError("ssh is not on the PATH: install OpenSSH's client; --print shows the commands")

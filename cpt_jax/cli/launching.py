@@ -38,8 +38,8 @@ def run_of(args: Namespace, *, sees_our_disk: bool) -> launch.Run:
 
 
 def run_or_print(args: Namespace, program: Sequence[str], *, kind: str, why: str, stdin: str | None = None) -> int:
-  """Runs a program of the cloud or cluster, or prints it (with `stdin`, that alone); the rest as of launch.call, print_plan."""
+  """Runs a program of the cloud or cluster, or prints it (with `stdin`, that alone); the rest as of launch.call, print_commands."""
   if args.print:
-    launch.print_plan([stdin or shlex.join(program)], kind=kind)
+    launch.print_commands([stdin or shlex.join(program)], kind=kind)
     return exits.DONE
   return launch.call(program, why=why, stdin=stdin)

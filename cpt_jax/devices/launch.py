@@ -123,7 +123,7 @@ def slurm_script(run: Run, options: Mapping[str, Any], more: Sequence[str], *, n
   )
 
 
-def print_plan(commands: Sequence[str], *, kind: str) -> None:
+def print_commands(commands: Sequence[str], *, kind: str) -> None:
   """What --print says: a command a line, and as comments what each process sets for itself on devices of this kind."""
   print("# what cpt_jax.main sets on each host where it is not set (cpt_jax/devices/environment.py):")
   for setting in environment.settings(kind, gpu_model="NVIDIA H100"):

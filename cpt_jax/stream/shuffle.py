@@ -1,4 +1,4 @@
-"""A source's n-th row -> which row of its plan that is: a fresh permutation in each epoch.
+"""A source's n-th row -> which row of its layout that is: a fresh permutation in each epoch.
 
 Invariant: a pure function of (rows, name, seed, n), the same in every version and on every machine; one row costs O(1), and
 nothing is kept that grows with the source.
@@ -21,7 +21,7 @@ _WORD = (1 << 64) - 1
 
 
 class Shuffle:
-  """`shuffle[n]`: the plan's row for the source's n-th; rows [e * num_rows, (e + 1) * num_rows) are epoch e."""
+  """`shuffle[n]`: the layout's row for the source's n-th; rows [e * num_rows, (e + 1) * num_rows) are epoch e."""
 
   def __init__(self, num_rows: int, *, name: str, seed: int):
     assert num_rows > 0

@@ -37,7 +37,7 @@ def training_flops(config: Any, spec: ModelSpec, step: int) -> float:
 
 def stage_flops(config: Any, spec: ModelSpec, stage: int) -> tuple[float, float]:
   """`flops_per_token` of one of train.stages: causal, palm."""
-  leaves = optimizer.from_config_plan(config, spec, stage=stage)
+  leaves = optimizer.leaves_from_config(config, spec, stage=stage)
   rest = [re.escape(path) for path, leaf in leaves.items() if leaf.trains is optimizer.Trains.NOTHING]
   return flops_per_token(spec, config.data.row_len, frozen=rest)
 

@@ -47,7 +47,7 @@ class Leaf(NamedTuple):
   decay: float  # multiplier of weight_decay
 
 
-def plan(
+def apply_rules(
   params: Any,
   *,
   decay_rules: Rules,
@@ -100,9 +100,9 @@ def make(
   clip_norm: float,
   new_rows: range | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """AdamW (Loshchilov & Hutter 1711.05101, decay scaled by the rate) for the parameters that `plan` has made `leaves` of.
+  """AdamW (Loshchilov & Hutter 1711.05101, decay scaled by the rate) for the parameters that `apply_rules` has made `leaves` of.
 
-  Its update is that of the plan's stage, and takes the rate: `update(gradients, state, params, rate=1e-4)`; its state is the
+  Its update is that of the stage of `leaves`, and takes the rate: `update(gradients, state, params, rate=1e-4)`; its state is the
   same in all stages. The first moment is kept in `mu_dtype`, the second in float32.
 
   In bfloat16 (8 bits, so half a unit is 1/512 to 1/256 of a number) the first moment of a parameter stands still where its
@@ -146,7 +146,7 @@ def make(
 
 
 def hold(params: Any, leaves: dict[str, Leaf], *, new_rows: range | None = None) -> Any:
-  """The same parameters, through which no gradient reaches what `leaves`, of `plan`, say that rests: it is not computed."""
+  """The same parameters, through which no gradient reaches what `leaves`, of `apply_rules`, say that rests: it is not computed."""
 
   def held(path, p):
     if leaves[path].trains is Trains.ALL:
@@ -176,17 +176,17 @@ def without_rows(state: State, *, first: int) -> State:
 
 def from_config(config: Any, spec: ModelSpec, *, stage: int = -1) -> optax.GradientTransformationExtraArgs:
   """The optimizer of a resolved config in one of its train.stages; its state is that of all of them.
-  Raises ConfigError: as `plan`; also rules of the user's own that no leaf follows."""
+  Raises ConfigError: as `apply_rules`; also rules of the user's own that no leaf follows."""
   c = config.optimizer
   params = transformer.abstract_params(spec)
   _check_own_rules(c, params)
   numbers = {key: c[key] for key in ("b1", "b2", "eps", "mu_dtype", "weight_decay", "clip_norm")}
-  return make(from_config_plan(config, spec, stage=stage), **numbers, new_rows=spec.new_rows)
+  return make(leaves_from_config(config, spec, stage=stage), **numbers, new_rows=spec.new_rows)
 
 
-def from_config_plan(config: Any, spec: ModelSpec, *, stage: int = -1) -> dict[str, Leaf]:
-  """`plan` of a resolved config."""
-  return plan(transformer.abstract_params(spec), **_rules_of(config, spec), stage=stage)
+def leaves_from_config(config: Any, spec: ModelSpec, *, stage: int = -1) -> dict[str, Leaf]:
+  """`apply_rules` of a resolved config."""
+  return apply_rules(transformer.abstract_params(spec), **_rules_of(config, spec), stage=stage)
 
 
 def largest_stage(config: Any, spec: ModelSpec) -> int:
@@ -194,7 +194,7 @@ def largest_stage(config: Any, spec: ModelSpec) -> int:
   sizes = {path: math.prod(leaf.shape) for path, leaf in trees.paths(transformer.abstract_params(spec)).items()}
 
   def num_trained(stage: int) -> int:
-    leaves = from_config_plan(config, spec, stage=stage)
+    leaves = leaves_from_config(config, spec, stage=stage)
     return sum(sizes[path] for path, leaf in leaves.items() if leaf.trains is not Trains.NOTHING)
 
   return max(range(max(len(config.train.stages), 1)), key=num_trained)
@@ -210,7 +210,7 @@ class Group(NamedTuple):
 
 
 def groups(params: Any, leaves: dict[str, Leaf], *, weight_decay: float, new_rows: range | None = None) -> list[Group]:
-  """The leaves of a `plan`, gathered by what happens to them, in the order of the tree; of new rows theirs alone are counted."""
+  """The leaves of a `apply_rules`, gathered by what happens to them, in the order of the tree; of new rows theirs alone are counted."""
   gathered: dict[tuple[str, float], list[str]] = {}
   for path, leaf in leaves.items():
     key = _describe_rate(leaf), leaf.decay * weight_decay if leaf.trains is not Trains.NOTHING else 0.0
@@ -218,14 +218,14 @@ def groups(params: Any, leaves: dict[str, Leaf], *, weight_decay: float, new_row
   sizes = {path: math.prod(leaf.shape) for path, leaf in trees.paths(params).items()}
   for path, leaf in leaves.items():
     if leaf.trains is Trains.NEW_ROWS:
-      assert new_rows is not None  # or `plan` had refused
+      assert new_rows is not None  # or `apply_rules` had refused
       sizes[path] = sizes[path] // trees.paths(params)[path].shape[VOCAB_DIM[path]] * len(new_rows)
   return [Group(tuple(paths), sum(sizes[p] for p in paths), rate, decay) for (rate, decay), paths in gathered.items()]
 
 
 def from_config_groups(config: Any, spec: ModelSpec, *, stage: int = -1) -> list[Group]:
   """`groups` of a resolved config, for the dry run."""
-  leaves = from_config_plan(config, spec, stage=stage)
+  leaves = leaves_from_config(config, spec, stage=stage)
   decay = config.optimizer.weight_decay
   return groups(transformer.abstract_params(spec), leaves, weight_decay=decay, new_rows=spec.new_rows)
 
@@ -252,7 +252,7 @@ def _no_updates(path: str, leaf: Any) -> Any:
 
 def _is_new(path: str, array: Any, new_rows: range | None) -> jax.Array:
   """Of each element of a table [V, D] or [D, V], or of its rows' counts [V]: does it belong to a new row."""
-  assert new_rows is not None  # or `plan` had refused
+  assert new_rows is not None  # or `apply_rules` had refused
   row = mesh_lib.index_along(array, VOCAB_DIM[path] if array.ndim > 1 else 0)
   return (row >= new_rows.start) & (row < new_rows.stop)
 

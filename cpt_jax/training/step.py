@@ -59,7 +59,7 @@ def from_config(
 ) -> TrainStep:
   """The update that a config asks for in one of its train.stages; `source_weights` as in `make_train_step`, `max_documents` as in
   `transformer.Settings`."""
-  leaves = optimizer.from_config_plan(config, spec, stage=stage)
+  leaves = optimizer.leaves_from_config(config, spec, stage=stage)
   return make_train_step(
     spec,
     optimizer.from_config(config, spec, stage=stage),

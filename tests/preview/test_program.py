@@ -331,7 +331,7 @@ def test_what_is_frozen_saves_the_flops_that_the_formula_says(tiny_spec, random_
   with jax.set_mesh(mesh):
     params, to_all = transformer.abstract_params(untied), ((".*", 1.0),)
     tx = factory.optimizer(params, frozen=frozen)
-    leaves = optimizer.plan(params, decay_rules=to_all, rate_rules=to_all, layer_rates=(), frozen=frozen, stages=("all",))
+    leaves = optimizer.apply_rules(params, decay_rules=to_all, rate_rules=to_all, layer_rates=(), frozen=frozen, stages=("all",))
     settings = factory.SETTINGS._replace(attention="plain")
     options = {"settings": settings, "source_weights": (1.0, 1.0), "microbatches": 1, "z_loss": 0.0}
     update = factory.train_step(untied, tx, **options, hold=functools.partial(optimizer.hold, leaves=leaves))

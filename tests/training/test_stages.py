@@ -108,7 +108,7 @@ def test_each_element_follows_adamw_by_the_updates_that_it_had(mu_dtype, order, 
 
 
 def test_what_no_stage_trains_is_frozen_and_frozen_wins():
-  leaves = optimizer.plan(random_tree(0), **RULES, frozen=("layers.wq",), stages=("embeddings", ("layers.*",)), stage=0)
+  leaves = optimizer.apply_rules(random_tree(0), **RULES, frozen=("layers.wq",), stages=("embeddings", ("layers.*",)), stage=0)
   found = {path: (leaf.trains.name, leaf.is_frozen) for path, leaf in leaves.items()}
   assert found == {
     "embedding": ("ALL", False),
@@ -155,7 +155,7 @@ def steps_of(spec):
   settings = factory.SETTINGS._replace(attention="plain")
   params = transformer.init(spec, jax.random.key(0))
   tx = [factory.optimizer(params, **make(), stage=i, eps=1e-3) for i in range(3)]
-  leaves = [optimizer.plan(params, **make(), stage=i) for i in range(3)]
+  leaves = [optimizer.apply_rules(params, **make(), stage=i) for i in range(3)]
   steps = [
     jax.jit(
       factory.train_step(
