@@ -146,7 +146,7 @@ def make(
 
 
 def hold(params: Any, leaves: dict[str, Leaf], *, new_rows: range | None = None) -> Any:
-  """The same parameters, through which no gradient reaches what `leaves`, of `apply_rules`, say that rests: it is not computed."""
+  """The same parameters, through which no gradient reaches what `leaves` say that rests: it is not computed."""
 
   def held(path, p):
     if leaves[path].trains is Trains.ALL:
@@ -210,7 +210,7 @@ class Group(NamedTuple):
 
 
 def groups(params: Any, leaves: dict[str, Leaf], *, weight_decay: float, new_rows: range | None = None) -> list[Group]:
-  """The leaves of a `apply_rules`, gathered by what happens to them, in the order of the tree; of new rows theirs alone are counted."""
+  """The leaves gathered by what happens to them, in the order of the tree; of new rows theirs alone are counted."""
   gathered: dict[tuple[str, float], list[str]] = {}
   for path, leaf in leaves.items():
     key = _describe_rate(leaf), leaf.decay * weight_decay if leaf.trains is not Trains.NOTHING else 0.0
