@@ -48,26 +48,6 @@ LLAMA_31_8B = {
   "use_cache": True,
   "vocab_size": 128256,
 }
-QWEN25_05B = {
-  "architectures": ["Qwen2ForCausalLM"],
-  "attention_dropout": 0.0,
-  "hidden_act": "silu",
-  "hidden_size": 896,
-  "intermediate_size": 4864,
-  "max_position_embeddings": 32768,
-  "max_window_layers": 24,
-  "model_type": "qwen2",
-  "num_attention_heads": 14,
-  "num_hidden_layers": 24,
-  "num_key_value_heads": 2,
-  "rms_norm_eps": 1e-06,
-  "rope_theta": 1000000.0,
-  "sliding_window": 32768,
-  "tie_word_embeddings": True,
-  "use_mrope": False,
-  "use_sliding_window": False,
-  "vocab_size": 151936,
-}
 SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -92,12 +72,6 @@ def test_llama_31():
     norm_eps=1e-5,
   )
   assert spec_lib.num_parameters(spec) == 8_030_261_248  # the published count
-
-
-def test_qwen25():
-  spec = from_hf(QWEN25_05B)
-  assert (spec.head_dim, spec.tied, spec.qkv_bias, spec.qk_norm, spec.windows) == (64, True, True, False, ())
-  assert spec_lib.num_parameters(spec) == 494_032_768  # the published count
 
 
 def test_the_two_forms_of_rope_settings_mean_the_same():

@@ -63,12 +63,6 @@ def test_the_peak_of_a_program_that_can_be_read_by_hand():
   ]
 
 
-def test_a_tpu_pads_its_tiles_and_its_vector_memory_is_another():
-  line = "  %x = (bf16[3,5,130]{1,2,0:T(8,128)(2,1)}, f32[8,8]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%y)"
-  result, other, _ = (buffers.Buffer(shape, "", 0) for shape in hlo.parse_instruction(line).shapes)
-  assert result.num_bytes == 3 * 128 * 136 * 2 and other.num_bytes == 0
-
-
 def settings(**keys):
   c = config_lib.default()
   c.model.attention, c.model.loss_chunk = "plain", 0

@@ -267,14 +267,6 @@ def test_fingerprint_holds_the_special_ids(copy):
   assert tokenization.load(directory).fingerprint != first
 
 
-@pytest.mark.parity
-def test_ids_are_those_of_transformers(fixtures):
-  transformers = pytest.importorskip("transformers")
-  texts = [json.loads(line)["text"] for line in (fixtures / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
-  theirs = transformers.AutoTokenizer.from_pretrained(str(fixtures / "tokenizer"))
-  assert [ids[:-1] for ids in tokenization.load(fixtures / "tokenizer").encode_documents(texts).ids] == theirs(texts)["input_ids"]
-
-
 # ---- bytes that a document's first token spells ----
 
 
