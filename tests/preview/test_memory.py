@@ -107,16 +107,6 @@ def test_each_class_falls_by_what_makes_it_smaller(step_memory):
   assert less.total < step_memory.total
 
 
-@pytest.mark.slow
-def test_without_a_loop_over_the_layers_as_much_is_kept():
-  spec = dataclasses.replace(SPEC, num_layers=3)
-  stacked, single = (of_step(spec, model__remat="none", model__scan=scan) for scan in (True, False))
-  # Side by side a CPU finds two of the gated product's arrays, which a loop makes again, to be the forward pass's: it keeps them.
-  again = 2 * spec.num_layers * ROWS * ROW_LEN * spec.mlp_width * 4
-  assert single.kept == pytest.approx(stacked.kept + again, rel=0.02)
-  assert single.layer < stacked.layer
-
-
 PARTS = dict(model__remat="dots", train__batch_rows=2 * ROWS, train__microbatches=2)
 
 

@@ -57,18 +57,20 @@ FORGETFUL = (
   "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def is_answer(message):
+  return message["role"] == "assistant"
+
+
+def of_chatml(messages):
+  return [p for m in messages for p in ((f"<|im_start|>{m['role']}\n", False), (m["content"] + "<|im_end|>\n", is_answer(m)))]
+
+
 # name -> (template, EOS, what it renders of messages by other means: pieces of text, and whether they count)
 KINDS = {
-  "chatml": (
-    CHATML,
-    "<|im_end|>",
-    lambda ms: [p for m in ms for p in ((f"<|im_start|>{m['role']}\n", False), (m["content"] + "<|im_end|>\n", is_answer(m)))],
-  ),
-  "chatml_other_eos": (
-    CHATML,
-    "<|endoftext|>",
-    lambda ms: [p for m in ms for p in ((f"<|im_start|>{m['role']}\n", False), (m["content"] + "<|im_end|>\n", is_answer(m)))],
-  ),
+  "chatml": (CHATML, "<|im_end|>", of_chatml),
+  "chatml_other_eos": (CHATML, "<|endoftext|>", of_chatml),
   "llama3": (
     LLAMA3,
     "<|eot_id|>",
@@ -101,10 +103,6 @@ KINDS = {
   ),
 }
 BOS = {"llama3": "<|begin_of_text|>", "mistral": "<s>"}
-
-
-def is_answer(message):
-  return message["role"] == "assistant"
 
 
 def messages(*contents, roles=("user", "assistant")):

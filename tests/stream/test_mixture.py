@@ -78,14 +78,6 @@ def test_rows_of_a_batch_are_spread_evenly():
   assert [mixture[i] for i in range(8)] == [(0, 0), (0, 1), (1, 0), (0, 2), (0, 3), (0, 4), (1, 1), (0, 5)]
 
 
-def test_seeking_far_ahead_agrees_with_walking_there():
-  shares = [[(0, 0.7), (5000, 0.1)], [(0, 0.3)], [(0, 0.001), (3000, 0.2)]]
-  walked, sought = (Mixture(shares, num_steps=5000, batch_rows=6) for _ in range(2))
-  rows = [walked[i] for i in range(len(walked))]
-  for i in (29_999, 0, 6143, 6144, 12_288, 17_001):
-    assert sought[i] == rows[i]
-
-
 @pytest.mark.parametrize(
   "shares,message",
   [
@@ -236,26 +228,6 @@ def test_a_long_log_ramp_keeps_its_integral():
   rate = math.log(0.5 / 1e-6) / steps
   middles = 1e-6 * (math.exp(rate * steps) - 1) / (2 * math.sinh(rate / 2))  # geometric series of the values at mid-step
   assert abs(math.fsum(shares) / middles - 1) < 1e-14
-
-
-def test_shares_do_not_depend_on_the_block_or_the_start():
-  knots = [[(3, 0.1), (2500, 0.7)], [(0, 0.3), (900, 0.1), (900, 0.9)]]
-  curves = Curves(knots, batch_rows=5)
-  at_once = np.concatenate([curves.shares(0, 1000), curves.shares(1000, 2000)], 1)
-  np.testing.assert_array_equal(at_once[:, 777:1777], curves.shares(777, 1777))
-  mixtures = [Mixture(knots, num_steps=2000, batch_rows=5, start_step=start) for start in (0, 777)]
-  np.testing.assert_array_equal(mixtures[0].shares(1500), mixtures[1].shares(1500))
-
-
-def test_a_start_inside_the_run_counts_from_there():
-  mixture = Mixture([[(0, 1.0), (10, 0.0)], [(0, 0.0), (10, 1.0)]], num_steps=10, batch_rows=10, start_step=5)
-  np.testing.assert_array_equal(mixture.counts(5), [0, 0])
-  np.testing.assert_allclose(mixture.shares(5), [0.45, 0.55])
-  assert abs(int(mixture.counts(10)[0]) - 12.5) < 1
-  assert sorted(mixture[row][1] for row in range(50, 100) if mixture[row][0] == 1) == list(range(mixture.counts(10)[1]))
-  for row in (49, 100):
-    with pytest.raises(IndexError):
-      mixture[row]
 
 
 def test_a_million_draws_of_64_sources_with_shares_down_to_1e_6():

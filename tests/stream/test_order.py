@@ -212,21 +212,6 @@ def test_another_text_under_a_name_that_was_read_is_refused(stores):
   assert "another name" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-  "name, key, value",
-  [
-    ("seed", "seed", 1),
-    ("row_len", "data.row_len", 8),
-    ("packing", "data.packing", "pad"),
-    ("batch_rows", "train.batch_rows", 4),
-  ],
-)
-def test_settings_of_all_rows_are_refused_by_name(stores, name, key, value):
-  first = mix(stores, {"a": {}}, num_steps=10)
-  with pytest.raises(ConfigError, match=rf"^{key} was .*, now it is {value!r}"):
-    go_on(stores, first, {"a": {}}, step=4, num_steps=10, **{name: value})
-
-
 # ---- the end of a source ----
 
 

@@ -18,7 +18,7 @@ from loaders import UNIQUE, assert_same, write
 from store_writer import StoreWriter
 
 from cpt_jax import config as config_lib
-from cpt_jax.config import ConfigError, Problems
+from cpt_jax.config import ConfigError
 from cpt_jax.store import tokenization
 from cpt_jax.store.token_store import open_store
 from cpt_jax.stream import heldout, layout_files, mixture, packing, pipeline, shuffle, sources, summary, tally
@@ -276,18 +276,6 @@ def test_bytes_come_from_decoding_where_the_store_does_not_say(two, monkeypatch)
     loader(two, tokenizer=None).heldout_rows("zh", max_tokens=100, max_bytes=0)
   with pytest.raises(ConfigError, match=r"data\.sources\.zh\.store=.*set eval\.bytes=0, and eval\.tokens"):
     reader.heldout_rows("zh", max_tokens=100, max_bytes=100)
-
-
-def test_too_many_epochs_are_refused_with_a_length_that_fits(two):
-  limited = [sources.dataclasses.replace(two[0], max_epochs=1.5), two[1]]
-  problems = Problems()
-  loader(limited, num_steps=90).check_ends(problems)
-  assert len(problems.lines) == 1 and problems.lines[0].startswith("data.sources.zh.max_epochs=1.5")
-  fits = int(re.search(r"train\.length to (\d+) steps", problems.lines[0])[1])
-  for num_steps, count in ((fits, 0), (fits + 1, 1)):
-    problems = Problems()
-    loader(limited, num_steps=num_steps).check_ends(problems)
-    assert len(problems.lines) == count
 
 
 def test_description_for_people(two):
