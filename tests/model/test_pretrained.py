@@ -644,13 +644,3 @@ def test_a_terminal_gets_a_progress_bar_and_a_log_gets_silence(tied, tmp_path, m
   pretrained.save_params(load(directory, spec), spec, tmp_path / "out", source_dir=directory)
   shown = capfd.readouterr()
   assert shown.out == "" and "reading" in shown.err and "writing" in shown.err
-
-
-def test_a_terminal_gets_a_progress_bar_and_a_log_gets_silence(tied, tmp_path, monkeypatch, capfd):
-  directory, spec, _ = tied
-  load(directory, spec)
-  assert capfd.readouterr() == ("", "")
-  monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-  pretrained.save_params(load(directory, spec), spec, tmp_path / "out", source_dir=directory)
-  shown = capfd.readouterr()
-  assert shown.out == "" and "reading" in shown.err and "writing" in shown.err

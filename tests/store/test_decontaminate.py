@@ -88,11 +88,6 @@ def test_many_matches_in_batches_and_with_equal_hashes(texts, others):
   assert [m.ngram if m else None for m in coarse] == expected
 
 
-def test_nothing_to_compare_with():
-  for texts in [], [""], ["one two"], ["\u3002"]:
-    assert of(texts).find(["one two three four five six seven eight nine", "", "\n"]) == [None] * 3
-
-
 @pytest.fixture
 def evals(tmp_path):
   """Two small benchmarks."""

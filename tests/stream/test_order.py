@@ -253,13 +253,6 @@ def test_a_source_that_others_replace_is_read_to_its_last_row(stores):
   assert loader.order.shares(98)["c"] == 1
 
 
-def test_when_all_have_ended_the_run_ends(stores):
-  ends = {"at_end": "renormalise"}
-  loader = mix(stores, {"a": ends, "b": ends}, num_steps=99)
-  rows = sum(layout.num_rows for layout in loader.layouts)
-  assert loader.end_step == rows // 5 < 99
-
-
 @pytest.mark.parametrize("fields", [{"at_end": "error"}, {"at_end": "repeat", "max_epochs": 1.5}])
 @pytest.mark.parametrize("step", [0, 4])
 def test_a_source_that_must_not_end_is_refused_with_what_fits(stores, fields, step):
