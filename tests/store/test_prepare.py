@@ -597,6 +597,12 @@ def test_wrong_settings_of_records(tmp_path, small, fixtures, chatty):
 TOKENIZER = ("--tokenizer", "tests/fixtures/tokenizer")
 
 
+def test_command_for_messages(tmp_path, cpt, chatty, talks):
+  flags = ("--records", "messages", "--train_on", "answers", "--tokenizer", chatty, "--output", tmp_path / "s")
+  done = cpt("prepare", "--input", talks[0][0], "--input", talks[0][1], *flags)
+  assert done.returncode == 0 and "documents                  67" in done.stdout and "in the loss" in done.stdout, done.stderr
+
+
 def test_command(tmp_path, small, fixtures, cpt):
   arguments = ("--input", small, "--tokenizer", fixtures / "tokenizer", "--output", tmp_path / "s")
   done = cpt("prepare", *arguments)
