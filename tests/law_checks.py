@@ -24,7 +24,7 @@ def dense(*, tokens: float = 98304.0, base: float = 3.9, num: int = 12) -> dict[
   return {"rate": rate, "replay": replay, "tokens": 3 * tokens * ones, "base": base * ones, "params": 1e6 * ones}
 
 
-def assert_gradient(law, theta_P, inputs) -> None:
+def assert_gradient(law, theta_P, inputs, *, atol: float = 1e-7) -> None:
   """Every column of the law's gradient equals a central difference."""
   theta_P = np.array(theta_P, np.float64)
   assert len(theta_P) == len(law.parameters) == len(law.bounds)
@@ -36,7 +36,7 @@ def assert_gradient(law, theta_P, inputs) -> None:
     down[i] -= step
     wanted_n = (law.predict(up, inputs) - law.predict(down, inputs)) / (2 * step)
     assert np.abs(wanted_n).max() > 0, f"{name} changes nothing here; the test would be vacuous"
-    np.testing.assert_allclose(gradient_nP[:, i], wanted_n, rtol=1e-6, atol=1e-7 * np.abs(wanted_n).max(), err_msg=name)
+    np.testing.assert_allclose(gradient_nP[:, i], wanted_n, rtol=1e-6, atol=atol * np.abs(wanted_n).max(), err_msg=name)
 
 
 def assert_recovers(law, theta_P, inputs, elsewhere, *, noise: float = 0.005, within: float = 1.0, num_starts: int = 8) -> None:

@@ -106,14 +106,6 @@ def test_our_own_mistakes_keep_their_traceback(cpt, monkeypatch):
     cpt("export", "--run=r", "--output=o")
 
 
-def test_bad_text_and_impossible_places(cpt, tmp_path, fixtures):
-  (tmp_path / "bad.txt").write_bytes(b"\xff")
-  flags = [f"--input={tmp_path}/bad.txt", f"--tokenizer={fixtures / 'tokenizer'}"]
-  assert cpt("prepare", *flags, f"--output={tmp_path}/s").returncode == 65
-  done = cpt("prepare", *flags, "--output=/proc/nowhere/s")
-  assert done.returncode == 74 and "/proc/nowhere" in done.stderr, done.stderr
-
-
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_devices_that_are_not_here(root, platform, tmp_path):
   environ = {**os.environ, "JAX_PLATFORMS": platform}

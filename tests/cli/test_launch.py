@@ -6,14 +6,11 @@ import pathlib
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
-
-from cpt_jax import journal
 
 CONFIG = "from cpt_jax import config\n\ndef get_config():\n  return config.default()\n"
 NASTY = [
@@ -68,12 +65,6 @@ def launch(root, place):
     return popen(command, env=environ, text=True, cwd=root, **more)
 
   return start
-
-
-def free_port() -> int:
-  with socket.socket() as listener:
-    listener.bind(("127.0.0.1", 0))
-    return listener.getsockname()[1]
 
 
 def output(done):
@@ -238,33 +229,3 @@ def test_hosts_end_when_the_launcher_is_gone(together):
   process.kill()
   process.communicate(timeout=60)
   assert_ended(pids)
-
-
-@pytest.mark.slow
-def test_two_processes_begin_the_quickstart(launch, root, place, tmp_path):
-  workdir = tmp_path / "a run"
-  done = launch(
-    "ssh",
-    "--hosts=me@localhost,127.0.0.1",
-    f"--port={free_port()}",
-    "--env=JAX_PLATFORMS=cpu",
-    "--env=JAX_NUM_CPU_DEVICES=1",
-    "--",
-    "--config=configs/quickstart.py",
-    f"--workdir={workdir}",
-    "--config.debug.stop_after=3",
-    "--config.log.every=1",
-    "--config.eval.tokens=1000",
-    "--config.mesh.data=2",
-    "--config.mesh.fsdp=1",
-    f"--config.data.sources.general.store={tmp_path / 'general'}",
-    f"--config.data.sources.poetry.store={tmp_path / 'poetry'}",
-    capture_output=True,
-    timeout=600,
-  )
-  assert done.returncode == 0, output(done)
-  steps = [record["step"] for record in journal.read(workdir / "metrics.jsonl") if record["kind"] == "train"]
-  assert steps == [1, 2, 3]
-  assert "me@localhost: " in done.stdout and "127.0.0.1: step" not in done.stdout, "process 0 alone speaks"
-  parts = {path.name for path in (workdir / "ckpt" / "3" / "state").glob("ocdbt.process_*")}
-  assert parts == {"ocdbt.process_0", "ocdbt.process_1"}

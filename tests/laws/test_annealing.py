@@ -5,6 +5,7 @@ import gzip
 
 import hypothesis
 import hypothesis.strategies as st
+import law_checks
 import numpy as np
 import pytest
 
@@ -42,15 +43,6 @@ def curve(kind, law, *, noise=0.0, seed=0, every=100, num_steps=6000, **changes)
   )
   loss_n = law.predict(np.array(TRUTH[law.name]), [made])
   return dataclasses.replace(made, loss_n=loss_n * np.exp(noise * np.random.default_rng(seed).standard_normal(len(loss_n))))
-
-
-def numeric_gradient(law, theta_P, inputs):
-  columns = []
-  for i, value in enumerate(theta_P):
-    step = 1e-5 * max(abs(value), 1e-3)
-    moved = np.eye(len(theta_P))[i] * step
-    columns.append((law.predict(theta_P + moved, inputs) - law.predict(theta_P - moved, inputs)) / (2 * step))
-  return np.stack(columns, axis=1)
 
 
 @hypothesis.given(rates=rates, decay=st.floats(0.0, 0.999), warmup_steps=st.integers(0, 5))
@@ -108,12 +100,7 @@ def test_grouped_falls_are_those_of_every_step(kind, shape):
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 def test_gradients_are_difference_quotients(law):
-  inputs = [curve(kind, law) for kind in ("cosine", "rewarmed")]
-  theta_P = np.array(TRUTH[law.name])
-  gradient_nP = law.gradient(theta_P, inputs)
-  expected_nP = numeric_gradient(law, theta_P, inputs)
-  size_P = np.abs(expected_nP).max(axis=0)
-  np.testing.assert_allclose(gradient_nP / size_P, expected_nP / size_P, atol=2e-6)
+  law_checks.assert_gradient(law, TRUTH[law.name], [curve(kind, law) for kind in ("cosine", "rewarmed")], atol=2e-6)
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)

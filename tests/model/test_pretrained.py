@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -139,42 +138,6 @@ def tied(tmp_path):
 # ---- values ----
 
 
-def test_import_puts_every_number_where_the_model_looks_for_it(tmp_path):
-  spec = dataclasses.replace(SPECS["qwen2"], tied=False, qk_norm=True)  # every leaf there is
-  tensors = hf_tensors(spec)
-  save_file(tensors, tmp_path / "model.safetensors")
-  params = jax.tree.map(np.asarray, load(tmp_path, spec))
-  N, K, H, D = spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.width
-  for i in range(spec.num_layers):
-    hf = {name.removeprefix(f"model.layers.{i}."): value for name, value in tensors.items()}
-    ours = {name: value[i] for name, value in params["layers"].items()}
-    x = np.random.default_rng(i).normal(size=D).astype(np.float32)
-    # torch.nn.Linear is x @ weight.T + bias; heads are rows n * H .. n * H + H of the output.
-    np.testing.assert_allclose(
-      np.einsum("d,dnh->nh", x, ours["wq"]) + ours["bq"],
-      (x @ hf["self_attn.q_proj.weight"].T + hf["self_attn.q_proj.bias"]).reshape(N, H),
-      rtol=1e-4,
-      atol=1e-5,
-    )
-    for short, long in (("k", "self_attn.k_proj"), ("v", "self_attn.v_proj")):
-      weight_KHD = hf[f"{long}.weight"].reshape(K, H, D)
-      np.testing.assert_array_equal(ours[f"w{short}"], weight_KHD.transpose(2, 0, 1))
-      np.testing.assert_array_equal(ours[f"b{short}"], hf[f"{long}.bias"].reshape(K, H))
-    np.testing.assert_array_equal(ours["wo"].reshape(N * H, D), hf["self_attn.o_proj.weight"].T)
-    for name, theirs in (("w_gate", "mlp.gate_proj"), ("w_up", "mlp.up_proj"), ("w_down", "mlp.down_proj")):
-      np.testing.assert_array_equal(ours[name], hf[f"{theirs}.weight"].T)
-    for name, theirs in (
-      ("attn_norm", "input_layernorm"),
-      ("mlp_norm", "post_attention_layernorm"),
-      ("q_norm", "self_attn.q_norm"),
-      ("k_norm", "self_attn.k_norm"),
-    ):
-      np.testing.assert_array_equal(ours[name], hf[f"{theirs}.weight"])
-  np.testing.assert_array_equal(params["embedding"], tensors["model.embed_tokens.weight"])
-  np.testing.assert_array_equal(params["final_norm"], tensors["model.norm.weight"])
-  np.testing.assert_array_equal(params["head"], tensors["lm_head.weight"].T)
-
-
 @pytest.mark.parametrize("num_shards", [1, 3])
 @pytest.mark.parametrize(
   ("family", "dtype"), [("llama", "float32"), ("llama", "float16"), *((family, "bfloat16") for family in SPECS)]
@@ -303,28 +266,6 @@ def test_every_difference_is_listed_at_once(tied):
     "  model.layers.0.self_attn.q_proj.bias: not part of this model; found shape [24], expected no such tensor",
     "  model.layers.3.input_layernorm.weight: not part of this model; found shape [16], expected no such tensor",
   ]
-
-
-@pytest.mark.parametrize("dtype", ["F8_E4M3", "F64", "I8", "BOOL"])
-def test_other_dtypes_are_refused(tied, dtype):
-  directory, spec, _ = tied
-  rewrite_header(directory / "model.safetensors", dtype=dtype)
-  with pytest.raises(ConfigError, match=f"model.norm.weight: stored as {dtype}; expected F32, BF16 or F16"):
-    load(directory, spec)
-
-
-def rewrite_header(path, *, dtype):
-  """Makes model.norm.weight, moved to the end of the file, one of another dtype and size."""
-  tensors = read_hf(path.parent)
-  num_bytes = 16 * {"F64": 8}.get(dtype, 1)
-  save_file({name: value for name, value in tensors.items() if name != "model.norm.weight"}, path)
-  data = path.read_bytes()
-  length = int.from_bytes(data[:8], "little")
-  header = json.loads(data[8 : 8 + length])
-  end = len(data) - 8 - length
-  header["model.norm.weight"] = {"dtype": dtype, "shape": [16], "data_offsets": [end, end + num_bytes]}
-  text = json.dumps(header).encode()
-  path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :] + bytes(num_bytes))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -497,11 +438,9 @@ F32 = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
   "content",
   [
     b"",
-    b"\x00" * 7,
     struct.pack("<Q", 1 << 60),
     struct.pack("<Q", 200_000_000) + b"{}",
     header({"a": F32}),  # no body
-    header({"a": F32}) + bytes(15),
     header({"a": F32}) + bytes(17),
     header({"a": F32 | {"shape": [5]}}) + bytes(16),
     header({"a": F32 | {"shape": [1 << 40, 1 << 40]}}) + bytes(16),
@@ -695,41 +634,6 @@ def test_a_killed_export_leaves_no_half_directory_and_the_next_one_cleans_up(tmp
   pretrained.save_params(params, LLAMA, out)
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
   np.testing.assert_array_equal(read_hf(out)["model.embed_tokens.weight"], np.asarray(params["embedding"]))
-
-
-_TWO_PROCESSES = """
-import pathlib, sys
-import jax
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-port, process, directory = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
-jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=process)
-from cpt_jax import mesh
-from cpt_jax.model import pretrained, transformer
-from cpt_jax.model.spec import from_hf, load_hf_config
-spec = from_hf(load_hf_config(directory / "base"))
-with jax.set_mesh(mesh.make_mesh(data=1, fsdp=2, context=1, tensor=2)):
-  params = pretrained.load_params(directory / "base", spec, transformer.abstract_params(spec))
-  assert not params["embedding"].is_fully_addressable
-  files = pretrained.save_params(params, spec, directory / "out", source_dir=directory / "base", max_shard_bytes=2_000)
-  assert bool(files) == (process == 0) and (directory / "out" / "config.json").exists()
-jax.distributed.shutdown()
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_read_their_parts_and_the_first_writes_all(tmp_path, root):
-  tensors = hf_tensors(SPECS["qwen2"], "bfloat16")
-  write_hf(tmp_path / "base", SPECS["qwen2"], tensors, num_shards=2, dtype="bfloat16")
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = str(free.getsockname()[1])
-  commands = [[sys.executable, "-c", _TWO_PROCESSES, port, str(i), str(tmp_path)] for i in range(2)]
-  processes = [subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True, env=os.environ) for command in commands]
-  errors = [process.communicate(timeout=300)[1] for process in processes]
-  assert [process.returncode for process in processes] == [0, 0], errors
-  assert_same(read_hf(tmp_path / "out"), tensors)
-  assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
 
 def test_a_terminal_gets_a_progress_bar_and_a_log_gets_silence(tied, tmp_path, monkeypatch, capfd):

@@ -63,12 +63,6 @@ def test_the_peak_of_a_program_that_can_be_read_by_hand():
   ]
 
 
-def test_a_tpu_pads_its_tiles_and_its_vector_memory_is_another():
-  line = "  %x = (bf16[3,5,130]{1,2,0:T(8,128)(2,1)}, f32[8,8]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%y)"
-  result, other, _ = (buffers.Buffer(shape, "", 0) for shape in hlo.parse_instruction(line).shapes)
-  assert result.num_bytes == 3 * 128 * 136 * 2 and other.num_bytes == 0
-
-
 def settings(**keys):
   c = config_lib.default()
   c.model.attention, c.model.loss_chunk = "plain", 0
@@ -111,16 +105,6 @@ def test_each_class_falls_by_what_makes_it_smaller(step_memory):
   assert less.kept == pytest.approx(SPEC.num_layers * ROWS * ROW_LEN * SPEC.width * 4, rel=0.02)
   assert less.moments == pytest.approx(0.75 * step_memory.moments, rel=0.001)
   assert less.total < step_memory.total
-
-
-@pytest.mark.slow
-def test_without_a_loop_over_the_layers_as_much_is_kept():
-  spec = dataclasses.replace(SPEC, num_layers=3)
-  stacked, single = (of_step(spec, model__remat="none", model__scan=scan) for scan in (True, False))
-  # Side by side a CPU finds two of the gated product's arrays, which a loop makes again, to be the forward pass's: it keeps them.
-  again = 2 * spec.num_layers * ROWS * ROW_LEN * spec.mlp_width * 4
-  assert single.kept == pytest.approx(stacked.kept + again, rel=0.02)
-  assert single.layer < stacked.layer
 
 
 PARTS = dict(model__remat="dots", train__batch_rows=2 * ROWS, train__microbatches=2)

@@ -73,16 +73,6 @@ def test_curves_meet_where_a_search_finds_it(base, grown, within):
     assert grid[last] - 1e-9 <= found.at <= grid[min(last + 2, len(grid) - 1)]
 
 
-def test_a_curve_that_is_met_and_left_again_is_met_when_it_stays():
-  x = np.arange(5.0)
-  base = np.ones(5)
-  assert recovery.met_from(x, base, x, np.array([4, 0, 2, 0, 0.0])) == (2.5, 0, 4)
-  assert recovery.met_from(x, base, x, np.array([4, 0, 2, 0, 1.5])) == (None, 0, 4)
-  assert recovery.met_from(x, base, x, np.array([1, 1, 0, 1, 1.0])) == (0, 0, 4)
-  assert recovery.met_from(x, base, x[:3], np.array([4, 2, 0.0])) == (1.5, 0, 2)  # beyond the shorter one nothing is said
-  assert recovery.met_from(x, base, x, np.array([2, 1.5, 1.5, 1.5, 1.5]), within=0.5) == (1, 0, 4)
-
-
 # ---- runs ----
 
 

@@ -2,8 +2,6 @@
 
 import datetime
 import json
-import os
-import pathlib
 import shutil
 
 import hypothesis
@@ -59,18 +57,20 @@ FORGETFUL = (
   "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def is_answer(message):
+  return message["role"] == "assistant"
+
+
+def of_chatml(messages):
+  return [p for m in messages for p in ((f"<|im_start|>{m['role']}\n", False), (m["content"] + "<|im_end|>\n", is_answer(m)))]
+
+
 # name -> (template, EOS, what it renders of messages by other means: pieces of text, and whether they count)
 KINDS = {
-  "chatml": (
-    CHATML,
-    "<|im_end|>",
-    lambda ms: [p for m in ms for p in ((f"<|im_start|>{m['role']}\n", False), (m["content"] + "<|im_end|>\n", is_answer(m)))],
-  ),
-  "chatml_other_eos": (
-    CHATML,
-    "<|endoftext|>",
-    lambda ms: [p for m in ms for p in ((f"<|im_start|>{m['role']}\n", False), (m["content"] + "<|im_end|>\n", is_answer(m)))],
-  ),
+  "chatml": (CHATML, "<|im_end|>", of_chatml),
+  "chatml_other_eos": (CHATML, "<|endoftext|>", of_chatml),
   "llama3": (
     LLAMA3,
     "<|eot_id|>",
@@ -103,10 +103,6 @@ KINDS = {
   ),
 }
 BOS = {"llama3": "<|begin_of_text|>", "mistral": "<s>"}
-
-
-def is_answer(message):
-  return message["role"] == "assistant"
 
 
 def messages(*contents, roles=("user", "assistant")):
@@ -210,31 +206,6 @@ def test_tokens_and_mask_are_those_of_an_independent_rendering(encoders, model, 
   assert found.loss_mask.dtype == bool
   assert found.loss_mask.tolist() == expected_mask(ids, pieces, token_bytes(model)) + [is_answer(conversation[-1])] * added
   assert found.num_bytes == sum(len(p.encode()) for p, counts in pieces if counts)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_counts_is_the_answers(encoders, model, kind):
-  """To be read: what the counted tokens and the others say."""
-  (found,) = encoders[kind, "answers"].encode([messages("Who are you?", "A cat.", "And \u65e5\u672c?", "\u732b too.")])
-  said = {
-    "chatml": "A cat.<|im_end|>\n\u732b too.<|im_end|>\n<|im_end|>",
-    "chatml_other_eos": "A cat.<|im_end|>\n\u732b too.<|im_end|>\n<|endoftext|>",
-    "llama3": "A cat.<|eot_id|>\u732b too.<|eot_id|>",
-    "mistral": " A cat.</s> \u732b too.</s>",
-    "generation": "A cat.<|im_end|>\u732b too.<|im_end|><|im_end|>",
-  }
-  read = {
-    "chatml": "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n<|im_start|>user\nAnd \u65e5\u672c?<|im_end|>\n"
-    "<|im_start|>assistant\n",
-    "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWho are you?<|eot_id|><|start_header_id|>assistant"
-    "<|end_header_id|>\n\n<|start_header_id|>user<|end_header_id|>\n\nAnd \u65e5\u672c?<|eot_id|><|start_header_id|>assistant"
-    "<|end_header_id|>\n\n",
-    "mistral": "<s>[INST] Who are you? [/INST][INST] And \u65e5\u672c? [/INST]",
-  }
-  ids = np.asarray(found.ids)
-  assert model.decode(ids[found.loss_mask].tolist(), skip_special_tokens=False) == said[kind]
-  if kind in read:
-    assert model.decode(ids[~found.loss_mask].tolist(), skip_special_tokens=False) == read[kind]
 
 
 @hypothesis.given(prompt=CONTENTS, answer=CONTENTS.filter(lambda t: t.strip() and "\u2581" not in t))
@@ -415,17 +386,6 @@ def normalised(directory):
   return found
 
 
-@hypothesis.given(
-  begins=st.lists(st.integers(0, 30)),
-  cuts=st.lists(st.integers(0, 30), unique=True, max_size=8).filter(lambda c: len(c) % 2 == 0),
-)
-def test_loss_mask_is_that_of_a_loop(begins, cuts):
-  cuts.sort()
-  answers = list(zip(cuts[::2], cuts[1::2], strict=True))
-  expected = [any(start <= b < end for start, end in answers) for b in sorted(begins)]
-  assert chat.loss_mask(len(begins), sorted(begins).__getitem__, answers).tolist() == expected
-
-
 @pytest.mark.parametrize("has_control", [True, False])
 @pytest.mark.parametrize("edit", ["plain", "nfkc", "lower", "llama"])
 @hypothesis.given(texts=st.lists(CONTENTS, max_size=6))
@@ -435,11 +395,6 @@ def test_places_of_tokens_never_fall(fixtures, normalised, edit, has_control, te
   (found,) = located.locate([text], has_control=has_control)
   begins = [found.begin(i) for i in range(len(found.ids))]
   assert begins == sorted(begins) and all(0 <= b < len(text) for b in begins)
-
-
-def test_canonical_is_of_roles_and_contents():
-  assert chat.canonical(messages("H\u00e9", 'a"')) == '[["user","H\u00e9"],["assistant","a\\""]]'.encode()
-  assert len({chat.canonical(m) for m in (messages("a", "b"), messages("ab"), messages("a", "b", roles=["user"]))}) == 3
 
 
 # The same in transformers.
@@ -517,39 +472,3 @@ def test_text_tokens_and_masks_are_those_of_transformers(directory, kind, in_fil
       expected = theirs.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)["assistant_masks"]
       (found,) = chat.Encoder(loaded, records="messages", train_on="answers", now=now).encode([talk])
       assert found.loss_mask[: len(expected)].tolist() == [bool(m) for m in expected]
-
-
-@pytest.mark.parity
-@pytest.mark.filterwarnings("default")
-def test_what_transformers_refuses_is_refused(directory):
-  transformers = pytest.importorskip("transformers")
-  path = directory(MISTRAL, "</s>", "<s>")
-  theirs = transformers.AutoTokenizer.from_pretrained(str(path))
-  for talk in messages("a", "b", roles=["user"]), _SYSTEM + messages("a", "b"):
-    with pytest.raises(Exception, match="alternate"):
-      theirs.apply_chat_template(talk)
-    assert "alternate" in reason(path, talk)
-
-
-@pytest.mark.materials
-def test_smollm2_with_chatml(tmp_path):
-  """A real tokenizer of 49,152 pieces, on whole paragraphs of English and Chinese."""
-  materials = pathlib.Path(os.environ["CPT_MATERIALS"])
-  shutil.copy(materials / "smollm2" / "tokenizer.json", tmp_path)
-  shutil.copy(materials / "smollm2" / "config.json", tmp_path)
-  (tmp_path / "chat_template.jinja").write_text(CHATML)
-  loaded = tokenization.load(tmp_path)
-  assert loaded.named_tokens == {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
-  texts = sorted((materials / "corpora" / "en").glob("*austen*"))[0].read_text(encoding="utf-8")[:200_000].split("\n\n")
-  texts = [t for t in texts if t.strip()]
-  talks = [messages(*texts[i : i + 4]) for i in range(0, len(texts) - 4, 4)] + [
-    messages("\u4f60\u597d\uff1f", "\u4f60\u597d\uff01")
-  ]
-  found = chat.Encoder(loaded, records="messages", train_on="answers", now=NOW).encode(talks)
-  model = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-  bytes_of = token_bytes(model)
-  for talk, encoded in zip(talks, found, strict=True):
-    pieces = KINDS["chatml"][2](talk)
-    assert encoded.ids[:-1] == model.encode("".join(p for p, _ in pieces), add_special_tokens=False).ids
-    assert encoded.loss_mask[:-1].tolist() == expected_mask(encoded.ids[:-1], pieces, bytes_of)
-    assert encoded.ids[-1] == 2 and encoded.loss_mask[-1]

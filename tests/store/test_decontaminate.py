@@ -88,43 +88,6 @@ def test_many_matches_in_batches_and_with_equal_hashes(texts, others):
   assert [m.ngram if m else None for m in coarse] == expected
 
 
-def test_runs_do_not_cross_texts():
-  words = [f"w{i}" for i in range(20)]
-  contamination = of([" ".join(words)])
-  assert contamination.found(" ".join(words[3:12])) == (" ".join(words[3:12]), "f0")
-  assert contamination.find([" ".join(words[3:8]), " ".join(words[8:12])]) == [None, None]
-  split = of([" ".join(words[:10]), " ".join(words[10:])])
-  assert split.found(" ".join(words[5:15])) is None
-  assert split.found("x " + " ".join(words[10:19]) + " y").file == "f1"
-
-
-def test_short_texts_are_matched_whole_down_to_eight_words():
-  words = [f"w{i}" for i in range(30)]
-  contamination = of([" ".join(words[:10]), " ".join(words[10:18]), " ".join(words[18:25])], ngram_words=13)
-  assert (contamination.num_texts, contamination.num_short, contamination.num_ngrams) == (3, 1, 2)
-  assert contamination.found("so " + " ".join(words[:10])).ngram == " ".join(words[:10])
-  assert contamination.found(" ".join(words[:9])) is None
-  assert contamination.found(", ".join(words[10:18]).upper()).file == "f1"
-  assert contamination.found(" ".join(words[18:30])) is None
-  both = of([" ".join(words[:20]), " ".join(words[20:28])], ngram_words=13)  # of several matches the first, whatever its length
-  assert both.found(" ".join(words[2:28])).ngram == " ".join(words[2:15])
-
-
-def test_long_words_are_told_apart():
-  """Beyond 64 letters the hash does not see the order of letters; the match does."""
-  left, right = "a" + "x" * 63 + "b", "b" + "x" * 63 + "a"
-  rest = " c d e f g h i j"
-  contamination = of([left + rest])
-  hashes = [next(decontaminate._hashes(decontaminate._words([word]), [1])) for word in (left, right)]
-  assert hashes[0] == hashes[1]
-  assert contamination.found(left + rest) and contamination.found(right + rest) is None
-
-
-def test_nothing_to_compare_with():
-  for texts in [], [""], ["one two"], ["\u3002"]:
-    assert of(texts).find(["one two three four five six seven eight nine", "", "\n"]) == [None] * 3
-
-
 @pytest.fixture
 def evals(tmp_path):
   """Two small benchmarks."""

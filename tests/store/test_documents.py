@@ -116,19 +116,15 @@ BAD_LINES = [
   (b'{"text": "a\xff"}', "invalid UTF-8 at byte 11"),
   (b'{"text": "a\xed\xa0\x80"}', "invalid UTF-8"),
   (b'{"text": "a\\ud800"}', "lone surrogate U+D800 at character 1"),
-  (b'{"text": "\\udc00\\ud800"}', "lone surrogate U+DC00 at character 0"),
   (b'{"text": ', "broken JSON"),
   (b'{"text": "a\x00"}', "broken JSON"),  # a NUL byte is no JSON; the escape is
   (b"[" * 100_000, "broken JSON"),
   (b'{"n": ' + b"9" * 5000 + b', "text": "a"}', "broken JSON"),
   (b'["a"]', "a list, expected an object"),
-  (b'"a"', "a string, expected an object"),
   (b"null", "null, expected an object"),
   (b'{"txet": "a"}', "field 'text' is missing. Did you mean txet?"),
   (b'{"text": null}', "field 'text' is null, expected a string"),
   (b'{"text": 3}', "field 'text' is a number"),
-  (b'{"text": true}', "field 'text' is true or false"),
-  (b'{"text": ["a"]}', "field 'text' is a list"),
   (b'{"text": ""}', "empty text"),
   (b'{"text": " \\n\\u3000"}', "empty text"),
   (b'{"text": "' + b"x" * 2000 + b'"}', "2000 bytes, more than the 1000"),
@@ -154,10 +150,6 @@ def test_what_is_no_fault(tmp_path):
 def test_last_line_cut(tmp_path):
   *_, bad = read(save(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "b'))
   assert bad.line == 2 and bad.reason.startswith("the last line is cut off: broken JSON")
-
-
-def test_utf16_is_named(tmp_path):
-  assert outcome(read(save(tmp_path / "a.txt", "abc".encode("utf-16")))) == ["invalid UTF-8 at byte 0 "]
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.zst"])
@@ -313,21 +305,16 @@ def message(**kwargs):
 BAD_MESSAGES = [
   ("a", "field 'messages' is a string, expected a list of messages"),
   (None, "field 'messages' is null"),
-  ({"role": "user"}, "field 'messages' is an object"),
   ([], "field 'messages' holds no message"),
   (["a"], "message 1 is a string, expected an object"),
-  ([message(), [[]]], "message 2 is a list"),
   ([{"from": "human", "value": "a"}], "message 1 has the fields 'from' and 'value' (ShareGPT's form), expected 'role' and"),
   ([{"role": "user", "text": "a"}], "message 1 has no 'content'; its fields: role, text"),
   ([{"content": "a"}], "message 1 has no 'role'"),
   ([message(role="human")], "message 1 has the role 'human', expected one of system, developer, user, assistant"),
   ([message(role=["user"])], "the role of message 1 is a list"),
-  ([message(role=None)], "the role of message 1 is null"),
   ([message(content=None)], "the content of message 1 is null"),
   ([message(content=[{"type": "text", "text": "a"}])], "the content of message 1 is a list of parts, expected a string; join"),
-  ([message(content={})], "the content of message 1 is an object"),
   ([message(), message(tool_calls=[{}])], "message 2 has 'tool_calls', which would be lost"),
-  ([message(thinking="hm")], "message 1 has 'thinking', which would be lost"),
   ([message(weight=0)], "message 1 has 'weight', which would be lost"),
   ([message(content="\ud800")], "lone surrogate U+D800"),
   ([message(content=" "), message(content="")], "empty text"),
@@ -343,12 +330,6 @@ def test_bad_messages_are_reported(tmp_path, value, reason):
   before, bad, after = read(path, records="messages", text_field="messages", max_document_bytes=1000)
   assert before.messages == after.messages == [message(), message(role="assistant")]
   assert isinstance(bad, BadRecord) and bad.line == 2 and bad.reason.startswith(reason), bad
-
-
-def test_deep_messages_are_reported(tmp_path):
-  deep = b'{"messages": ' + b'[{"content": ' * 50_000 + b"1" + b"}]" * 50_000 + b"}"
-  (bad,) = read(save(tmp_path / "a.jsonl", deep), records="messages", text_field="messages")
-  assert bad.reason.startswith("broken JSON")
 
 
 def test_messages_in_parquet_that_are_bad(tmp_path):

@@ -12,13 +12,12 @@ import sys
 
 import hypothesis
 import hypothesis.strategies as st
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import decontaminate, documents, prepare, token_files, token_store, units, work
+from cpt_jax.store import decontaminate, documents, prepare, token_files, token_store, work
 from cpt_jax.store.records import Rules
 
 UNIT_BYTES = 20_000
@@ -276,22 +275,6 @@ def test_sentences(cluster):
   assert cluster.WORDS.sent_tokenize(text) == expected
 
 
-@pytest.mark.parity
-def test_plain_store_of_datatrove_has_the_same_tokens(tmp_path, cluster, inputs, fixtures, reference):
-  from datatrove.pipeline.tokens import DocumentTokenizer
-
-  files = [units.InputFile.of(path) for path in documents.find_files(inputs)]
-  job = work.Job(task(tmp_path / "s", fixtures), units.cut(files, unit_bytes=UNIT_BYTES, max_units=256), {})
-  file = str(fixtures / "tokenizer" / "tokenizer.json")
-  tokens = DocumentTokenizer(str(tmp_path / "theirs"), file, eos_token="</s>", shuffle_documents=False)
-  phase = cluster.Phase("theirs", len(job.units), [cluster.Texts(job), tokens])
-  cluster._executors(asked(), [phase], tmp_path / "work", job_name="")[0].run()
-  theirs, ours = token_store.open_store(tmp_path / "theirs"), token_store.open_store(reference)
-  assert theirs.num_documents == ours.num_documents
-  for i in range(ours.num_documents):  # with eos_token datatrove leaves out what the tokenizer adds itself, here BOS
-    np.testing.assert_array_equal(theirs.document(i), ours.document(i)[1:])
-
-
 # Slurm, by programs that stand in for it and run the jobs at once.
 
 SBATCH = """#!{python}
@@ -347,19 +330,6 @@ def test_slurm(tmp_path, cluster, slurm, mixed, selected, fixtures):
 def command(root, *arguments):
   call = [sys.executable, "-m", "cpt_jax.cli", "prepare"]
   return subprocess.run([*call, *map(str, arguments)], cwd=root, capture_output=True, text=True)
-
-
-@pytest.mark.parity
-def test_command(tmp_path, root, fixtures, mixed):
-  arguments = ["--input", mixed[0][0], "--tokenizer", fixtures / "tokenizer", "--output", tmp_path / "s"]
-  arguments += ["--filters", "gopher_quality", "--dedup", "--decontaminate", mixed[1], "--num_workers", "2"]
-  done = command(root, *arguments)
-  assert done.returncode == 0, done
-  for words in "near-duplicate", "gopher_quality: gopher_short_doc", "contaminated", "documents                  40":
-    assert words in done.stdout
-  done = command(root, *arguments)
-  assert "already finished" in done.stdout and "datatrove" not in done.stderr
-  assert "whole; 40 documents" in command(root, "--verify", tmp_path / "s").stdout
 
 
 @pytest.mark.parity

@@ -150,11 +150,9 @@ def test_no_eos_is_a_named_error_and_can_be_given(copy):
   ("name", "content", "words"),
   [
     ("tokenizer_config.json", {"eos_token": "<|nope|>"}, "which the tokenizer does not have"),
-    ("tokenizer_config.json", {"eos_token": 7}, "which the tokenizer does not have"),
     ("config.json", {"eos_token_id": "2"}, "expected an id"),
     ("config.json", {"eos_token_id": -1}, "expected an id"),
     ("config.json", {"eos_token_id": 100_000}, "the largest id"),
-    ("config.json", {"eos_token_id": True}, "expected an id"),
   ],
 )
 def test_wrong_eos_is_a_named_error(copy, kind, name, content, words):
@@ -241,12 +239,10 @@ def _swap_ids(c):
   [
     _swap_merges,
     _swap_ids,
-    lambda c: c["model"]["merges"].pop(),
     lambda c: c["model"].update(byte_fallback=False),
     lambda c: c["added_tokens"][2].update(content="</s2>"),
     lambda c: c["added_tokens"].append({**c["added_tokens"][2], "id": 300, "content": "<new>"}),
     lambda c: c.update(normalizer={"type": "NFC"}),
-    lambda c: c["normalizer"]["normalizers"].pop(),
     lambda c: c.update(pre_tokenizer={"type": "Digits", "individual_digits": True}),
     lambda c: c.update(post_processor=None),
   ],
@@ -265,14 +261,6 @@ def test_fingerprint_holds_the_special_ids(copy):
   first = tokenization.load(directory).fingerprint
   change(directory / "tokenizer_config.json", lambda c: c.update(eos_token="<s>"))
   assert tokenization.load(directory).fingerprint != first
-
-
-@pytest.mark.parity
-def test_ids_are_those_of_transformers(fixtures):
-  transformers = pytest.importorskip("transformers")
-  texts = [json.loads(line)["text"] for line in (fixtures / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
-  theirs = transformers.AutoTokenizer.from_pretrained(str(fixtures / "tokenizer"))
-  assert [ids[:-1] for ids in tokenization.load(fixtures / "tokenizer").encode_documents(texts).ids] == theirs(texts)["input_ids"]
 
 
 # ---- bytes that a document's first token spells ----

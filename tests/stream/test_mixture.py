@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from cpt_jax.config import ConfigError
-from cpt_jax.stream.mixture import End, Knot, Mixture
+from cpt_jax.stream.mixture import End, Mixture
 from cpt_jax.stream.quotas import Curves, Cycle
 
 
@@ -66,21 +66,6 @@ def test_rows_of_each_source_are_used_once_in_order_of_steps(moving, batch_rows,
     np.testing.assert_array_equal(local, np.arange(len(local)))
 
 
-@given(st.lists(knots, min_size=1, max_size=4), st.integers(1, 9))
-def test_a_longer_run_begins_with_the_rows_of_the_shorter(moving, batch_rows):
-  shares = [[(0.0, 0.3)], *moving]
-  short = Mixture(shares, num_steps=60, batch_rows=batch_rows)
-  long = Mixture(shares, num_steps=1500, batch_rows=batch_rows)
-  assert [short[i] for i in range(len(short))] == [long[i] for i in range(len(short))]
-
-
-def test_shares_after_the_end_of_a_run_count_as_they_will_be():
-  for seed in range(30):  # the last rows are chosen by deadlines that lie behind the shorter run's end
-    shares = [[(0, a), (58, b), (61, c)] for a, b, c in (np.random.default_rng(seed).uniform(0, 1, (5, 3)) ** 4).tolist()]
-    short, long = (Mixture(shares, num_steps=num_steps, batch_rows=1) for num_steps in (57, 100))
-    assert [short[i] for i in range(57)] == [long[i] for i in range(57)]
-
-
 def test_deadlines_behind_the_last_block_count_as_they_will_be():
   for seed in range(5):  # the run ends with a block of steps, and the shares go on to move
     shares = [[(1000, a), (1020, b), (1040, c)] for a, b, c in (np.random.default_rng(seed).uniform(0, 1, (6, 3)) ** 4).tolist()]
@@ -91,33 +76,6 @@ def test_deadlines_behind_the_last_block_count_as_they_will_be():
 def test_rows_of_a_batch_are_spread_evenly():
   mixture = Mixture([[(0, 3.0)], [(0, 1.0)]], num_steps=2, batch_rows=8)
   assert [mixture[i] for i in range(8)] == [(0, 0), (0, 1), (1, 0), (0, 2), (0, 3), (0, 4), (1, 1), (0, 5)]
-
-
-def test_shares_are_read_at_mid_step():
-  ramp = Mixture([[(0, 0.0), (10, 1.0)], [(0, 1.0), (10, 0.0)]], num_steps=12, batch_rows=100)
-  np.testing.assert_array_equal(all_counts(ramp)[:, 0], [0, 5, 20, 45, 80, 125, 180, 245, 320, 405, 500, 600, 700])
-  jump = Mixture([[(5, 0.0), (5, 1.0)], [(4, 1.0), (5, 0.0)]], num_steps=7, batch_rows=10)
-  np.testing.assert_array_equal(all_counts(jump)[:, 0], [0, 0, 0, 0, 0, 0, 10, 20])
-  np.testing.assert_allclose(jump.shares(4), [0, 1])
-
-
-def test_quotas_of_a_step_sum_to_its_rows_exactly():
-  curves = Curves([[(0, 0.1)], [(0, 0.7), (50, 0.2)], [(10, 1e-6), (40, 1.0, "log")]], batch_rows=7)
-  np.testing.assert_array_equal(curves.quotas(0, 60, np.ones(3, bool)).sum(0), 7 << 40)
-
-
-def test_a_source_that_has_not_begun_gives_no_row():
-  mixture = Mixture([[(0, 1.0)], [(99, 0.0), (100, 1.0)]], num_steps=120, batch_rows=3)
-  counts = all_counts(mixture)[:, 1]
-  assert counts[99] == 0 and counts[-1] > 20
-
-
-def test_seeking_far_ahead_agrees_with_walking_there():
-  shares = [[(0, 0.7), (5000, 0.1)], [(0, 0.3)], [(0, 0.001), (3000, 0.2)]]
-  walked, sought = (Mixture(shares, num_steps=5000, batch_rows=6) for _ in range(2))
-  rows = [walked[i] for i in range(len(walked))]
-  for i in (29_999, 0, 6143, 6144, 12_288, 17_001):
-    assert sought[i] == rows[i]
 
 
 @pytest.mark.parametrize(
@@ -257,31 +215,9 @@ def test_what_happens_at_the_end_of_sources():
   assert {end.action for end in nothing.ends} == {"stop"}
 
 
-def test_a_run_stops_where_only_a_source_that_has_ended_has_a_share():
-  mixture = Mixture([[(0, 1.0)], [(10, 1.0), (10, 0.0)]], num_steps=20, batch_rows=2, limits_M=[4, None])
-  assert mixture.ends == (End(0, 4, "renormalise"), End(0, 10, "stop"))
-  assert len(mixture) == 20
-
-
 def test_a_ramp_down_to_0_is_never_rounded_below():
   curves = Curves([[(38.36819269552376, 0.9828543762795893), (777.5000000000001, 0.0)]], batch_rows=1)
   assert curves.shares(0, 1000).min() == 0  # -1e-16 at step 777 if it were not held at 0
-
-
-def test_a_source_that_may_give_no_row_gives_none():
-  mixture = Mixture([[(0, 1.0)], [(0, 9.0)]], num_steps=5, batch_rows=3, limits_M=[None, 0])
-  assert all_rows(mixture) == [(0, i) for i in range(15)]
-  assert mixture.ends == (End(1, 0, "renormalise"),)
-
-
-def test_curves_between_knots():
-  curves = Curves([[Knot(2, 0.1), Knot(12, 0.4, "log")], [(2, 0.1), (12, 0.4, "hold")], [(2, 0.1), (12, 0.4)]], batch_rows=1)
-  middles = np.arange(14) + 0.5
-  part = np.clip((middles - 2) / 10, 0, 1)
-  shares = curves.shares(0, 14)
-  np.testing.assert_allclose(shares[0], 0.1 * 4**part, rtol=1e-15)
-  np.testing.assert_array_equal(shares[1], np.where(middles < 12, 0.1, 0.4))
-  np.testing.assert_allclose(shares[2], 0.1 + 0.3 * part, rtol=1e-15)
 
 
 def test_a_long_log_ramp_keeps_its_integral():
@@ -292,26 +228,6 @@ def test_a_long_log_ramp_keeps_its_integral():
   rate = math.log(0.5 / 1e-6) / steps
   middles = 1e-6 * (math.exp(rate * steps) - 1) / (2 * math.sinh(rate / 2))  # geometric series of the values at mid-step
   assert abs(math.fsum(shares) / middles - 1) < 1e-14
-
-
-def test_shares_do_not_depend_on_the_block_or_the_start():
-  knots = [[(3, 0.1), (2500, 0.7)], [(0, 0.3), (900, 0.1), (900, 0.9)]]
-  curves = Curves(knots, batch_rows=5)
-  at_once = np.concatenate([curves.shares(0, 1000), curves.shares(1000, 2000)], 1)
-  np.testing.assert_array_equal(at_once[:, 777:1777], curves.shares(777, 1777))
-  mixtures = [Mixture(knots, num_steps=2000, batch_rows=5, start_step=start) for start in (0, 777)]
-  np.testing.assert_array_equal(mixtures[0].shares(1500), mixtures[1].shares(1500))
-
-
-def test_a_start_inside_the_run_counts_from_there():
-  mixture = Mixture([[(0, 1.0), (10, 0.0)], [(0, 0.0), (10, 1.0)]], num_steps=10, batch_rows=10, start_step=5)
-  np.testing.assert_array_equal(mixture.counts(5), [0, 0])
-  np.testing.assert_allclose(mixture.shares(5), [0.45, 0.55])
-  assert abs(int(mixture.counts(10)[0]) - 12.5) < 1
-  assert sorted(mixture[row][1] for row in range(50, 100) if mixture[row][0] == 1) == list(range(mixture.counts(10)[1]))
-  for row in (49, 100):
-    with pytest.raises(IndexError):
-      mixture[row]
 
 
 def test_a_million_draws_of_64_sources_with_shares_down_to_1e_6():

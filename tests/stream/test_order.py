@@ -212,21 +212,6 @@ def test_another_text_under_a_name_that_was_read_is_refused(stores):
   assert "another name" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-  "name, key, value",
-  [
-    ("seed", "seed", 1),
-    ("row_len", "data.row_len", 8),
-    ("packing", "data.packing", "pad"),
-    ("batch_rows", "train.batch_rows", 4),
-  ],
-)
-def test_settings_of_all_rows_are_refused_by_name(stores, name, key, value):
-  first = mix(stores, {"a": {}}, num_steps=10)
-  with pytest.raises(ConfigError, match=rf"^{key} was .*, now it is {value!r}"):
-    go_on(stores, first, {"a": {}}, step=4, num_steps=10, **{name: value})
-
-
 # ---- the end of a source ----
 
 
@@ -266,13 +251,6 @@ def test_a_source_that_others_replace_is_read_to_its_last_row(stores):
     assert loader.order.rows(step - 1)[name] < rows_of(loader, name) and loader.order.shares(step)[name] > 0
     assert loader.order.shares(step + 1)[name] == 0
   assert loader.order.shares(98)["c"] == 1
-
-
-def test_when_all_have_ended_the_run_ends(stores):
-  ends = {"at_end": "renormalise"}
-  loader = mix(stores, {"a": ends, "b": ends}, num_steps=99)
-  rows = sum(layout.num_rows for layout in loader.layouts)
-  assert loader.end_step == rows // 5 < 99
 
 
 @pytest.mark.parametrize("fields", [{"at_end": "error"}, {"at_end": "repeat", "max_epochs": 1.5}])

@@ -98,15 +98,9 @@ def test_every_pair_is_in_exactly_one_row(lengths, row_len, policy, crossing, co
   assert layout.efficiency == layout.num_tokens / max(layout.num_rows * row_len, 1)
   assert layout.num_documents == layout.row_docs.sum() == sum(lengths[i] > 1 for i in named)
   assert layout.num_pieces == len(all_pieces(layout))
-  assert layout.max_documents == max(1, batch.segments_BT.max(initial=0))
-
-
-@given(lengths_of_documents, st.integers(2, 40), policy_names, st.booleans())
-def test_split_documents_are_counted(lengths, row_len, policy, crossing):
-  layout = factory.rows(lengths, row_len=row_len, policy=policy, cross_documents=crossing)
   times = collections.Counter(doc for doc, _, _ in all_pieces(layout))
-  assert layout.num_split == sum(n > 1 for n in times.values())
-  assert layout.num_pieces == sum(times.values()) and layout.num_documents == len(times)
+  assert wanted_documents is not None or layout.num_split == sum(n > 1 for n in times.values())
+  assert layout.max_documents == max(1, batch.segments_BT.max(initial=0))
 
 
 @settings(max_examples=300)
@@ -149,14 +143,6 @@ def test_ends_of_long_documents_fill_the_rows(row_len, least_filled, draw, cross
   assert len(crumbs) <= 0.002 * layout.num_pieces
   uncounted = np.diff(layout.row_ends, prepend=0) if crossing else 0  # joints before the rest of a document
   assert (np.sort(rooms - uncounted)[:-1] < least).all()  # one more piece would have been a crumb
-
-
-def test_a_stretch_that_a_room_would_cut_badly_waits():
-  stretches = collections.deque([(0, 8, 95), (1, 0, 50)])  # 95 of 100 would leave a room of 5
-  placed = policies._pour(stretches, [(7, 100)], new_row=9, row_len=100, joint=0, least=10)
-  assert placed.tolist() == [[7, 1, 0, 50], [7, 0, 8, 50], [9, 0, 58, 45]]
-  placed = policies._pour(collections.deque([(0, 8, 105)]), [(7, 100)], new_row=9, row_len=100, joint=0, least=10)
-  assert placed.tolist() == [[7, 0, 8, 95], [9, 0, 103, 10]]  # none other to try: no crumb of 5
 
 
 def test_rows_of_long_documents_are_cut_where_their_ends_are_too_few():
@@ -205,37 +191,6 @@ def test_documents_of_a_row_are_not_neighbours_in_the_store():
 def test_only_the_named_documents_in_their_order():
   layout = factory.rows(np.array([5, 5, 1, 5]), row_len=4, policy="pad", documents=np.array([3, 2, 0]), shuffle=False)
   assert [layout.pieces(r) for r in range(layout.num_rows)] == [[(3, 0, 4)], [(0, 0, 4)]]
-
-
-def test_rows_written_out():
-  class Two:
-    has_loss_mask = False
-
-    def tokens(self, i, start, length):
-      return np.array([[3, 5, 2], [7, 2]][i][start : start + length])
-
-    def loss_mask(self, i, start, length):
-      return np.array([[True, True, False], [False, True]][i][start : start + length])
-
-  def rows(store, pieces, row_len, **options):
-    batch = packing.empty_batch(2, row_len)
-    options = {"cross_documents": False, "split_positions": "restart"} | options
-    packing.pack_row(batch, 1, store, pieces, source=1, **options)
-    assert not any(a[0].any() for a in batch) and batch.source_B[1] == 1
-    return [a[1].tolist() for a in batch[:5]]
-
-  found = rows(Two(), [(0, 0, 2), (1, 0, 1)], 4)
-  assert found == [[3, 5, 7, 0], [5, 2, 2, 0], [1, 1, 1, 0], [1, 1, 2, 0], [0, 1, 0, 0]]
-  found = rows(Two(), [(0, 0, 2), (1, 0, 1)], 5, cross_documents=True)
-  assert found == [[3, 5, 2, 7, 0], [5, 2, 7, 2, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [0, 1, 2, 3, 0]]
-  for split_positions, positions in ("restart", [0, 0, 0]), ("continue", [1, 0, 0]):
-    found = rows(Two(), [(0, 1, 1), (1, 0, 1)], 3, split_positions=split_positions)
-    assert found == [[5, 7, 0], [2, 2, 0], [1, 1, 0], [1, 2, 0], positions]
-  masked = Two()
-  masked.has_loss_mask = True
-  assert rows(masked, [(0, 0, 2), (1, 0, 1)], 4)[2] == [1, 0, 1, 0]
-  assert rows(masked, [(0, 0, 2), (1, 0, 1)], 5, cross_documents=True)[2] == [1, 0, 0, 1, 0]
-  assert rows(masked, [(1, 0, 1), (0, 0, 2)], 5, cross_documents=True)[2] == [1, 1, 1, 0, 0]
 
 
 def golden_layout():

@@ -1,7 +1,6 @@
 """The loader: rows are a function of their number, each training pair once an epoch, held-out documents never, exact ledger."""
 
 import ast
-import itertools
 import json
 import pathlib
 import re
@@ -19,7 +18,7 @@ from loaders import UNIQUE, assert_same, write
 from store_writer import StoreWriter
 
 from cpt_jax import config as config_lib
-from cpt_jax.config import ConfigError, Problems
+from cpt_jax.config import ConfigError
 from cpt_jax.store import tokenization
 from cpt_jax.store.token_store import open_store
 from cpt_jax.stream import heldout, layout_files, mixture, packing, pipeline, shuffle, sources, summary, tally
@@ -94,14 +93,6 @@ def test_resume_at_any_step_reads_on(two):
       assert_same(a, b)
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, 4])
-def test_any_number_of_processes_reads_the_same_global_batch(two, num_processes):
-  part = 4 // num_processes
-  readers = [loader(two).batches(3, rows=slice(p * part, (p + 1) * part)) for p in range(num_processes)]
-  for parts, whole in itertools.islice(zip(zip(*readers, strict=True), loader(two).batches(3), strict=True), 6):
-    assert_same(Batch(*(np.concatenate(x) for x in zip(*parts, strict=True))), whole)
-
-
 def test_earlier_rows_are_not_read(two, monkeypatch):
   reader, read = loader(two, num_steps=100_000), []
   locate = reader.order.locate
@@ -139,16 +130,6 @@ def test_each_training_pair_once_an_epoch_and_no_held_out_document_ever(tmp_path
     order.append(pairs)
   if epoch_rows > 8:
     assert order[0] != order[1] != order[2]  # shuffled afresh
-
-
-def test_every_epoch_is_a_permutation_of_its_own(two):
-  reader = loader(two, batch_rows=7)
-  for m, layout in enumerate(reader.layouts):
-    order = reader._shuffles[m]
-    for epoch in range(3):
-      rows = [order[epoch * layout.num_rows + i] for i in range(layout.num_rows)]
-      assert sorted(rows) == list(range(layout.num_rows)) and rows != sorted(rows)
-    assert [order[i] for i in range(layout.num_rows)] != [order[i + layout.num_rows] for i in range(layout.num_rows)]
 
 
 def test_another_source_disturbs_nobodys_order(two, tmp_path):
@@ -295,18 +276,6 @@ def test_bytes_come_from_decoding_where_the_store_does_not_say(two, monkeypatch)
     loader(two, tokenizer=None).heldout_rows("zh", max_tokens=100, max_bytes=0)
   with pytest.raises(ConfigError, match=r"data\.sources\.zh\.store=.*set eval\.bytes=0, and eval\.tokens"):
     reader.heldout_rows("zh", max_tokens=100, max_bytes=100)
-
-
-def test_too_many_epochs_are_refused_with_a_length_that_fits(two):
-  limited = [sources.dataclasses.replace(two[0], max_epochs=1.5), two[1]]
-  problems = Problems()
-  loader(limited, num_steps=90).check_ends(problems)
-  assert len(problems.lines) == 1 and problems.lines[0].startswith("data.sources.zh.max_epochs=1.5")
-  fits = int(re.search(r"train\.length to (\d+) steps", problems.lines[0])[1])
-  for num_steps, count in ((fits, 0), (fits + 1, 1)):
-    problems = Problems()
-    loader(limited, num_steps=num_steps).check_ends(problems)
-    assert len(problems.lines) == count
 
 
 def test_description_for_people(two):

@@ -62,14 +62,6 @@ def test_shares_by_length_are_met_to_within_a_document_per_bracket(lengths, firs
   assert found.tokens_copied == (lengths * np.maximum(times - 1, 0)).sum()
 
 
-def test_the_example_of_the_paper():
-  lengths = np.random.default_rng(0).choice([500, 1500, 6000, 30_000], 4000, p=[0.6, 0.3, 0.08, 0.02])
-  found = factory.selected(lengths, np.arange(4000), length_shares=((0, 0.3), (4096, 0.7)), hashes=hashes_of(lengths))
-  sizes = lengths[found.documents]
-  assert sizes[sizes >= 4096].sum() / sizes.sum() == pytest.approx(0.7, abs=0.01)
-  assert set(np.bincount(found.documents)[lengths < 4096]) == {1}
-
-
 def test_hashes_decide_and_another_document_moves_only_the_border():
   lengths = np.repeat([40, 100], 1000)
 
@@ -122,11 +114,3 @@ def test_filters_come_before_shares():
 def test_nothing_to_select_from():
   found = factory.selected(np.zeros(0, np.int64), np.zeros(0, np.int64), length_shares=((0, 1.0),), hashes=np.zeros(0, np.uint64))
   assert len(found.documents) == 0 and found.num_tokens == 0
-
-
-def test_a_selection_can_be_packed():
-  lengths = np.random.default_rng(0).integers(2, 200, 500)
-  found = factory.selected(lengths, np.arange(500), length_shares=((0, 0.2), (100, 0.8)), hashes=hashes_of(lengths))
-  layout = factory.rows(lengths, row_len=64, policy="best_fit", documents=found.documents)
-  assert layout.num_documents == len(found.documents) > 500
-  assert layout.num_tokens == found.num_tokens - layout.num_documents

@@ -55,12 +55,6 @@ def test_the_split_depends_on_the_text_alone(tmp_path, texts):
   np.testing.assert_array_equal(np.sort(np.concatenate([plain.train_documents, plain.heldout_documents])), np.arange(200))
 
 
-def test_copies_of_a_text_go_together(tmp_path, texts):
-  split = source(write(tmp_path / "s", texts + texts[::-1]))
-  held = set(split.heldout_documents.tolist())
-  assert held and all((399 - i in held) == (i in held) for i in range(200))
-
-
 @given(st.floats(0.01, 0.99))
 def test_a_larger_fraction_holds_out_the_same_and_more(frac):
   hashes = np.arange(1000, dtype=np.uint64)

@@ -4,9 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from scipy import stats
 
-from cpt_jax.config import ConfigError
 from tools.experiments import vocab_results, vocab_where
 
 
@@ -45,39 +43,6 @@ def test_parts_of_a_shock_add_up_to_what_the_runs_measured(root):
       assert record["total"] == pytest.approx(shock, abs=0.02), (path, arm, source)
 
 
-def test_effects_of_one_arm_are_students_interval():
-  values = [0.3, -0.1, 0.25]
-  [effect] = vocab_results.effects({"a": values}).values()
-  low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-  np.testing.assert_allclose([effect.mean - effect.margin, effect.mean + effect.margin], [low, high])
-
-
-def test_effects_pool_the_scatter_of_all_arms():
-  found = vocab_results.effects({"a": [1.0, 3.0], "b": [0.0, 2.0], "once": [9.0]})
-  assert found["a"].mean == 2 and found["b"].mean == 1
-  np.testing.assert_allclose([found[arm].margin for arm in found], [4.302653, 4.302653, 4.302653 * 2**0.5], rtol=1e-6)
-  assert str(found["once"]) == "+9.0000*" and str(found["b"]) == "+1.0000"
-  assert not str(vocab_results.effects({"once": [9.0]})["once"]).endswith("*")  # one seed tells nothing
-
-
-def test_other_documents_are_refused(root, tmp_path):
-  lines = of_committed(root)[0].read_text(encoding="utf-8").splitlines()
-  other = json.loads(lines[1])
-  other["heldout"]["domain"]["bytes"] += 1
-  (tmp_path / "x.jsonl").write_text("\n".join([lines[0], json.dumps(other)]), encoding="utf-8")
-  with pytest.raises(ConfigError, match="different documents"):
-    vocab_results.Experiment(tmp_path / "x.jsonl")
-
-
-def test_kept_tokens_stand_in_both_at_one_place():
-  lengths_W = np.array([1, 1, 2, 3, 2])
-  old, new = np.array([0, 2, 0, 2, 1]), np.array([0, 2, 3, 1])  # a bc a bc d; a bc abc d
-  kept_old, kept_new = vocab_where.kept(old, new, lengths_W=lengths_W)
-  assert kept_old.tolist() == [True, True, False, False, True] and kept_new.tolist() == [True, True, False, True]
-  same, _ = vocab_where.kept(old, old, lengths_W=lengths_W)
-  assert same.all()
-
-
 def test_parts_of_a_difference():
   """Of four bytes that targets spell: kept tokens lose 2 nats, 0.5 of them to new ids; the changed one gains 3."""
   lengths_W = np.array([1, 1, 1, 2])
@@ -86,16 +51,3 @@ def test_parts_of_a_difference():
   found = vocab_where.where([before], [after], lengths_W=lengths_W)
   bits = {name: nats / np.log(2) / 4 for name, nats in dict(total=-1.0, softmax=0.5, context=1.5, changed=-3.0).items()}
   assert found == pytest.approx(bits | {"kept": 3}, abs=1e-5)
-
-
-def test_the_legend_names_every_curve_of_every_panel(root, tmp_path, monkeypatch):
-  import matplotlib.figure
-
-  seen = []
-  monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *_, **__: seen.append(self))
-  vocab_results.draw([vocab_results.Experiment(path) for path in of_committed(root)], tmp_path / "figure.png")
-  [made] = seen
-  curves = {label for ax in made.axes for label in ax.get_legend_handles_labels()[1]}
-  assert [text.get_text() for text in made.legends[0].get_texts()] == list(vocab_results.BANDS) and curves == set(
-    vocab_results.BANDS
-  )

@@ -46,12 +46,6 @@ def test_the_tokens_of_a_record_are_exact_past_what_a_step_can_count():
   assert values["loss"] == (1e8 + 0.5) / (2**26 + 2)
 
 
-def test_a_source_without_a_row_in_the_window_has_no_loss():
-  m = meter(log_every=1)
-  m.dispatched(num_positions=8)
-  assert m.read(1, measured([10.0, 0.0], [4, 0])).values["source_loss"] == {"a": 2.5}
-
-
 def test_speed_leaves_out_the_first_step_and_pauses(monkeypatch):
   now = [0.0]
   monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])

@@ -90,25 +90,6 @@ def test_lr_final_of_zero_wastes_no_update_and_holds_after_the_end(name):
   assert (found[50:] == 0).all()
 
 
-def test_borders():
-  made = factory.schedule("rewarm", num_steps=100, warmup_steps=10, lr_peak=PEAK, lr_start=START, lr_final=FINAL)
-  found = rates(made, 100)
-  np.testing.assert_allclose(found[0], START + (PEAK - START) / 10, rtol=1e-6)
-  assert found[9] == found[10] == np.float32(PEAK)  # the warm-up's last update, the decay's first
-  assert found[8] < found[9] and found[11] < found[10]
-  made = factory.schedule(
-    "infinite", num_steps=100, warmup_steps=10, lr_peak=PEAK, lr_const=CONST, lr_final=FINAL, cooldown_steps=20, anneal_steps=30
-  )
-  found = rates(made, 101)
-  assert (found[30:71] == np.float32(CONST)).all() and found[29] > CONST and found[71] < CONST
-  assert found[100] == np.float32(FINAL)
-
-
-def test_cooldown_of_no_steps_is_a_jump():
-  made = factory.schedule("infinite", num_steps=10, lr_peak=PEAK, lr_const=CONST, lr_final=FINAL)
-  assert (rates(made, 10) == np.float32(CONST)).all()
-
-
 def as_run(made):
   return schedule.Staged(((0, made),))
 

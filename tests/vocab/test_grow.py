@@ -14,7 +14,6 @@ import tokenizers
 from hypothesis import given, settings, strategies as st
 
 from cpt_jax.config import ConfigError
-from cpt_jax.store import tokenization
 from cpt_jax.vocab import candidates, changes, grow, kinds, texts as texts_lib
 from cpt_jax.vocab.bases import Piece, Words
 from cpt_jax.vocab.scores import MARGIN, unigram_scores
@@ -115,21 +114,6 @@ def test_every_piece_is_reachable(kind, grown, corpora):
   never = [p.text for i, p in enumerate(found.pieces) if not seen[found.base.vocab_size + i]]
   # What is only ever part of a longer piece need not be seen; all else is.
   assert all(any(text in piece.text != text for piece in found.pieces) for text in never)
-
-
-@pytest.mark.parametrize("kind", ["byte-level BPE", "BPE"])
-def test_reachable_by_the_textbook_s_bpe(kind, grown):
-  found = grown[kind]
-  merges = [tuple(m) for m in json.loads(found.raw)["model"]["merges"]]
-  ranks = {pair: rank for rank, pair in enumerate(merges)}
-  for piece in found.pieces:
-    parts = list(piece.text)
-    while len(parts) > 1:
-      rank, at = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(itertools.pairwise(parts)))
-      if rank == len(ranks):
-        break
-      parts[at : at + 2] = ["".join(parts[at : at + 2])]
-    assert parts == [piece.text]
 
 
 TEXTS = st.text(
@@ -252,29 +236,6 @@ def merged(word, left, right):
       out.append(word[i])
       i += 1
   return out
-
-
-def test_spelling_keeps_words_apart_and_leaves_closed_symbols_out():
-  words = Words(np.array([5, 6, -1, 7, 8, 9], np.int32), np.array([1, 0, 0, 0, 1, 0], bool), 6)
-  found = [candidates.symbols_of(word).tolist() for word in candidates.spell(words).split()]
-  assert found == [[5, 6], [7], [8, 9]]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_words_are_the_text(kind, bases, corpora):
-  """Symbols spell what the ids spell, and pieces never hold a space inside."""
-  base = bases[kind]
-  for text in [*corpora["poetry_ci"][:5], *corpora["english"][:5]]:
-    (words,) = base.words([text])
-    (ids,) = base.tokenizer.encode_contents([text])
-    assert words.num_tokens == len(ids)
-    spelt = [number for s in words.symbols.tolist() for number in (base.old_ids(s) if s >= 0 else (None,))]
-    if base.tokenizer.unk_id in ids:  # one for several characters
-      spelt, ids = (
-        [a for a, b in zip(x, [*x[1:], -1], strict=True) if a != b or a != base.tokenizer.unk_id] for x in (spelt, ids)
-      )
-    assert len(spelt) == len(ids)
-    assert all(a in (b, None) for a, b in zip(spelt, ids, strict=True))
 
 
 def test_bands_by_use_and_by_count(bases, corpora):
@@ -440,9 +401,3 @@ def test_added_tokens_behind_a_sentencepiece_model_keep_their_ids(fixtures, corp
 def test_rows_are_the_least_multiple(vocab_size, multiple):
   rows = grow.num_rows(vocab_size, multiple=multiple)
   assert rows % multiple == 0 and vocab_size <= rows < vocab_size + multiple
-
-
-def test_tokenizer_kinds_agree_with_the_loader(bases, corpora):
-  for base in bases.values():
-    assert isinstance(base.tokenizer, tokenization.Tokenizer)
-    assert base.lengths_V.shape == base.closed_V.shape == (base.vocab_size,)

@@ -71,16 +71,6 @@ def test_similar_rows_are_weighted_old_rows_and_else_the_mean():
   np.testing.assert_allclose(rows("similar", neighbours=found), expected, rtol=1e-6)
 
 
-def test_rows_inside_the_old_ones_bound_the_new_logits():
-  """Means lie in the hull of old rows: no hidden state gives a new piece a logit above its old pieces' highest (2407.05841)."""
-  hidden_ND = np.random.default_rng(3).normal(size=(200, 6)).astype(np.float32)
-  for name in ("mean", "first"):
-    logits_NP = hidden_ND @ rows(name).T
-    for i, piece in enumerate(PIECES):
-      old_NK = hidden_ND @ OLD[piece].T
-      assert (logits_NP[:, i] <= old_NK.max(axis=1) + 1e-5).all() and (logits_NP[:, i] >= old_NK.min(axis=1) - 1e-5).all()
-
-
 def test_padding_is_the_mean_and_adds_at_most_its_share():
   """The softmax gives m padding rows at most m/(n+m): exp of a mean is at most the mean of exps (Hewitt)."""
   padded = initialise.padding(OldRows(OLD, replaced(PIECES)), num_rows=5)
@@ -119,10 +109,6 @@ def test_sparsemax_is_the_nearest_point_of_the_simplex(scores_NK):
     taken = share_K > 1e-9
     gaps_K = score_K - share_K
     assert np.ptp(gaps_K[taken]) < 1e-9 and (score_K[~taken] <= gaps_K[taken].max() + 1e-9).all()
-
-
-def test_sparsemax_worked_example():
-  np.testing.assert_allclose(similarity.sparsemax(np.array([[1.0, 0.5, 0.0]])), [[0.75, 0.25, 0.0]])
 
 
 def test_tokens_that_are_used_alike_are_neighbours():
