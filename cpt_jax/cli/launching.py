@@ -38,7 +38,7 @@ def run_of(args: Namespace, *, sees_our_disk: bool) -> launch.Run:
 
 
 def run_or_print(args: Namespace, program: Sequence[str], *, kind: str, why: str, stdin: str | None = None) -> int:
-  """Runs a program of a cloud or cluster, or prints it (`stdin` alone, if given); the rest as of launch.call and print_commands."""
+  """Runs a program of a cloud or cluster, or prints it (`stdin` alone, if given); the rest as launch.call has it."""
   if args.print:
     launch.print_commands([stdin or shlex.join(program)], kind=kind)
     return exits.DONE
