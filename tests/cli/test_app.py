@@ -118,7 +118,7 @@ def test_devices_that_are_not_here(root, platform, tmp_path):
 
 def test_ctrl_c_is_quiet(root, tmp_path):
   code = (
-    "import time\nfrom cpt_jax.cli import app, show\n"
+    "import signal, time\nfrom cpt_jax.cli import app, show\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     "def run(args):\n  print('up', flush=True)\n  time.sleep(60)\nshow.run = run\napp.entry(['show', '--run=r', '--step=1'])"
   )
   process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
