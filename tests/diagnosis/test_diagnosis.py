@@ -172,7 +172,6 @@ GENERAL = figures("general")
   "case,kinds,practice",
   [
     (dict(), ("none needed",), ""),
-    (dict(bits=0.09, bits_per_byte=1.04), ("none needed",), ""),
     (dict(bits_per_byte=1.2, error=0.2), ("none needed",), ""),  # not shown to be worse
     (dict(beyond=0.8), ("long context",), "long"),
     (dict(bits_per_byte=1.1), ("domain knowledge",), "weak"),  # like general text, but the base does worse on it

@@ -333,6 +333,19 @@ def command(root, *arguments):
 
 
 @pytest.mark.parity
+def test_command(tmp_path, root, fixtures, mixed):
+  arguments = ["--input", mixed[0][0], "--tokenizer", fixtures / "tokenizer", "--output", tmp_path / "s"]
+  arguments += ["--filters", "gopher_quality", "--dedup", "--decontaminate", mixed[1], "--num_workers", "2"]
+  done = command(root, *arguments)
+  assert done.returncode == 0, done
+  for words in "near-duplicate", "gopher_quality: gopher_short_doc", "contaminated", "documents                  40":
+    assert words in done.stdout
+  done = command(root, *arguments)
+  assert "already finished" in done.stdout and "datatrove" not in done.stderr
+  assert "whole; 40 documents" in command(root, "--verify", tmp_path / "s").stdout
+
+
+@pytest.mark.parity
 def test_dry_run_writes_nothing(tmp_path, root, fixtures, mixed):
   arguments = ["--input", mixed[0][0], "--tokenizer", fixtures / "tokenizer", "--output", tmp_path / "out" / "s", "--dry_run"]
   arguments += ["--executor", "slurm", "--partition", "big", "--time", "2:00:00", "--sbatch", "account=us", "--dedup"]
