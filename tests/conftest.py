@@ -25,7 +25,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Times of a shared machine say nothing about the code, so no deadline; examples are the same at every run.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=25, print_blob=True)
-hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("default"), max_examples=300)
+hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("default"), max_examples=100)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
