@@ -88,7 +88,7 @@ def evaluate(
     ConfigError: what is wrong with model and stores, a line each.
   """
   problems = Problems()
-  base = measure.open_base(os.fspath(model), problems)
+  base = measure.open_base(shipped.find(os.fspath(model)), problems)
   opened = {name: measure.open_store(name, os.fspath(path), base, problems) for name, path in sources.items()}
   problems.raise_if_any()
   assert base is not None
@@ -138,4 +138,4 @@ def save_model(
     ConfigError: `output` holds something else, or a number is not finite.
     OSError: the disk.
   """
-  return pretrained.save_params(params, spec, output, source_dir=source, dtype=dtype)
+  return pretrained.save_params(params, spec, output, source_dir=source and shipped.find(os.fspath(source)), dtype=dtype)

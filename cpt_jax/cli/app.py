@@ -35,7 +35,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-  Command("quickstart", "train a small model on the examples, in a minute and offline", "quickstart", "own"),
+  Command("quickstart", "train a small model on the examples, in minutes and offline", "quickstart", "own"),
   Command("prepare", "raw texts to a store of tokens", "prepare"),
   Command("diagnose", "what kind of continual pretraining this is, and where to begin", "diagnose", "own"),
   Command("vocab assess", "does the base's vocabulary fit the texts, and what would more pieces bring", "vocab_assess"),

@@ -26,7 +26,7 @@ def parser() -> manual.Parser:
   p.flag("--source=NAME", "Whose held-out losses are taken from runs, e.g. general.")
   p.flag("--law=NAME", f"{', '.join(LAWS)}; or all, to compare those that fit the curves' kind.", "multi_power")
   p.flag("--json=FILE", "File to write the figures into.")
-  p.flag("--plot=FILE", "PNG of all curves with the laws' predictions (needs the extra [plots]).")
+  p.flag("--plot=FILE", "PNG of all curves with the laws' predictions.")
   p.flag("--warmup_steps=N", "Of the CSV files; -1, the default = until the first row, or while the rate rises.", -1)
   p.flag("--resamples=N", "Resampled data sets for the intervals of parameters, 100 by default; 0 = no intervals.", 100)
   p.flag("--starts=N", "Points from which each fit is searched; 48 by default.", 48)

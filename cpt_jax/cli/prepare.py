@@ -1,9 +1,10 @@
 """`cpt prepare`: flags to one call of `cpt_jax.prepare`, or of `store.machines` where datatrove's executors do it."""
 
+import signal
 from argparse import Namespace
 from typing import Any
 
-from cpt_jax import exits, shipped
+from cpt_jax import exits
 from cpt_jax.cli import manual
 from cpt_jax.store import chat, decontaminate, machines, token_store
 from cpt_jax.store.records import RECORDS, Rules
@@ -75,24 +76,24 @@ def run(args: Namespace) -> int:
   uses_datatrove = bool(args.executor or args.filters or args.dedup or args.dry_run)
   if missing and not uses_datatrove:
     parser().error(f"{' and '.join(missing)} missing")
-  inputs, fields = [shipped.find(path) for path in args.input], args.decontaminate_field or ["text"]
-  contamination = None
+  fields, contamination = args.decontaminate_field or ["text"], None
   if args.decontaminate:
     contamination = decontaminate.build(args.decontaminate, fields=fields, ngram_words=args.ngram_words)
   names = ("eos_token", "records", "train_on", "text_field", "answer_field", "on_bad", "max_bad")
   of_rules: dict[str, Any] = {name: getattr(args, name) for name in names} | {
     "max_document_bytes": int(args.max_document_mb * (1 << 20))
   }
-  how: dict[str, Any] = {"output": args.output, "tokenizer": shipped.find(args.tokenizer), "rules": Rules(**of_rules)}
+  how: dict[str, Any] = {"output": args.output, "tokenizer": args.tokenizer, "rules": Rules(**of_rules)}
+  signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
   try:
     if uses_datatrove:
       of_machines: dict[str, Any] = {name: getattr(args, name) for name in machines.Asked._fields}
       asked = machines.Asked(**of_machines)._replace(executor=args.executor or "local")
-      lines = machines.prepare(inputs, asked, task=machines.Task(**how), contamination=contamination, dry_run=args.dry_run)
+      lines = machines.prepare(args.input, asked, task=machines.Task(**how), contamination=contamination, dry_run=args.dry_run)
     else:
       import cpt_jax
 
-      lines = cpt_jax.prepare(inputs, num_workers=args.num_workers, contamination=contamination, **how).lines()
+      lines = cpt_jax.prepare(args.input, num_workers=args.num_workers, contamination=contamination, **how).lines()
   except KeyboardInterrupt:
     raise exits.SavedError(f"{args.output}: interrupted; give the same command again to go on") from None
   print("\n".join(lines))

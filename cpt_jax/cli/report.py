@@ -14,7 +14,7 @@ def parser() -> manual.Parser:
     description="""Says for each source of a run how its held-out loss has changed from the base's, and draws it over the tokens
     trained on. Where a plan predicted the run's losses, measured and predicted stand beside each other.
 
-    A run that is still going is reported as far as it is. The figure needs matplotlib: pip install 'cpt_jax[plots]'.""",
+    A run that is still going is reported as far as it is.""",
     example="""cpt report --run=runs/quickstart
 
     Prints the table, and writes runs/quickstart/report.png.""",

@@ -22,7 +22,7 @@ def parser() -> manual.Parser:
   p.flag("--grown=DIR,...", "Directories of the runs with other vocabularies.", [])
   p.flag("--within=BITS", "Bits per byte above the unexpanded run that count as met too; 0.01 by default.", 0.01)
   p.flag("--output=FILE", "The figure; vocabulary.png in the first grown run's directory by default.")
-  p.switch("figure", default=True, help="Draw the figure (needs the extra [plots]).")
+  p.switch("figure", default=True, help="Draw the figure.")
   return p
 
 

@@ -32,14 +32,17 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
   Raises ConfigError: no such file, a mistake in it, or changes of keys that do not exist or to values that are of another type.
   """
   file, colon, argument = path.partition(":")
-  config = load_file(shipped.find(file), *([argument] if colon else []))
+  config = load_file(file, *([argument] if colon else []))
   check_overrides(config, overrides)
   values, argv = flags.FlagValues(), ["cpt", *overrides]  # of this call alone
   config_flags.DEFINE_config_dict("config", config, "", flag_values=values, sys_argv=argv)
-  try:
-    values(argv)
-  except flags.Error as error:
-    raise ConfigError(str(error)) from None
+  problems = Problems()
+  for one in overrides:  # each by itself, so that all that cannot be read is said
+    try:
+      values(["cpt", one])
+    except flags.Error as error:
+      problems.add(str(error))
+  problems.raise_if_any()
   return shipped.complete(values["config"].value)
 
 
@@ -55,6 +58,7 @@ def check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
 def load_file(path: str, *argument: str) -> ConfigDict:
   """Runs a config file's get_config, with its `argument` if there is one; a mistake becomes a ConfigError that names the line."""
   form = "a config file is Python: it defines get_config(), which returns cpt_jax.config.default() with changes"
+  path = shipped.find(path)
   if not pathlib.Path(path).is_file():
     here = sorted(str(p) for p in pathlib.Path(path).parent.glob("*.py"))
     raise ConfigError(

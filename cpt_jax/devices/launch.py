@@ -74,7 +74,7 @@ def _check_config(options: list[str], *, sees_our_disk: bool) -> None:
     return
   # Relative ones are looked for in the clone, where the hosts start.
   there = pathlib.Path(home()) / path
-  config = config_lib.load_file(str(there) if there.exists() else shipped.find(path), *([argument] if argument else []))
+  config = config_lib.load_file(str(there) if there.exists() else path, *([argument] if argument else []))
   config_lib.check_overrides(config, options)
 
 

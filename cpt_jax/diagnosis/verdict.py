@@ -3,6 +3,7 @@
 Invariant: a verdict follows from the rules alone, and every rule shows its figure, its threshold and where that comes from.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -155,9 +156,8 @@ def find(figures: Figures, general: Figures, *, budget_tokens: float | None = No
   for name, rule in RULES.items():
     finding = rule.find(values[name])
     if name in ("as good", "high loss"):
-      finding = finding._replace(note=f"+-{2 * error:.2f}")
-    if name == "as good":
-      finding = finding._replace(met=finding.met or ratio - 2 * error <= 1.0)
+      is_known, met = math.isfinite(error), finding.met or (name == "as good" and ratio - 2 * error <= 1.0)
+      finding = finding._replace(met=met and is_known, note=f"+-{2 * error:.2f}" if is_known else "(too few documents)")
     found[name] = finding
   return found
 

@@ -156,8 +156,6 @@ def _problems(fit: list[str], score: list[str], runs: str, *, resamples: int, st
   both = sorted(set(fit) & set(score))
   if both:
     problems.append(f"{', '.join(both)}: both fitted and scored; a law is scored on what it has not seen")
-  if plot and not importlib.util.find_spec("matplotlib"):
-    problems.append("--plot needs matplotlib: pip install 'cpt_jax[plots]', or leave --plot out")
   return problems
 
 

@@ -87,7 +87,7 @@ def grow_base(
   for name, patterns in ("domain", domain), ("general", general), ("protect", protect):
     if patterns:
       with problems.collect():
-        files[name] = documents.find_files([shipped.find(pattern) for pattern in patterns], flag=f"--{name}")
+        files[name] = documents.find_files(patterns, flag=f"--{name}")
   if not domain:
     problems.add("--domain is empty: name the text that pieces are chosen from, e.g. --domain 'texts/zh/*.txt'")
   if not output:

@@ -3,7 +3,6 @@
 Invariant: the same call, made again, goes on where it stopped; finished trials are not made again, by whoever they were made.
 """
 
-import importlib.util
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -90,8 +89,6 @@ def plan(
   """
   if not output:
     raise ConfigError("--output is empty: name the directory of the plan, e.g. --output=plan")
-  if importlib.util.find_spec("matplotlib") is None:  # said before the trials, not after them
-    raise ConfigError("a plan ends with figures: pip install 'cpt_jax[plots]'")
   config = _read(config)
   output = pathlib.Path(output)
   objective = _objective(config, weights, general_loss_rise)

@@ -1,6 +1,6 @@
 """A recommendation -> two figures: the frontier of forgetting against learning, and how well held-out runs were predicted.
 
-Invariant: draws what it is given and fits nothing; needs the extra [plots].
+Invariant: draws what it is given and fits nothing.
 """
 
 import os

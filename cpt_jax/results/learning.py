@@ -1,6 +1,6 @@
 """A run -> what it learnt and forgot: each source's held-out loss over the tokens trained on, less the base's.
 
-Invariant: needs no plan and no prediction. The figure needs the extra [plots].
+Invariant: needs no plan and no prediction.
 """
 
 import pathlib
@@ -19,9 +19,8 @@ def rows(run: tables.OpenRun) -> list[list[str]]:
     loss_E = run.losses[name][~np.isnan(run.losses[name])]
     change = loss_E[-1] - loss_E[0]
     role = run.config.data.sources[name].role
-    meaning = "learning" if change < 0 else "forgetting" if role == "replay" else "loss rose"
     tokens = f"{read.get(name, 0):,.0f}"
-    found.append([name, role, tokens, f"{loss_E[0]:.4f}", f"{loss_E[-1]:.4f}", f"{change:+.4f}", meaning])
+    found.append([name, role, tokens, f"{loss_E[0]:.4f}", f"{loss_E[-1]:.4f}", f"{change:+.4f}", console.meaning(change, role)])
   return found
 
 

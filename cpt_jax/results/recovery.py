@@ -231,7 +231,7 @@ def labels(comparisons: Sequence[Comparison]) -> dict[pathlib.Path, str]:
 
 
 def figure(comparisons: Sequence[Comparison], labels: dict[pathlib.Path, str], path: str | pathlib.Path) -> None:
-  """Bits per byte over bytes and over FLOPs, a row for each source; needs the extra [plots].
+  """Bits per byte over bytes and over FLOPs, a row for each source.
 
   Raises ConfigError: matplotlib is not installed.
   """

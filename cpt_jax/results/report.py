@@ -1,6 +1,6 @@
 """A run and the plan that it followed -> what was predicted beside what was measured: rows, and a figure.
 
-Invariant: a prediction is read from where the plan recorded it, never made anew. The figure needs the extra [plots].
+Invariant: a prediction is read from where the plan recorded it, never made anew.
 """
 
 import json
@@ -160,15 +160,10 @@ def _frontier(ax: Any, table: list[Row], plan: Prediction) -> None:
 
 
 def panels(rows: int = 1, columns: int = 1, *, size: tuple[float, float], layout: Any = "constrained") -> tuple[Any, Any]:
-  """A figure of so many inches and its axes [rows, columns], of no global state: a caller's own figures are left alone.
+  """A figure of so many inches and its axes [rows, columns], of no global state: a caller's own figures are left alone."""
+  from matplotlib.backends import backend_agg
+  from matplotlib.figure import Figure
 
-  Raises ConfigError: matplotlib is not installed.
-  """
-  try:
-    from matplotlib.backends import backend_agg
-    from matplotlib.figure import Figure
-  except ImportError:
-    raise ConfigError("figures need matplotlib: pip install 'cpt_jax[plots]'; or give --nofigure") from None
   made = Figure(figsize=size, layout=layout)
   backend_agg.FigureCanvasAgg(made)
   return made, made.subplots(rows, columns, squeeze=False)

@@ -7,10 +7,10 @@ by `max_document_bytes`, whatever the file holds.
 import glob
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from cpt_jax import exits
+from cpt_jax import exits, shipped
 from cpt_jax.config import ConfigError, Problems
 from cpt_jax.store import lines, parquet
 from cpt_jax.store.records import BadRecord, Document, Fields, Part, Rules
@@ -47,11 +47,11 @@ def open_part(part: Part, rules: Rules) -> Reader:
   return reader(part, fields, compression=compression)
 
 
-def find_files(inputs: list[str], *, flag: str = "--input") -> list[str]:
+def find_files(inputs: Sequence[str], *, flag: str = "--input") -> list[str]:
   """The files of paths and globs (`**` too): in the order of the inputs, sorted within each glob, each file once.
   Raises ConfigError: an input matches nothing, or something that is no text file."""
   problems, files, seen = Problems(), [], set()
-  for pattern in inputs:
+  for pattern in map(shipped.find, inputs):
     matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     if not matches:
       problems.add(f"{flag} {pattern!r}: no file matches; check the path and quote the pattern against the shell")

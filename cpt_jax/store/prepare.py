@@ -248,7 +248,9 @@ def _differences(manifest: dict[str, Any], settings: dict[str, Any], files: list
   if len(manifest["inputs"]) != len(files):
     return [*found, f"inputs: {len(manifest['inputs'])} files in the store, now {len(files)}"]
   for old, file in zip(manifest["inputs"], files, strict=True):
-    if old["bytes"] != file.bytes:
+    if Path(old["path"]).name != Path(file.path).name:
+      found.append(f"inputs: {old['path']} in the store, now {file.path}")
+    elif old["bytes"] != file.bytes:
       found.append(f"{file.path}: {old['bytes']} bytes when the store was made, now {file.bytes}")
     elif old["mtime_ns"] != file.mtime_ns:
       pieces = units.pieces(file, [Part(file.path)] * len(old["digests"]))

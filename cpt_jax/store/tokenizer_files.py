@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cpt_jax import hub
+from cpt_jax import hub, shipped
 from cpt_jax.config import ConfigError, did_you_mean
 
 MAX_FILE_BYTES = 256 << 20  # the largest in use (Gemma's) has 33 MB; a bigger file is not a tokenizer
@@ -34,6 +34,7 @@ class SpecialTokens(NamedTuple):
 
 def find(path: Path) -> Path:
   """The file of the vocabulary: the path itself, or what lies in the directory."""
+  path = Path(shipped.find(str(path)))
   if path.is_file():
     if path.suffix not in (".json", ".model"):
       raise ConfigError(f"{path}: no tokenizer file; expected tokenizer.json, a SentencePiece *.model, or a directory with one")

@@ -200,15 +200,19 @@ def guards(config: Any, loader: Any, decisions: list[dict], asked: Any) -> None:
     say("guard    the config asks for other shares than it did then: they are taken as they stand, not as a guard changed them")
 
 
+def meaning(change: float, role: str) -> str:
+  """A change of a source's held-out loss in a word."""
+  return "learning" if change < 0 else "" if change == 0 else "forgetting" if role == "replay" else "loss rose"
+
+
 def summary(result: dict[str, Any]) -> None:
   """The table at the end: per source the base, the result and the difference, and what was consumed."""
   rows = []
   for source in result["sources"]:
-    base, now = source["base"], source["result"]
+    base, now, role = source["base"], source["result"], source["role"]
     change = now["loss"] - base["loss"]
-    meaning = "learning" if change < 0 else "forgetting" if source["role"] == "replay" else "loss rose"
     rows.append(
-      [source["source"], source["role"], f"{base['loss']:.4f}", f"{now['loss']:.4f}", f"{change:+.4f}", meaning]
+      [source["source"], role, f"{base['loss']:.4f}", f"{now['loss']:.4f}", f"{change:+.4f}", meaning(change, role)]
       + [f"{base['bits_per_byte']:.4f}", f"{now['bits_per_byte']:.4f}", f"{now['bits_per_byte'] - base['bits_per_byte']:+.4f}"]
       + [count(source["tokens"]), count(source["documents"]), f"{source['epochs']:.2f}"]
     )

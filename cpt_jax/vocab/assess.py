@@ -269,7 +269,7 @@ def compare(
       problems.add(f"--{name} is empty: name text files, e.g. --{name} 'texts/{name}/*.jsonl.gz'")
       continue
     with problems.collect():
-      files[name] = documents.find_files([shipped.find(pattern) for pattern in patterns], flag=f"--{name}")
+      files[name] = documents.find_files(patterns, flag=f"--{name}")
   if not paths:
     problems.add("--tokenizers is empty: name the base's Hugging Face directory, then others to compare it with")
   if len(set(paths)) < len(paths):

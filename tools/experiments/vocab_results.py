@@ -260,7 +260,7 @@ def report(data: Experiment) -> list[str]:
 
 
 def draw(experiments: Sequence[Experiment], path: pathlib.Path) -> None:
-  """Each band's difference to `none` over training, mean and range of the seeds; needs the extra [plots]."""
+  """Each band's difference to `none` over training, mean and range of the seeds."""
   made, grid = panels(len(experiments), len(SOURCES), size=(11.0, 3.4 * len(experiments)))
   for row, data in zip(grid, experiments, strict=True):
     for ax, (source, text) in zip(row, SOURCES.items(), strict=True):
