@@ -249,15 +249,21 @@ def make_stores(directory: pathlib.Path, num_sources: int, *, texts: Iterator[st
 def _loader(directory: pathlib.Path, knots: Any, *, num_steps: int, batch_rows: int, row_len: int) -> Any:
   """A loader of the stores of as many sources as `knots`; best_fit, 2% held out, as configs are by default."""
   from cpt_jax import config as config_lib
+  from cpt_jax.store import token_store
   from cpt_jax.stream import pipeline, sources
 
-  c, problems = config_lib.default(), config_lib.Problems()
+  c = config_lib.default()
   c.train.length, c.train.batch_rows, c.data.row_len, c.data.heldout_frac = f"{num_steps} steps", batch_rows, row_len, 0.02
+  found = []
   for m, of_m in enumerate(knots):
-    share = [(f"{step} steps", *rest) for step, *rest in of_m]
-    c.data.sources[str(m)] = config_lib.source(store=str(directory / f"stores_{len(knots)}" / str(m)), share=share)
-  found = sources.from_config(c, problems)
-  problems.raise_if_any()
+    store = directory / f"stores_{len(knots)}" / str(m)
+    c.data.sources[str(m)] = entry = config_lib.source(store=str(store), share=[(f"{step} steps", *rest) for step, *rest in of_m])
+    options = {key: entry[key] for key in ("role", "at_end", "max_epochs", "loss_weight", "min_tokens", "max_tokens")}
+    share = sources.knots(c, str(m))
+    # Not by sources.from_config, which refuses stores that are too small to hold a document out: nothing is evaluated here.
+    found.append(
+      sources.Source(str(m), token_store.open_store(store), share=share, heldout_frac=0.02, length_shares=(), **options)
+    )
   return pipeline.from_config(c, found, vocab_size=found[0].store.vocab_size)
 
 
