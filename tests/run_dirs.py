@@ -9,7 +9,7 @@ from cpt_jax.planning import execute
 def write_run(path, config, *, final, base=(3.0, 4.0), steps=None, read=(100, 300), complete=True):
   """A run directory as training.loop leaves it, with these held-out losses of general and poetry."""
   path.mkdir(parents=True, exist_ok=True)
-  (path / "config.json").write_text(json.dumps(execute.record_of(config)))
+  (path / "config.json").write_text(json.dumps(execute.config_json(config)))
   num_steps = steps or config_lib.num_steps(config)
   lines = []
   for step, losses in ((0, base), (num_steps, final)):

@@ -1,4 +1,4 @@
-"""Config files, the command line's changes to them, and the records of runs -> ConfigDicts.
+"""Config files, the command line's changes to them, and the config.json of runs -> ConfigDicts.
 
 Invariant: a mistake in a file is named with its line, a key that does not exist with what was probably meant.
 """
@@ -22,7 +22,7 @@ from cpt_jax.config.check import leaf_keys, parse_times, unknown_key
 from cpt_jax.config.durations import get
 from cpt_jax.config.errors import ConfigError, Problems, did_you_mean
 
-_RENAMED = {"stages": "shares"}  # of `data`, in records of older versions
+_RENAMED = {"stages": "shares"}  # of `data`, in the config.json of older versions
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -98,7 +98,7 @@ def _meant(name: str) -> str:
   return f" Did you mean {last[close[0]]}?" if close else ""
 
 
-def completed(record: dict[str, Any]) -> ConfigDict:
+def completed(values: dict[str, Any]) -> ConfigDict:
   """A config that a run of this version or an older one recorded, resolved; a key that it does not have stands for its default.
 
   Older versions wrote steps without a unit.
@@ -108,8 +108,8 @@ def completed(record: dict[str, Any]) -> ConfigDict:
     known = {name: fill(values.get(name, {}), value) for name, value in defaults.items() if isinstance(value, ConfigDict)}
     return {name: value for name, value in defaults.items() if name not in known} | values | known
 
-  data = {_RENAMED.get(name, name): value for name, value in record.get("data", {}).items()}
-  filled = fill({**record, "data": data}, keys.default())
+  data = {_RENAMED.get(name, name): value for name, value in values.get("data", {}).items()}
+  filled = fill({**values, "data": data}, keys.default())
   filled["data"]["sources"] = {name: fill(entry, keys.source()) for name, entry in data.get("sources", {}).items()}
   config, problems = ConfigDict(filled), Problems()
   parse_times(config, problems, bare="steps")
@@ -118,9 +118,9 @@ def completed(record: dict[str, Any]) -> ConfigDict:
 
 
 def changes(before: dict[str, Any], after: dict[str, Any], *, allowed: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
-  """Keys in which two records of configs differ -> (before, after), as JSON has them; not those whose change alters no more than
+  """Keys in which two config.json differ -> (before, after), as JSON has them; not those whose change alters no more than
   what `allowed` names ("nothing", "ahead"; see keys.Key)."""
-  old, new = (_flat(record) for record in (before, after))
+  old, new = (_flat(values) for values in (before, after))
   return {
     name: (old.get(name), new.get(name))
     for name in sorted(old | new)
@@ -128,6 +128,6 @@ def changes(before: dict[str, Any], after: dict[str, Any], *, allowed: tuple[str
   }
 
 
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
-  config = ConfigDict(json.loads(completed(record).to_json()))
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+  config = ConfigDict(json.loads(completed(values).to_json()))
   return {key: get(config, key) for key in leaf_keys(config)}

@@ -2,7 +2,7 @@
 
 Invariant: all trials together cost no more than was asked for, or the error says how much it would take. No device, no files.
 
-A probe has two stages. The sweep goes up a ladder of rates, each twice the one before, at one replay share, until the loss is no
+A probe has two parts. The sweep goes up a ladder of rates, each twice the one before, at one replay share, until the loss is no
 longer stable. The grid has the highest stable rate and the three below it, each with every replay share and every seed; and
 beside it a few longer trials, so that laws in tokens have something to hold on to. A trial of the sweep is one of the grid, too.
 """

@@ -45,7 +45,7 @@ def state_of(path: pathlib.Path, config: Any) -> str:
   if not (path / "config.json").is_file():
     return "missing"
   found = json.loads((path / "config.json").read_text(encoding="utf-8"))
-  changed = differences(found, record_of(config))
+  changed = differences(found, config_json(config))
   if changed:
     raise ConfigError("\n".join([f"{path} holds a run with another config; move it away or give another --output:", *changed]))
   if (path / DIVERGED).is_file():
@@ -53,7 +53,7 @@ def state_of(path: pathlib.Path, config: Any) -> str:
   return "complete" if metrics.read_summary(path, config_lib.num_steps(config)) else "begun"
 
 
-def record_of(config: Any) -> dict[str, Any]:
+def config_json(config: Any) -> dict[str, Any]:
   """What config.json of a run with this config holds."""
   config = config_lib.resolve(config)
   with config.unlocked():
@@ -83,9 +83,9 @@ def found_trials(config: Any, folder: pathlib.Path) -> list[Trial]:
   """
   problems, trials = Problems(), []
   for file in sorted(folder.glob("*/config.json")):
-    record = config_lib.completed(json.loads(file.read_text(encoding="utf-8")))
+    recorded = config_lib.completed(json.loads(file.read_text(encoding="utf-8")))
     with problems.collect():
-      trial = _trial_of(config, record, file.parent)
+      trial = _trial_of(config, recorded, file.parent)
       state_of(file.parent, trial_config(config, trial))
       if file.parent.name != trial.name:
         raise ConfigError(f"{file.parent} holds the trial {trial.name}; rename it")
@@ -94,14 +94,14 @@ def found_trials(config: Any, folder: pathlib.Path) -> list[Trial]:
   return trials
 
 
-def _trial_of(config: Any, record: Any, path: pathlib.Path) -> Trial:
-  """What a run's record says of rate, share, length and seed."""
+def _trial_of(config: Any, recorded: Any, path: pathlib.Path) -> Trial:
+  """What a run's config says of rate, share, length and seed."""
   names = by_role(config)
-  missing = [name for of_role in names.values() for name in of_role if name not in record.data.sources]
+  missing = [name for of_role in names.values() for name in of_role if name not in recorded.data.sources]
   if missing:
     raise ConfigError(f"{path} holds a run without the source {', '.join(missing)}; move it away or give another --output")
-  steps = config_lib.num_steps(record)
-  return Trial(float(record.schedule.lr_peak), round(replay_share(record), 12), steps, int(record.seed) - config.seed)
+  steps = config_lib.num_steps(recorded)
+  return Trial(float(recorded.schedule.lr_peak), round(replay_share(recorded), 12), steps, int(recorded.seed) - config.seed)
 
 
 def run_trials(config: Any, wanted: Sequence[Trial], folder: pathlib.Path, *, bar: "TrialsBar", stack: int = 1) -> int:

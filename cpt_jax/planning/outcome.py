@@ -1,6 +1,6 @@
 """Trials that are over -> the highest stable rate, the cells that laws are fitted to, and the config of the recommended run.
 
-Invariant: what is fitted is what was measured: losses as the runs' records have them, and the shares and tokens that were really
+Invariant: what is fitted is what was measured: losses as the runs have them on record, and the shares and tokens that were really
 read.
 """
 
@@ -126,5 +126,5 @@ def write_config(config: Any, path: pathlib.Path, plan: Recommendation) -> None:
 
 def write_plan(path: pathlib.Path, plan: Recommendation, design: Any, cells: Sequence[Cell]) -> None:
   """OUTPUT/plan.json: the recommendation, the design, and every cell that it was fitted to."""
-  record = {**plan.as_json(), "design": design._asdict(), "cells": [cell._asdict() for cell in cells]}
-  write_atomically(path, json.dumps(record, indent=1).encode())
+  values = {**plan.as_json(), "design": design._asdict(), "cells": [cell._asdict() for cell in cells]}
+  write_atomically(path, json.dumps(values, indent=1).encode())

@@ -51,9 +51,9 @@ class Comparison(NamedTuple):
   source: str
   base: EvaluatedRun  # the unexpanded run
   grown: EvaluatedRun
-  base_curves: dict[str, tuple[np.ndarray, np.ndarray]]  # axis -> spent, bits per byte; axes that both runs' records have
+  base_curves: dict[str, tuple[np.ndarray, np.ndarray]]  # axis -> spent, bits per byte; axes that both runs have on record
   grown_curves: dict[str, tuple[np.ndarray, np.ndarray]]
-  is_by_targets: bool  # else both by all bytes of the documents, for an older record lacks the other count
+  is_by_targets: bool  # else both by all bytes of the documents, for an older run lacks the other count
 
   @property
   def before(self) -> float:
@@ -124,28 +124,28 @@ def read_evaluated(path: str | pathlib.Path) -> EvaluatedRun:
   path = pathlib.Path(path)
   if not (path / "config.json").is_file():
     raise ConfigError(f"{path}: not a run (no config.json); name the --workdir of a run")
-  ledger = {record["step"]: record["sources"] for record in journal.read(path / "ledger.jsonl")}
+  ledger = {entry["step"]: entry["sources"] for entry in journal.read(path / "ledger.jsonl")}
   evals = {r["step"]: r for r in journal.read(path / "metrics.jsonl") if r["kind"] == "eval" and r["step"] in ledger}
-  records = [evals[step] for step in sorted(evals)]
-  if not records or records[0]["step"]:
+  entries = [evals[step] for step in sorted(evals)]
+  if not entries or entries[0]["step"]:
     raise ConfigError(f"{path}: no evaluation before the first step; let the run reach its first step")
-  sources = {name: _evaluated(path, name, records) for name in records[0]["sources"]}
+  sources = {name: _evaluated(path, name, entries) for name in entries[0]["sources"]}
   spent: dict[str, list[float]] = {axis: [] for axis in AXES}
   estimated: set[str] = set()
-  for record in records:
-    entries = ledger[record["step"]]
-    spent["tokens"].append(sum(entry["tokens"] for entry in entries))
-    spent["bytes"].append(sum(_bytes_read(entry, records[0]["sources"], estimated) for entry in entries))
-    spent["flops"].append(record.get("flops", math.nan))
+  for entry in entries:
+    sources_read = ledger[entry["step"]]
+    spent["tokens"].append(sum(read["tokens"] for read in sources_read))
+    spent["bytes"].append(sum(_bytes_read(read, entries[0]["sources"], estimated) for read in sources_read))
+    spent["flops"].append(entry.get("flops", math.nan))
   notes = [f"{path}: bytes of {', '.join(sorted(estimated))} are tokens times the held-out bytes per token"] if estimated else []
   if np.isnan(spent["flops"]).any():
     notes.append(f"{path}: an older version did not record FLOPs")
   arrays = {axis: np.array(values, np.float64) for axis, values in spent.items()}
-  return EvaluatedRun(path, np.array([record["step"] for record in records]), arrays, sources, tuple(notes))
+  return EvaluatedRun(path, np.array([entry["step"] for entry in entries]), arrays, sources, tuple(notes))
 
 
-def _evaluated(path: pathlib.Path, name: str, records: list[dict]) -> Evaluated:
-  found = [record["sources"].get(name) for record in records]
+def _evaluated(path: pathlib.Path, name: str, entries: list[dict]) -> Evaluated:
+  found = [entry["sources"].get(name) for entry in entries]
   what = {(one["documents"], one["bytes"], one.get("target_bytes")) for one in found if one}
   same = {(documents, num_bytes) for documents, num_bytes, _ in what}
   if len(same) > 1:

@@ -58,11 +58,11 @@ def read_plan(folder: str | pathlib.Path) -> Prediction:
   path = pathlib.Path(folder) / "plan.json"
   if not path.is_file():
     raise ConfigError(f"--plan={folder}: no plan.json there; name the --output of cpt plan")
-  record = json.loads(path.read_text(encoding="utf-8"))
-  best = record["recommended"]
+  made = json.loads(path.read_text(encoding="utf-8"))
+  best = made["recommended"]
   losses = {name: (p["loss"], p["low"], p["high"]) for name, p in best["losses"].items()}
-  frontier = [(point["rise"], point["domain_loss"]) for point in record["frontier"]]
-  return Prediction(path, best["rate"], best["replay"], record["tokens"], losses, frontier, record["general_loss_rise"])
+  frontier = [(point["rise"], point["domain_loss"]) for point in made["frontier"]]
+  return Prediction(path, best["rate"], best["replay"], made["tokens"], losses, frontier, made["general_loss_rise"])
 
 
 def recorded(run: Run) -> dict[str, tuple[float, float, float]]:

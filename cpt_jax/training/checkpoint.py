@@ -265,11 +265,11 @@ def claim(run_dir: pathlib.Path, config: Any) -> Iterator[None]:
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}, start {secrets.token_hex(8)}\n")
     lock.flush()
-    record = json.loads(config.to_json())
+    values = json.loads(config.to_json())
     # A start that failed before its first checkpoint has no past: its config may be mended.
     if (run_dir / "config.json").exists() and saved_steps(run_dir):
-      check_same_run(json.loads((run_dir / "config.json").read_text(encoding="utf-8")), record)
-    for name, value in (("config.json", record), ("versions.json", versions())):
+      check_same_run(json.loads((run_dir / "config.json").read_text(encoding="utf-8")), values)
+    for name, value in (("config.json", values), ("versions.json", versions())):
       write_atomically(run_dir / name, json.dumps(value, indent=1).encode())
     yield
 

@@ -1,6 +1,6 @@
 """What a run measured -> lines of metrics.jsonl and ledger.jsonl, and TensorBoard when asked.
 
-Invariant: a record's `step` is the number of updates finished when it was true; after a resume the files hold no line from
+Invariant: an entry's `step` is the number of updates finished when it was true; after a resume the files hold no line from
 a future that was thrown away.
 """
 
@@ -58,14 +58,14 @@ class Writer:
       return
     for name in ("metrics.jsonl", "ledger.jsonl"):
       drop_after(run_dir / name, start_step, evaluates_first=evaluates_first)
-      # Line buffered: a run that is killed has its last full record on disk.
+      # Line buffered: a run that is killed has its last full entry on disk.
       self._files[name] = open(run_dir / name, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by close)
     if ledger := journal.read(run_dir / "ledger.jsonl"):
       self._last_read = {entry["source"]: entry for entry in ledger[-1]["sources"]}
     self._events = _event_writer(run_dir, start_step) if tensorboard else None
 
   def train(self, reading: "Reading") -> None:
-    """The mean over the steps since the record before."""
+    """The mean over the steps since the entry before."""
     speed = {"tokens_per_sec": round(reading.tokens_per_sec, 1), "mfu": reading.mfu}
     self._write(reading.step, "train", {**(reading.values or {}), **speed})
 
@@ -80,12 +80,12 @@ class Writer:
     self._write(step, "eval", {"sources": sources, "drift": moved, "flops": flops})
 
   def ledger(self, step: int, sources: list[dict]) -> None:
-    """One record of ledger.jsonl: what was read of each source before `step`, and in the `window` since the record before."""
+    """One entry of ledger.jsonl: what was read of each source before `step`, and in the `window` since the entry before."""
     entries = []
     for entry in sources:
       before = self._last_read.get(entry["source"])
       window = {key: entry[key] - (before[key] if before else 0) for key in ("rows", "tokens", "documents", "epochs")}
-      bytes_before = before.get("bytes") if before else 0  # older records count none
+      bytes_before = before.get("bytes") if before else 0  # older entries count none
       window["bytes"] = None if None in (entry["bytes"], bytes_before) else entry["bytes"] - bytes_before
       entries.append({**entry, "window": window})
     self._last_read = {entry["source"]: entry for entry in sources}
@@ -97,9 +97,9 @@ class Writer:
       for key, value in _flatten(f"{kind}/", values):
         self._events.add_scalar(key, value, step)
 
-  def _append(self, name: str, record: dict[str, Any]) -> None:
+  def _append(self, name: str, entry: dict[str, Any]) -> None:
     if name in self._files:
-      self._files[name].write(json.dumps(record) + "\n")
+      self._files[name].write(json.dumps(entry) + "\n")
 
   def close(self) -> None:
     """Flushes and closes."""
@@ -111,7 +111,7 @@ class Writer:
 
 def drop_after(path: pathlib.Path, step: int, *, evaluates_first: bool) -> None:
   """Removes what lies after `step`: a resumed run does those steps again, and may evaluate at `step` again."""
-  stay = ("train",) if evaluates_first else ("train", "eval", None)  # the ledger's records have no kind
+  stay = ("train",) if evaluates_first else ("train", "eval", None)  # the ledger's entries have no kind
   kept = [r for r in journal.read(path) if r["step"] < step or (r["step"] == step and r.get("kind") in stay)]
   if path.exists():
     write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
@@ -121,17 +121,17 @@ class Reading(NamedTuple):
   """What the newest step that has finished brought to light."""
 
   step: int  # updates finished
-  values: dict[str, Any] | None  # means over the steps since the last record; None between records
+  values: dict[str, Any] | None  # means over the steps since the last entry; None between entries
   tokens_per_sec: float
   mfu: dict[str, float] | None  # causal and palm conventions; None where the chip's peak is not known
   not_finite: dict[str, float] | None = None  # loss sum and gradient norm of a step whose update was skipped
 
 
 class Meter:
-  """Takes in each step's metrics while the next step runs; adds up sums, divides once per record.
+  """Takes in each step's metrics while the next step runs; adds up sums, divides once per entry.
 
   A step whose update was skipped, as its numbers are not finite, is counted and left out of the means. With the `state` of a
-  checkpoint a record that was begun before a restart is what it would have been without one; only its speed is not.
+  checkpoint an entry that was begun before a restart is what it would have been without one; only its speed is not.
 
   The clock stands still in evaluations and saves, and starts after the first step, which may hold a compilation.
   """
@@ -148,7 +148,7 @@ class Meter:
     self._names, self._log_every, self._flops_per_token, self._peak_flops = names, log_every, flops_per_token, peak_flops
     begun = state or {"sums": {}, "grad_norm": math.nan, "skipped": 0}
     rows = [begun["sums"].get(name, (0.0, 0.0, 0)) for name in names]
-    # Wider than on the device: the steps of one record may hold more tokens than int32 counts.
+    # Wider than on the device: the steps of one entry may hold more tokens than int32 counts.
     columns: list[Any] = [np.array([row[i] for row in rows], dtype) for i, dtype in enumerate((np.float64, np.float64, np.int64))]
     self._sums: Any = Sums(*columns)
     self._grad_norm, self._skipped = float(begun["grad_norm"]), begun["skipped"]
@@ -194,7 +194,7 @@ class Meter:
     return Reading(step, values, tokens_per_sec, mfu, not_finite)
 
   def state(self) -> dict[str, Any]:
-    """What a checkpoint keeps of the record that has begun, JSON-able."""
+    """What a checkpoint keeps of the entry that has begun, JSON-able."""
     sums = {name: [x.tolist()[m] for x in self._sums] for m, name in enumerate(self._names)}
     return {"sums": sums, "grad_norm": self._grad_norm, "skipped": self._skipped}
 
@@ -225,9 +225,9 @@ def summary(
   return {"step": step, "sources": sources, "checkpoint": checkpoint, "exported": exported, "guard": guard}
 
 
-def keep(path: pathlib.Path, record: dict[str, Any]) -> None:
+def keep(path: pathlib.Path, entry: dict[str, Any]) -> None:
   """Writes periods.json, which rows the run reads (`Loader.periods`), or summary.json; a run with one for its end is complete."""
-  write_atomically(path, json.dumps(record, indent=1).encode())
+  write_atomically(path, json.dumps(entry, indent=1).encode())
 
 
 def read_summary(run_dir: pathlib.Path, num_steps: int) -> dict[str, Any] | None:

@@ -144,7 +144,7 @@ def test_command_lines_make_the_same_trials(tiny_plan, tmp_path):
   for (*command, config, workdir), trial in zip(lines, TRIALS[1:], strict=True):
     assert command == ["python", "-m", main.__name__]
     loaded = config_lib.load_file(config.removeprefix("--config="))
-    assert execute.record_of(loaded) == execute.record_of(trials.trial_config(tiny_plan, trial))
+    assert execute.config_json(loaded) == execute.config_json(trials.trial_config(tiny_plan, trial))
     assert workdir == f"--workdir={folder / trial.name}"
 
 
