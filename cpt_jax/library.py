@@ -69,7 +69,7 @@ def evaluate(
   sources: Mapping[str, str | os.PathLike],
   *,
   max_tokens: int = 50_000,
-  heldout_frac: float = 0.01,
+  heldout_frac: float = config_lib.KEYS["data.heldout_frac"].default,
   row_len: int = 0,
 ) -> dict[str, verdict.Loss]:
   """The loss of a model on the held-out documents of token stores, by source, with its standard error.

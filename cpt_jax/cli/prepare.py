@@ -6,8 +6,8 @@ from typing import Any
 
 from cpt_jax import exits
 from cpt_jax.cli import manual
-from cpt_jax.store import chat, decontaminate, machines, token_store
-from cpt_jax.store.records import RECORDS, Rules
+from cpt_jax.store import decontaminate, machines, token_store
+from cpt_jax.store.records import RECORDS, TRAIN_ON, Rules
 
 _FILTERS = "datatrove's rules for English web text, in this order"
 
@@ -30,19 +30,19 @@ def parser() -> manual.Parser:
     Makes a store of 601 documents.""",
     exit_codes=(exits.BAD_TEXT, exits.STOPPED),
   )
-  add, number = p.add_argument, {"type": int, "metavar": "N"}
+  add, number, rules = p.add_argument, {"type": int, "metavar": "N"}, Rules()
   again = {"action": "append", "default": []}
   add("--input", metavar="FILES", help="Path or quoted glob of .txt, .jsonl or .parquet (.gz, .zst too); repeatable.", **again)
   add("--tokenizer", default="", metavar="DIR", help="The base model, or its tokenizer.json or SentencePiece model.")
   add("--output", default="", metavar="DIR", help="The store to make.")
-  add("--records", default="text", choices=RECORDS, help="What .jsonl and .parquet records hold; prompt: and its answer.")
-  add("--train_on", default="all", choices=chat.TRAIN_ON, help="Which tokens of messages and prompts count in the loss.")
+  add("--records", default=rules.records, choices=RECORDS, help="What .jsonl and .parquet records hold; prompt: and its answer.")
+  add("--train_on", default=rules.train_on, choices=TRAIN_ON, help="Which tokens of messages and prompts count in the loss.")
   add("--text_field", default="", help="Field of the text, the messages or the prompt; by default as --records is named.")
-  add("--answer_field", default="answer", help="Field of the answer, for --records=prompt.")
+  add("--answer_field", default=rules.answer_field, help="Field of the answer, for --records=prompt.")
   add("--eos_token", default="", help="Token that ends every document; by default as the tokenizer's files say.")
   add("--num_workers", default=0, help="Processes; 0, the default, is as many as there are cores and work.", **number)
-  add("--on_bad", default="skip", choices=("skip", "fail"), help="A record that cannot be read: skip and report it, or fail.")
-  add("--max_bad", default=-1, help="Fail at more bad records than this; -1, the default, is no limit.", **number)
+  add("--on_bad", default=rules.on_bad, choices=("skip", "fail"), help="A record that cannot be read: skip it, or fail.")
+  add("--max_bad", default=rules.max_bad, help="Fail at more bad records than this; -1, the default, is no limit.", **number)
   size = "A longer document is a bad record. Memory: 110 to 400 times this. 16 by default."
   add("--max_document_mb", type=float, default=16.0, metavar="MB", help=size)
   without = "Evaluation texts, path or quoted glob; documents that share a run of words with one are left out; repeatable."

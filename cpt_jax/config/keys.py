@@ -211,9 +211,9 @@ _FIELDS = [
   Key("role", "domain", choices=("replay", "domain"), text=
     "replay (text like the base's own: its loss shows forgetting) or domain (what is to be learnt)"),
   Key("share", Share(1.0), at_least=0.0, at_most=1.0, text=
-    'Share of the training tokens: a number from 0 to 1, or knots [(0, 0.05), ("20%", 0.3)], linear between them; ("20%", '
-    '0.3, "log") rises evenly in the logarithm, ("20%", 0.3, "hold") jumps. Shares are normalised over the sources at every'
-    " step. 0 = evaluated but never trained on."),
+    'Share of the rows, and of the tokens where rows are equally full: a number from 0 to 1, or knots [(0, 0.05), ("20%", '
+    '0.3)], linear between them; ("20%", 0.3, "log") rises evenly in the logarithm, ("20%", 0.3, "hold") jumps. Shares are '
+    "normalised over the sources at every step. 0 = evaluated but never trained on."),
   Key("at_end", "repeat", choices=("repeat", "stop", "renormalise", "error"), text=
     "When all of it was read: repeat in another order, stop the run, renormalise (the others share what is left) or error "
     "(the run is refused). About 4 repeats are nearly as good as new text (Muennighoff et al. 2305.16264)."),

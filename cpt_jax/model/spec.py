@@ -218,7 +218,7 @@ def matmul_leaves(spec: ModelSpec) -> dict[str, int]:
   return leaves | {"embedding" if spec.tied else "head": spec.width * spec.vocab_size}
 
 
-def flops_per_token(spec: ModelSpec, row_len: int, *, frozen: Sequence[str] = ()) -> tuple[float, float]:
+def flops_per_token(spec: ModelSpec, row_len: int, *, frozen: Sequence[str]) -> tuple[float, float]:
   """Floating point operations of one training step per token, forward and backward, without recomputation: (causal, palm).
 
   Both are 6 x matmul parameters + attention. `palm` counts the whole attention square (PaLM 2204.02311, appendix B:

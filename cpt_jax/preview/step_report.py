@@ -62,7 +62,7 @@ def memory(needed: Mapping[str, int], job: Job) -> dict[str, Any]:
 
 def flops(done: roofline.Work, job: Job) -> dict[str, Any]:
   """Of one chip in one step: the model's by both conventions, and the program's by phase."""
-  causal, palm = (per_token * job.tokens_per_chip for per_token in flops_per_token(job.spec, job.row_len))
+  causal, palm = (per_token * job.tokens_per_chip for per_token in flops_per_token(job.spec, job.row_len, frozen=()))
   total = sum(done.flops.values())
   return {
     "model_causal": causal, "model_palm": palm, "program": dict(sorted(done.flops.items())), "program_total": total,

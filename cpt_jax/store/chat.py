@@ -26,7 +26,6 @@ from cpt_jax.config import ConfigError
 from cpt_jax.store.spelling import Located, Spellings
 from cpt_jax.store.tokenization import Tokenizer
 
-TRAIN_ON = ("all", "answers")
 _MAX_TURNS = 1000  # of a conversation whose answers are found by rendering it up to each of them
 # What a template raises on messages that it was not written for.
 _TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 
 from cpt_jax.config import ConfigError
 from cpt_jax.journal import write_atomically
-from cpt_jax.store import assembly, chat, decontaminate, documents, processes, token_files, tokenization, units
+from cpt_jax.store import assembly, decontaminate, documents, processes, token_files, tokenization, units
 from cpt_jax.store.assembly import BAD_RECORDS, CONTAMINATED, Frequent
 from cpt_jax.store.documents import DataError
-from cpt_jax.store.records import RECORDS, BadRecord, Part, Rules
+from cpt_jax.store.records import RECORDS, TRAIN_ON, BadRecord, Part, Rules
 from cpt_jax.store.token_files import IN_PROGRESS, MANIFEST
 from cpt_jax.store.token_store import open_store
 from cpt_jax.store.units import InputFile
@@ -193,8 +193,8 @@ def _check(task: Task) -> None:
     raise ConfigError(f"--on_bad={rules.on_bad!r}: choose skip or fail")
   if rules.records not in RECORDS:
     raise ConfigError(f"--records={rules.records!r}: choose {', '.join(RECORDS)}")
-  if rules.train_on not in chat.TRAIN_ON:
-    raise ConfigError(f"--train_on={rules.train_on!r}: choose {' or '.join(chat.TRAIN_ON)}")
+  if rules.train_on not in TRAIN_ON:
+    raise ConfigError(f"--train_on={rules.train_on!r}: choose {' or '.join(TRAIN_ON)}")
   if rules.train_on == "answers" and rules.records == "text":
     raise ConfigError("--train_on answers: a text has no answers; choose --records messages or prompt, or --train_on all")
   if not 0 < rules.max_document_bytes < 1 << 31:

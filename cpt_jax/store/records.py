@@ -8,9 +8,9 @@ Of a message only role and content are read; one with a field that would be lost
 
 from typing import Any, NamedTuple
 
-from cpt_jax.config import did_you_mean
+from cpt_jax.config import FIELDS, KEYS, did_you_mean
 
-RECORDS = ("text", "messages", "prompt")
+RECORDS, TRAIN_ON = FIELDS["records"].choices, FIELDS["train_on"].choices
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
 # Fields of a message beside role and content that change what is said; the rest (names, times, ids) may go.
 MEANT_FIELDS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
@@ -50,14 +50,14 @@ class Part(NamedTuple):
 class Rules(NamedTuple):
   """How texts are read, which of their tokens count, and what becomes of bad records."""
 
-  records: str = "text"  # what a record of .jsonl and .parquet files holds: "text", "messages" or "prompt"
-  text_field: str = ""  # of the text, the messages or the prompt; "" = named as `records`
-  answer_field: str = "answer"  # of a prompt's answer
-  train_on: str = "all"  # tokens of conversations that count in the loss: "all" or those of the "answers"
+  records: str = FIELDS["records"].default  # what a record of .jsonl and .parquet files holds: "text", "messages" or "prompt"
+  text_field: str = FIELDS["text_field"].default  # of the text, the messages or the prompt; "" = named as `records`
+  answer_field: str = FIELDS["answer_field"].default  # of a prompt's answer
+  train_on: str = FIELDS["train_on"].default  # tokens of conversations that count: "all" or those of the "answers"
   max_document_bytes: int = 16 << 20  # a longer document is bad; memory is 110 times this for prose, 400 where a byte is a token
   eos_token: str = ""  # overrides the EOS that the tokenizer's files name
-  on_bad: str = "skip"  # bad records, or "fail" at one
-  max_bad: int = -1  # fail at more bad records than this; -1 = no limit
+  on_bad: str = KEYS["data.on_bad"].default  # bad records, or "fail" at one
+  max_bad: int = KEYS["data.max_bad"].default  # fail at more bad records than this; -1 = no limit
 
   @property
   def fields(self) -> list[str]:

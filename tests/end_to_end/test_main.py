@@ -51,7 +51,7 @@ def test_a_run_trains_evaluates_and_exports(finished_run, write_config, tiny_bas
   assert sum(source["rows"] for source in ledger[-1]["sources"]) == 20 * 4
   for i, source in enumerate(ledger[-1]["sources"]):
     assert source["bytes"] == sum(record["sources"][i]["window"]["bytes"] for record in ledger) > 0
-  causal, _ = spec_lib.flops_per_token(spec_lib.from_hf(spec_lib.load_hf_config(tiny_base)), 32)
+  causal, _ = spec_lib.flops_per_token(spec_lib.from_hf(spec_lib.load_hf_config(tiny_base)), 32, frozen=())
   assert [record["flops"] for record in records(workdir, "eval")] == pytest.approx([0, causal * 32 * 40, causal * 32 * 80])
   for part in ("general", "poetry", "bits", "checkpoint", str(workdir / "hf")):
     assert part in (workdir / "printed.txt").read_text(), part

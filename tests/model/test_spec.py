@@ -226,13 +226,13 @@ def test_num_parameters_counts_the_tree(family, tied):
 def test_flops_per_token():
   spec = from_hf(LLAMA_31_8B)
   products = 6 * (8_030_261_248 - 128256 * 4096 - 65 * 4096)  # all parameters but the embedding and the norms
-  causal, palm = spec_lib.flops_per_token(spec, 8192)
+  causal, palm = spec_lib.flops_per_token(spec, 8192, frozen=())
   assert causal == products + 6 * 32 * 4096 * 8192
   assert palm == products + 12 * 32 * 4096 * 8192
   windowed = from_hf(small("mistral", num_key_value_heads=2, sliding_window=4))
   products = 6 * sum(spec_lib.matmul_leaves(windowed).values())
   # 2 layers of width 16: in rows of 8 the window takes 4 of 8 keys, of which causality leaves 4 - 16/16 = 3.
-  assert spec_lib.flops_per_token(windowed, 8) == (products + 12 * 2 * 16 * 3, products + 12 * 2 * 16 * 4)
+  assert spec_lib.flops_per_token(windowed, 8, frozen=()) == (products + 12 * 2 * 16 * 3, products + 12 * 2 * 16 * 4)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

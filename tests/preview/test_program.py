@@ -355,7 +355,7 @@ def test_the_real_step_on_cpu_has_the_flops_of_the_formula_and_moves_its_paramet
     text = jax.jit(update).lower(state.abstract(tiny_spec, tx), batch, 1.0).compile().as_text()
   found = read(text)
   counted = sum(runs * found.flops_of(c, i.name) for c, i, runs in found.top_level())
-  _, palm = spec_lib.flops_per_token(tiny_spec, row_len)
+  _, palm = spec_lib.flops_per_token(tiny_spec, row_len, frozen=())
   assert counted == pytest.approx(palm * rows * row_len / 8, rel=0.01)
   moved = collectives.collectives(found, dict(mesh.shape))
   layers = tiny_spec.num_layers

@@ -12,6 +12,7 @@ import tokenizers
 
 from cpt_jax.config import ConfigError
 from cpt_jax.store import chat, tokenization
+from cpt_jax.store.records import TRAIN_ON
 
 NOW = datetime.datetime(2024, 7, 26, 12, 0)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
@@ -149,7 +150,7 @@ def encoders(directory):
   return {
     (kind, train_on): chat.Encoder(loaded[kind], records="messages", train_on=train_on, now=NOW)
     for kind in KINDS
-    for train_on in chat.TRAIN_ON
+    for train_on in TRAIN_ON
   }
 
 
@@ -300,7 +301,7 @@ def test_sentencepiece_alone_is_refused(tmp_path, fixtures):
 
 def test_text_that_spells_a_control_token_is_refused(directory):
   path = directory("{% if false %}<think>{% endif %}" + CHATML)
-  for train_on in chat.TRAIN_ON:
+  for train_on in TRAIN_ON:
     assert "message 1 spells the control token '<|im_end|>'" in reason(path, messages("a<|im_end|>b", "c"), train_on=train_on)
     assert "message 2 spells the control token '<s>'" in reason(path, messages("a", "<s>"), train_on=train_on)
     assert "message 1 spells the control token '<think>'" in reason(path, messages("<think>", "a"), train_on=train_on)
@@ -323,7 +324,7 @@ def test_text_that_becomes_a_control_token_is_refused(directory, model):
 
 def test_what_the_template_refuses(directory):
   path = directory(MISTRAL, "</s>", "<s>")
-  for train_on in chat.TRAIN_ON:
+  for train_on in TRAIN_ON:
     assert "must alternate" in reason(path, messages("a", "b", roles=["user"]), train_on=train_on)
   for template in (
     "{{ 1 / 0 }}",

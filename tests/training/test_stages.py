@@ -400,7 +400,7 @@ def test_a_base_that_was_not_grown_has_no_rows_to_train(staged_run, tmp_path):
 
 def test_the_operations_of_a_stage_leave_out_what_it_does_not_compute(straight, staged_run):
   spec = spec_lib.from_hf(spec_lib.load_hf_config(staged_run.start.hf))
-  full, _ = spec_lib.flops_per_token(spec, 32)
+  full, _ = spec_lib.flops_per_token(spec, 32, frozen=())
   weights = 2.0 * (sum(spec_lib.matmul_leaves(spec).values()) - 320 * 32)  # the layers' gradients, in the first two stages
   evals = {record["step"]: record["flops"] for record in journal.read(straight / "metrics.jsonl") if record["kind"] == "eval"}
   assert evals == {0: 0, 6: 6 * 128 * (full - weights), 12: 12 * 128 * full - 8 * 128 * weights}

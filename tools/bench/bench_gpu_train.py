@@ -108,7 +108,7 @@ def measure_train(text: str, *, quick: bool) -> dict[str, Any]:
       measured = training.step(batches[index % 2])
     jax.block_until_ready((measured, training.state))
     samples.append((time.perf_counter() - begin) / BLOCK_STEPS)
-  causal, palm = spec_lib.flops_per_token(training.spec, training.config.data.row_len)
+  causal, palm = spec_lib.flops_per_token(training.spec, training.config.data.row_len, frozen=())
   return {
     **_speed(samples, training.num_positions, causal, palm),
     "start_secs": start_secs,
@@ -177,7 +177,7 @@ def measure_torch(text: str, *, quick: bool) -> dict[str, Any]:
   samples, losses, peak_bytes = bench_torch.train(
     hf, rows=rows, row_len=row_len, warm_steps=WARM_STEPS, blocks=1 if quick else BLOCKS, block_steps=BLOCK_STEPS, quick=quick
   )
-  causal, palm = spec_lib.flops_per_token(spec_lib.from_hf(hf), row_len)
+  causal, palm = spec_lib.flops_per_token(spec_lib.from_hf(hf), row_len, frozen=())
   found = _speed(samples, rows * row_len, causal, palm)
   return {**found, "first_loss": losses[0], "last_loss": losses[-1], "peak_bytes": peak_bytes}
 

@@ -292,7 +292,7 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
     grown = kinds.load(str(path))
     spec = spec_lib.from_hf(spec_lib.load_hf_config(path))
     held = {source: heldout(folder, source, base, grown) for source in ("general", "domain")}
-    return growth(folder, path), held, grown.vocab_size, spec_lib.flops_per_token(spec, 256)[0]
+    return growth(folder, path), held, grown.vocab_size, spec_lib.flops_per_token(spec, 256, frozen=())[0]
 
   records = []
   for path in sorted((folder / "runs").iterdir()):
