@@ -13,7 +13,7 @@ import pytest
 def test_all_folders_of_the_package_are_in_it(root):
   packages = set(tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
   here = {".".join(file.parent.relative_to(root).parts) for file in (root / "cpt_jax").rglob("__init__.py")}
-  shipped = {f"cpt_jax.shipped.{name}" for name in ("examples.base", "examples.corpora", "configs")}
+  shipped = {f"cpt_jax.shipped.{name}" for name in ("examples.base", "examples.corpora", "examples.plans", "configs")}
   shipped |= {
     f"cpt_jax.shipped.configs.{folder.name}"
     for folder in (root / "configs").iterdir()

@@ -116,7 +116,8 @@ def diagnose(
   row_len = measure.row_len(base, row_len)
   figures = _measure(base, opened, general=general, tokens=tokens, heldout_frac=held_frac, row_len=row_len)
   verdicts = [verdict.judge(figures[name], figures[general], budget_tokens=budget_tokens) for name in figures if name != general]
-  commands, notes = {}, []
+  unsure = [name for name, of_source in figures.items() if not math.isfinite(of_source.base.bits_per_byte_error)]
+  commands, notes = {}, [f"{name}: too few documents to say how sure its loss is; give more text" for name in unsure]
   for one in verdicts:
     if one.practice:
       pair = {name: opened[name] for name in (general, one.source)}

@@ -116,17 +116,24 @@ def test_devices_that_are_not_here(root, platform, tmp_path):
   assert "Traceback" not in done.stderr
 
 
-def test_ctrl_c_is_quiet(root, tmp_path):
-  code = (
-    "import signal, time\nfrom cpt_jax.cli import app, show\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    "def run(args):\n  print('up', flush=True)\n  time.sleep(60)\nshow.run = run\napp.entry(['show', '--run=r', '--step=1'])"
+@pytest.mark.parametrize(
+  "command, kind, code, words",
+  [
+    (["show", "--run=r", "--step=1"], signal.SIGINT, exits.INTERRUPTED, "interrupted"),
+    (["prepare", "--input=x", "--tokenizer=t", "--output=o"], signal.SIGTERM, exits.STOPPED, "o: interrupted; give the same"),
+  ],
+)
+def test_a_command_that_is_stopped_says_so_and_no_more(root, command, kind, code, words):
+  program = (
+    "import signal, time, cpt_jax\nfrom cpt_jax.cli import app, show\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    f"def work(*_, **__):\n  print('up', flush=True)\n  time.sleep(60)\nshow.run = cpt_jax.prepare = work\napp.entry({command})"
   )
-  process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  process = subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   assert process.stdout.readline() == "up\n"
   time.sleep(0.1)
-  process.send_signal(signal.SIGINT)
+  process.send_signal(kind)
   _, err = process.communicate(timeout=300)
-  assert process.returncode == exits.INTERRUPTED and err == "interrupted\n"
+  assert process.returncode == code and err.startswith(words) and len(err.splitlines()) == 1, err
 
 
 # ---- flags ----

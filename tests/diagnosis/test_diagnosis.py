@@ -173,6 +173,8 @@ GENERAL = figures("general")
   [
     (dict(), ("none needed",), ""),
     (dict(bits_per_byte=1.2, error=0.2), ("none needed",), ""),  # not shown to be worse
+    (dict(error=math.inf), ("domain knowledge",), "weak"),  # of one document: not shown to be as good
+    (dict(bits=0.6, bits_per_byte=1.4, error=math.inf), ("domain knowledge",), "strong"),  # nor to be another language
     (dict(beyond=0.8), ("long context",), "long"),
     (dict(bits_per_byte=1.1), ("domain knowledge",), "weak"),  # like general text, but the base does worse on it
     (dict(bits=0.4, bits_per_byte=0.9), ("domain knowledge",), "weak"),

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import sys
 
 import grids
 import numpy as np
@@ -221,11 +220,3 @@ def test_figures(tmp_path):
     draw(plan, tmp_path / name)
     pixels = matplotlib_image.imread(tmp_path / name)
     assert min(pixels.shape[:2]) > 400 and len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
-
-
-def test_figures_without_matplotlib_name_the_extra(tmp_path, monkeypatch):
-  for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-    monkeypatch.delitem(sys.modules, name)
-  monkeypatch.setitem(sys.modules, "matplotlib", None)
-  with pytest.raises(ConfigError, match=r"cpt_jax\[plots\]"):
-    plots.frontier(recommend.recommend(predictor("weak"), general_loss_rise=0.1), tmp_path / "x.png")

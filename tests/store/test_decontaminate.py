@@ -1,7 +1,6 @@
 """Contamination: shared runs of words are found exactly, in any script, and nothing else is."""
 
 import json
-import os
 
 import hypothesis
 import hypothesis.strategies as st
@@ -152,12 +151,6 @@ def test_what_cannot_be_compared_with_is_an_error(evals):
 
 
 # In the preparation of a store.
-
-
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch):
-  """What the operating system keeps over a power cut cannot be tested here, and waiting for it takes most of the time."""
-  monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 @pytest.fixture(scope="module")

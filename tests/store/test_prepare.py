@@ -32,17 +32,6 @@ from cpt_jax.store.work import Worker
 UNIT_BYTES = 20_000
 
 
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch):
-  """What the operating system keeps over a power cut cannot be tested here, and waiting for it takes most of the time."""
-  monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-@pytest.fixture(scope="module")
-def texts(fixtures):
-  return [json.loads(line)["text"] for line in (fixtures / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, texts):
   """Every kind of file, good and bad records; returns the globs."""
@@ -284,6 +273,10 @@ def test_finished_store_of_other_things_is_refused(tmp_path, small, fixtures):
   for change, words in zip(other, ("tokenizer_fingerprint", "text_field", "eos_id"), strict=True):
     with pytest.raises(ConfigError, match=rf"choose another --output or remove it(.|\n)*{words}"):
       run([small], tmp_path / "s", fixtures, **change)
+  other = tmp_path / "other.jsonl"
+  other.write_bytes(small.read_bytes() * 2)
+  with pytest.raises(ConfigError, match=rf"inputs: {small} in the store, now {other}"):
+    run([other], tmp_path / "s", fixtures)
   data = small.read_bytes()
   small.write_bytes(data[:30] + b"Q" + data[31:])
   with pytest.raises(ConfigError, match="other content than when the store was made"):

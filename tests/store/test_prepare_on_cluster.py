@@ -33,17 +33,6 @@ def cluster():
   return cluster
 
 
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch):
-  """What the operating system keeps over a power cut cannot be tested here, and waiting for it takes most of the time."""
-  monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-@pytest.fixture(scope="module")
-def texts(fixtures):
-  return [json.loads(line)["text"] for line in (fixtures / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, texts):
   """Several kinds of file, bad records, and a unit with nothing else; returns the globs."""

@@ -13,7 +13,7 @@ from cpt_jax import journal
 from cpt_jax.model.loss import Sums
 from cpt_jax.stream.batch import Batch
 from cpt_jax.stream.heldout import HeldOut
-from cpt_jax.training import drift, metrics, perplexity
+from cpt_jax.training import console, drift, metrics, perplexity
 from cpt_jax.training.step import StepMetrics
 
 
@@ -190,6 +190,11 @@ def test_a_window_after_a_record_that_counts_no_bytes_says_so(tmp_path):
   writer.close()
   windows = [record["sources"][0]["window"]["bytes"] for record in journal.read(tmp_path / "ledger.jsonl")[1:]]
   assert windows == [None, 40, None]
+
+
+def test_a_change_in_a_word():
+  found = [console.meaning(change, role) for role in ("replay", "domain") for change in (-0.1, 0.0, 0.1)]
+  assert found == ["learning", "", "forgetting", "learning", "", "loss rose"]
 
 
 def test_drift_is_relative_and_by_layer():
