@@ -175,25 +175,27 @@ def get_config():
   c.data.sources.general = config.source(store={store!r}, text={text!r}, role="replay", share=0.5)
   c.data.sources.poetry = config.source(store={store!r}, text={text!r}, share=[(0, 0.1), ("50%", 0.9)])
   c.train.length = "{steps} steps"
-  c.train.batch_rows = 4
-  c.train.microbatches = 2
+  c.train.batch_rows = {rows}
+  c.train.microbatches = {parts}
   c.schedule.lr_peak = 3e-3
   c.eval.every = "50%"
   c.eval.tokens = 500
   c.checkpoint.every = "{every} steps"
-  c.log.every = 5
+  c.log.every = {log}
+  c.mesh.data, c.mesh.fsdp = {mesh}
   return c
 """
 
 
 @pytest.fixture(scope="session")
 def write_config(tmp_path_factory, tiny_base, tiny_store, fixtures):
-  """The file of a config that trains `tiny_base` on the fixture's corpus."""
-  directory = tmp_path_factory.mktemp("config")
+  """The file of a config that trains `tiny_base` on the fixture's corpus, with what is said otherwise."""
+  directory, text = tmp_path_factory.mktemp("config"), str(fixtures / "corpus.jsonl")
+  of_tiny = dict(base=str(tiny_base), store=str(tiny_store), text=text, rows=4, parts=2, log=5, mesh=(-1, 1))
 
-  def write(*, steps=20, every=10, name="tiny") -> pathlib.Path:
-    file, text = directory / f"{name}.py", str(fixtures / "corpus.jsonl")
-    file.write_text(RUN.format(base=str(tiny_base), store=str(tiny_store), text=text, steps=steps, every=every))
+  def write(*, steps=20, every=10, name="tiny", **changes) -> pathlib.Path:
+    file = directory / f"{name}.py"
+    file.write_text(RUN.format(**(of_tiny | changes), steps=steps, every=every))
     return file
 
   return write

@@ -27,7 +27,7 @@ def test_what_is_here_wins_and_what_is_nowhere_is_named_as_it_was_given(tmp_path
   (tmp_path / "configs" / "quickstart.py").write_text("def get_config():\n  return 1\n")
   with pytest.raises(config_lib.ConfigError, match=r"^configs/quickstart.py: get_config\(\) returned int"):
     config_lib.load("configs/quickstart.py")
-  with pytest.raises(config_lib.ConfigError, match="--config=configs/none.py: no such file"):
+  with pytest.raises(config_lib.ConfigError, match=r"--config=configs/none\.py: no such file"):
     config_lib.load("configs/none.py")
 
 

@@ -22,38 +22,17 @@ from cpt_jax.devices.hosts import join_arguments
 from cpt_jax.model import pretrained, spec as spec_lib, transformer
 from cpt_jax.training import checkpoint
 
-CONFIG = """
-from cpt_jax import config
-
-def get_config():
-  c = config.default()
-  c.start.hf = {base!r}
-  c.data.row_len = 32
-  c.data.heldout_frac = 0.1
-  c.data.sources.general = config.source(store="store", text="corpus.jsonl", role="replay", share=0.5)
-  c.data.sources.poetry = config.source(store="store", text="corpus.jsonl", share=[(0, 0.1), ("50%", 0.9)])
-  c.train.length = "60 steps"
-  c.train.batch_rows = 12
-  c.schedule.lr_peak = 3e-3
-  c.eval.every = "30 steps"
-  c.eval.tokens = 500
-  c.checkpoint.every = "4 steps"
-  c.log.every = 1
-  c.mesh.data = 1
-  c.mesh.fsdp = -1
-  return c
-"""
-
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, fixtures, tiny_hf_config):
+def place(tmp_path_factory, fixtures, tiny_hf_config, write_config):
   """A directory to run in: config.py, the text, and a base whose sizes 1 to 4 processes divide."""
   where = tmp_path_factory.mktemp("hosts")
   hf_config = {**tiny_hf_config, "hidden_size": 48, "intermediate_size": 96}
   model = spec_lib.from_hf(hf_config)
   params = transformer.init(model, jax.random.key(0))
   pretrained.save_params(params, model, where / "base", source_dir=fixtures / "tokenizer", hf_config=hf_config)
-  (where / "config.py").write_text(CONFIG.format(base=str(where / "base")))
+  own = dict(base=str(where / "base"), store="store", text="corpus.jsonl", rows=12, parts=1, log=1, mesh=(1, -1))
+  shutil.copy(write_config(steps=60, every=4, name="config", **own), where)
   shutil.copy(fixtures / "corpus.jsonl", where)
   return where
 

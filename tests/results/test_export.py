@@ -11,43 +11,29 @@ from safetensors.numpy import load_file
 
 from cpt_jax.devices import mesh as mesh_lib
 from cpt_jax.model import pretrained, transformer
-from cpt_jax.model.spec import ModelSpec
 from cpt_jax.results import export
 from cpt_jax.training import state
 
-SPEC = ModelSpec(
-  family="llama",
-  vocab_size=24,
-  width=16,
-  num_layers=2,
-  num_heads=2,
-  num_kv_heads=1,
-  head_dim=8,
-  mlp_width=20,
-  max_positions=64,
-  tied=True,
-)
-
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, tiny_spec):
   """(run directory, parameters at step 3, at step 7): a run that started from a bfloat16 base."""
   directory = tmp_path_factory.mktemp("export")
   base, run_dir = directory / "base", directory / "run"
   base.mkdir()
-  hf_config = pretrained.to_hf(SPEC) | {"torch_dtype": "bfloat16", "eos_token_id": 5}
+  hf_config = pretrained.to_hf(tiny_spec) | {"torch_dtype": "bfloat16", "eos_token_id": 5}
   (base / "config.json").write_text(json.dumps(hf_config))
   (base / "tokenizer.json").write_text("{}")
   saved = []
   with jax.set_mesh(mesh_lib.make_mesh(data=2, fsdp=2, context=1, tensor=1, devices=jax.devices()[:4])):
-    abstract = transformer.abstract_params(SPEC)
+    abstract = transformer.abstract_params(tiny_spec)
     rng = np.random.default_rng(0)
     checkpoints = factory.checkpoints(run_dir, keep_last=5)
     for step in (3, 7):
       values = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract)
       params = jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), values, abstract)
       if step == 3:
-        pretrained.save_params(params, SPEC, directory / "weights", source_dir=base, dtype="bfloat16")
+        pretrained.save_params(params, tiny_spec, directory / "weights", source_dir=base, dtype="bfloat16")
         (directory / "weights" / "model.safetensors").rename(base / "model.safetensors")
       checkpoints.save(state.create(params, optax.sgd(0.1)), step, meta={"hf_config": hf_config}, losses=None)
       saved.append(values)
@@ -104,7 +90,7 @@ def test_mistakes_are_named(run, cpt, tmp_path):
   assert not out.exists()
 
 
-def test_the_origin_is_found_through_the_runs_before(tmp_path):
+def test_the_origin_is_found_through_the_runs_before(tmp_path, tiny_spec):
   def make(name, *, tokenizer="", scratch="", **start):
     (tmp_path / name).mkdir()
     start = {"hf": "", "resume": "", "weights": ""} | start
@@ -113,9 +99,9 @@ def test_the_origin_is_found_through_the_runs_before(tmp_path):
     return tmp_path / name
 
   architecture = tmp_path / "architecture.json"
-  architecture.write_text(json.dumps(pretrained.to_hf(SPEC)))
+  architecture.write_text(json.dumps(pretrained.to_hf(tiny_spec)))
   scratch = make("scratch", tokenizer="tokenizers/own", scratch=str(architecture))
   longest = make("longest", weights=str(make("longer", resume=str(scratch))))
   continued = make("continued", hf="models/base", tokenizer="ignored")
-  assert export.origin(scratch) == export.origin(longest) == ("tokenizers/own", pretrained.to_hf(SPEC))
+  assert export.origin(scratch) == export.origin(longest) == ("tokenizers/own", pretrained.to_hf(tiny_spec))
   assert export.origin(continued) == ("models/base", None)
